@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from transformers import InternVLModel
+from transformers.models.got_ocr2 import GotOcr2ImageProcessor
+
+from transformers_sgl.visualization import TokenBoxes, importance_overlay, internvl_token_boxes
+
+
+def image_processor(tile_size: int = 448, **kwargs) -> GotOcr2ImageProcessor:
+    return GotOcr2ImageProcessor(size={"height": tile_size, "width": tile_size}, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def coffee() -> Image.Image:
+    """A photograph of 600 x 400 pixels, which InternVL reads as 3 x 2 tiles and a thumbnail."""
+    return Image.fromarray(skimage.data.coffee())
+
+
+def whole_grid(size: int, side_px: float) -> TokenBoxes:
+    """One tile of `size` x `size` tokens over a square image."""
+    edges = np.arange(size) * side_px
+    top, left = (edge.ravel() for edge in np.meshgrid(edges, edges, indexing="ij"))
+    boxes = np.stack([left, top, left + side_px, top + side_px], axis=-1)
+    return TokenBoxes(boxes, np.zeros(size * size, dtype=int), np.zeros(size * size, dtype=bool))
+
+
+class TestInternVLTokenBoxes:
+    def test_one_tile_in_reading_order(self):
+        layout = internvl_token_boxes((64, 64), image_processor(64), 64)
+        expected = whole_grid(8, 8.0)
+        np.testing.assert_allclose(layout.boxes, expected.boxes)
+        assert not layout.is_thumbnail.any()
+        assert set(layout.tile) == {0}
+
+    def test_one_tile_is_stretched_onto_a_flat_image(self):
+        layout = internvl_token_boxes((100, 40), image_processor(64), 4, tokens_per_tile=4)
+        np.testing.assert_allclose(
+            layout.boxes, [[0, 0, 50, 20], [50, 0, 100, 20], [0, 20, 50, 40], [50, 20, 100, 40]]
+        )
+
+    def test_photograph_of_six_tiles_and_a_thumbnail(self, coffee):
+        layout = internvl_token_boxes(coffee.size, image_processor(), 7 * 256)
+        assert coffee.size == (600, 400)
+        assert len(layout) == 7 * 256
+        # tiles of 200 x 200 pixels in reading order, each of 16 x 16 tokens
+        for tile, (left, top) in enumerate([(0, 0), (200, 0), (400, 0), (0, 200), (200, 200), (400, 200)]):
+            boxes = layout.boxes[layout.tile == tile]
+            np.testing.assert_allclose(boxes[0], [left, top, left + 12.5, top + 12.5])
+            np.testing.assert_allclose(boxes[1, :2], [left + 12.5, top])
+            np.testing.assert_allclose(boxes[16, :2], [left, top + 12.5])
+            np.testing.assert_allclose(boxes[-1, 2:], [left + 200, top + 200])
+        np.testing.assert_array_equal(layout.is_thumbnail, np.arange(7 * 256) >= 6 * 256)
+        np.testing.assert_allclose(layout.boxes[6 * 256], [0, 0, 37.5, 25])
+        np.testing.assert_allclose(layout.boxes[-1, 2:], [600, 400])
+
+    @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "page"])
+    def test_agrees_with_the_image_processor_on_how_many_tiles(self, name):
+        image = Image.fromarray(getattr(skimage.data, name)())
+        processor = image_processor()
+        num_tiles = len(processor(image.convert("RGB"), crop_to_patches=True)["pixel_values"])
+        layout = internvl_token_boxes(image.size, processor, num_tiles * 256, tokens_per_tile=256)
+        assert layout.tile.max() + 1 == num_tiles
+        area = np.prod(layout.boxes[:, 2:] - layout.boxes[:, :2], axis=1)
+        # the tiles cover the image once, and so does the thumbnail
+        for part in (~layout.is_thumbnail, layout.is_thumbnail):
+            assert not part.any() or area[part].sum() == pytest.approx(image.width * image.height)
+
+    def test_a_tile_shows_what_its_box_says(self, coffee):
+        processor = image_processor(64, resample=Image.Resampling.BILINEAR, do_normalize=False)
+        tiles = processor(coffee, crop_to_patches=True, return_tensors="np")["pixel_values"]
+        layout = internvl_token_boxes(coffee.size, processor, len(tiles) * 64)
+        for tile, pixels in enumerate(tiles):
+            boxes = layout.boxes[layout.tile == tile]
+            left, top, right, bottom = (*boxes[0, :2].astype(int), *boxes[-1, 2:].astype(int))
+            crop = coffee.crop((left, top, right, bottom)).resize((64, 64), Image.Resampling.BILINEAR)
+            assert np.abs(np.asarray(crop) / 255 - pixels.transpose(1, 2, 0)).mean() < 0.01
+
+    def test_tokens_run_row_by_row_in_the_model(self):
+        row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+        patches = torch.stack([row, column], dim=-1)[None]  # (1, rows, columns, channels)
+        # the shuffle touches nothing of the model but its name
+        tokens = InternVLModel.pixel_shuffle(None, patches, scale_factor=0.5).flatten(1, 2)[0]  # (4, 2 * 4)
+        centres = tokens.unflatten(-1, (4, 2)).mean(1)
+        assert centres.tolist() == [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]
+
+    def test_an_image_left_whole(self, coffee):
+        # 256 = 16 x 16 in one tile; 7 tiles do not divide it
+        assert set(internvl_token_boxes(coffee.size, image_processor(), 256).tile) == {0}
+
+    @pytest.mark.parametrize("num_visual_tokens", [0, 1, 7, 100])
+    def test_tokens_per_tile_settles_or_refuses(self, coffee, num_visual_tokens):
+        with pytest.raises(ValueError, match="fit no InternVL layout of a 600 x 400 image"):
+            internvl_token_boxes(coffee.size, image_processor(), num_visual_tokens, tokens_per_tile=256)
+
+
+class TestImportanceOverlay:
+    def test_small_image_is_enlarged_by_whole_pixels(self):
+        overlay = importance_overlay(Image.new("RGB", (64, 48)), whole_grid(1, 64.0), [1.0], [True])
+        assert overlay.size == (512 + 24, 384 + 54)
+
+    def test_big_image_is_reduced(self):
+        overlay = importance_overlay(Image.new("RGB", (4000, 3000)), whole_grid(1, 4000.0), [1.0], [True])
+        assert overlay.width == 1024 + 24
+
+    def test_thumbnail_has_a_panel_of_its_own(self, coffee):
+        layout = internvl_token_boxes(coffee.size, image_processor(), 7 * 256)
+        importance = np.random.default_rng(0).random(len(layout))
+        overlay = importance_overlay(coffee, layout, importance, importance > 0.8)
+        assert overlay.mode == "RGB"
+        assert overlay.width == 2 * 600 + 3 * 12
+
+    def test_dropped_tokens_are_dark_and_kept_ones_are_not(self):
+        image = Image.new("RGB", (64, 64), "white")
+        keep_mask = np.zeros(64, dtype=bool)
+        keep_mask[[0, 9]] = True
+        overlay = importance_overlay(image, whole_grid(8, 8.0), np.ones(64), keep_mask)
+        panel = np.asarray(overlay.convert("L"), dtype=float)[12 : 12 + 512, 12 : 12 + 512]
+        brightness = panel.reshape(8, 64, 8, 64).mean(axis=(1, 3)).ravel()
+        assert brightness[keep_mask].min() > brightness[~keep_mask].max() + 50
+
+    def test_more_important_is_redder(self):
+        importance = np.linspace(0, 1, 64)
+        image = Image.new("RGB", (64, 64), "grey")
+        overlay = importance_overlay(image, whole_grid(8, 8.0), importance, np.ones(64, dtype=bool))
+        panel = np.asarray(overlay, dtype=float)[12 : 12 + 512, 12 : 12 + 512]
+        red_minus_blue = (panel[..., 0] - panel[..., 2]).reshape(8, 64, 8, 64).mean(axis=(1, 3)).ravel()
+        assert red_minus_blue[0] < 0 < red_minus_blue[-1]
+        assert (red_minus_blue[:30] < red_minus_blue[-10:].min()).all()
+
+    @pytest.mark.parametrize("importance", [np.zeros(64), np.full(64, -np.inf), np.where(np.arange(64), 1, -np.inf)])
+    def test_flat_and_infinite_importance_can_be_painted(self, importance):
+        importance_overlay(Image.new("L", (64, 64)), whole_grid(8, 8.0), importance, np.ones(64, dtype=bool))
+
+    def test_tensors_are_welcome_and_the_image_is_not_changed(self):
+        image = Image.new("RGB", (64, 64), "white")
+        importance_overlay(image, whole_grid(8, 8.0), torch.rand(64), torch.zeros(64, dtype=torch.bool))
+        assert image.getextrema() == ((255, 255),) * 3
+
+    @pytest.mark.parametrize("name", ["importance", "keep_mask"])
+    def test_a_wrong_number_of_tokens_is_refused(self, name):
+        arrays = {"importance": np.ones(64), "keep_mask": np.ones(64, dtype=bool)}
+        arrays[name] = arrays[name][1:]
+        with pytest.raises(ValueError, match=f"`{name}` must have the shape"):
+            importance_overlay(Image.new("RGB", (64, 64)), whole_grid(8, 8.0), **arrays)
