@@ -1,0 +1,261 @@
+"""The settings of guided generation, as an extension of transformers' `GenerationConfig`.
+
+Floor 0: knows what can be set and what is legal. The paper's three settings are here as presets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+__all__ = ["PRESETS", "SGLGenerationConfig", "average_retention", "resolve_prune_layer"]
+
+# The paper's three settings on a large VLM of 48 decoder layers (section 4.1), named for what a user wants of them.
+# The layer is a fraction of the depth, so that a preset means the same on every model.
+PRESETS: dict[str, dict[str, float]] = {
+    "quality": {"retention_ratio": 0.40, "prune_layer": 19 / 48},
+    "balanced": {"retention_ratio": 0.20, "prune_layer": 9 / 48},
+    "fast": {"retention_ratio": 0.05, "prune_layer": 2 / 48},
+}
+
+_DEFAULT_PRESET = "balanced"
+_GUIDANCE_QUERIES = ("prompt", "generated", "both")
+
+
+def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
+    """The index of the first decoder layer that sees fewer visual tokens.
+
+    Args:
+        prune_layer (`int` or `float`): An index, or a fraction of the depth in `[0, 1)`, which is rounded to the
+            nearest layer.
+        num_layers (`int`): The number of decoder layers.
+
+    Returns:
+        `int`: An index in `[0, num_layers)`.
+
+    Raises:
+        ValueError: If the layer does not exist in a decoder of this depth.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.generation_config_sgl import resolve_prune_layer
+
+        >>> resolve_prune_layer(9, num_layers=48), resolve_prune_layer(9 / 48, num_layers=24)
+        (9, 5)
+
+        ```
+    """
+    _check_prune_layer(prune_layer)
+    if isinstance(prune_layer, float):
+        return min(int(prune_layer * num_layers + 0.5), num_layers - 1)
+    if prune_layer >= num_layers:
+        raise ValueError(
+            f"`prune_layer` is {prune_layer}, but the large model has {num_layers} decoder layers: pass an index from "
+            f"0 to {num_layers - 1}, or a fraction of the depth such as 0.25."
+        )
+    return prune_layer
+
+
+def average_retention(retention_ratio: float, prune_layer: int, num_layers: int) -> float:
+    """Visual tokens that the large model processes, averaged over its layers (paper, section 4.1).
+
+    Args:
+        retention_ratio (`float`): The fraction of visual tokens kept from `prune_layer` on.
+        prune_layer (`int`): The index of the first layer that sees fewer tokens.
+        num_layers (`int`): The number of decoder layers.
+
+    Returns:
+        `float`: A fraction in `(0, 1]`; 1 means that nothing is pruned.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.generation_config_sgl import average_retention
+
+        >>> round(average_retention(0.20, prune_layer=9, num_layers=48), 2)
+        0.35
+
+        ```
+    """
+    return (prune_layer + (num_layers - prune_layer) * retention_ratio) / num_layers
+
+
+class SGLGenerationConfig(GenerationConfig):
+    """Generation settings of a pair: everything `GenerationConfig` knows, and how the small model guides.
+
+    As in `GenerationConfig`, a field that is `None` is not set; [`SGLForConditionalGeneration.generate`] takes it from
+    the model's own `generation_config`, and from the preset "balanced" last.
+
+    Args:
+        retention_ratio (`float`, *optional*, defaults to 0.2): The fraction of visual tokens, in `(0, 1]`, that the
+            large model keeps from `prune_layer` on; `max(1, floor(retention_ratio * V))` of `V` tokens are kept. With
+            1 nothing is dropped and the output is the stock large model's.
+        prune_layer (`int` or `float`, *optional*, defaults to 9/48): The first decoder layer that sees fewer visual
+            tokens: an `int` is an index, a `float` in `[0, 1)` a fraction of the depth.
+        guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens:
+            `"prompt"` (the prompt after the last visual token), `"generated"` (the small model's own answer) or
+            `"both"` (paper, section 3.2).
+        guidance_max_new_tokens (`int`, *optional*): The most tokens the small model may write; by default as many as
+            the large model.
+        **kwargs: Every field of `GenerationConfig`.
+
+    Raises:
+        ValueError: If a field has a value that is not allowed; the sentence says what is.
+
+    Example:
+        ```python
+        >>> from transformers_sgl import SGLGenerationConfig
+
+        >>> fast = SGLGenerationConfig.from_preset("fast", max_new_tokens=32)
+        >>> fast.retention_ratio
+        0.05
+        >>> round(fast.average_retention(num_layers=48), 2)
+        0.09
+
+        ```
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Set before `super().__init__`, which ends by calling `validate`.
+        for field in self._sgl_defaults():
+            setattr(self, field, kwargs.pop(field, None))
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs: Any) -> SGLGenerationConfig:
+        """The settings of one of the paper's three operating points.
+
+        Args:
+            preset (`str`): `"quality"`, `"balanced"` or `"fast"`: 64 %, 35 % and 9 % average retention on a large
+                model of 48 layers.
+            **kwargs: Further fields; they win over the preset's.
+
+        Returns:
+            `SGLGenerationConfig`: The settings.
+
+        Raises:
+            ValueError: If there is no preset of that name.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}: choose one of {', '.join(map(repr, PRESETS))}.")
+        return cls(**{**PRESETS[preset], **kwargs})
+
+    @classmethod
+    def from_generation_config(cls, generation_config: GenerationConfig | None) -> SGLGenerationConfig:
+        """Extends a stock configuration.
+
+        Args:
+            generation_config (`GenerationConfig`, *optional*): Any generation settings; they are not changed.
+
+        Returns:
+            `SGLGenerationConfig`: A copy with this class's fields, which are unset unless they were there.
+        """
+        fields = {} if generation_config is None else generation_config.to_dict()
+        return cls(**{name: value for name, value in fields.items() if value is not None})
+
+    @classmethod
+    def from_model_config(cls, model_config: PreTrainedConfig | dict[str, Any]) -> SGLGenerationConfig:
+        """The settings a model's configuration implies; as in `GenerationConfig`.
+
+        Args:
+            model_config (`PreTrainedConfig` or `dict`): The model's configuration.
+
+        Returns:
+            `SGLGenerationConfig`: The settings.
+        """
+        return cls.from_generation_config(GenerationConfig.from_model_config(model_config))
+
+    @staticmethod
+    def _sgl_defaults() -> dict[str, Any]:
+        """The fields that this class adds, with the values they take where nobody set them."""
+        return {**PRESETS[_DEFAULT_PRESET], "guidance_queries": "both", "guidance_max_new_tokens": None}
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        return {**GenerationConfig._get_default_generation_params(), **SGLGenerationConfig._sgl_defaults()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `generation_config.json` says: only fields that are set."""
+        return {name: value for name, value in super().to_diff_dict().items() if value is not None}
+
+    def resolved(self, defaults: GenerationConfig) -> SGLGenerationConfig:
+        """A copy in which no SGL field is unset.
+
+        Only what guided generation needs is filled in: the stock fields that are still `None` are left for the large
+        model's own `generate`, which knows its checkpoint's defaults.
+
+        Args:
+            defaults (`GenerationConfig`): Where unset fields, stock ones included, are taken from first: the pair's
+                own `generation_config`.
+
+        Returns:
+            `SGLGenerationConfig`: The resolved copy.
+        """
+        resolved = self.from_generation_config(self)
+        inherited = {key: value for key, value in defaults.to_dict().items() if value is not None}
+        resolved.update(defaults_only=True, allow_custom_entries=True, **inherited)
+        resolved.update(defaults_only=True, **self._sgl_defaults())
+        return resolved
+
+    def average_retention(self, num_layers: int) -> float:
+        """Visual tokens that the large model processes under these settings, averaged over its layers.
+
+        Args:
+            num_layers (`int`): The number of the large model's decoder layers.
+
+        Returns:
+            `float`: A fraction in `(0, 1]`; see [`average_retention`].
+        """
+        ratio, layer = (
+            self._sgl_defaults()[field] if getattr(self, field) is None else getattr(self, field)
+            for field in ("retention_ratio", "prune_layer")
+        )
+        return average_retention(ratio, resolve_prune_layer(layer, num_layers), num_layers)
+
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Checks every field, the stock ones included.
+
+        Args:
+            *args: As in `GenerationConfig.validate`.
+            **kwargs: As in `GenerationConfig.validate`.
+
+        Raises:
+            ValueError: If a field has a value that is not allowed.
+        """
+        super().validate(*args, **kwargs)
+        if self.retention_ratio is not None and not _is_number(self.retention_ratio, above=0, up_to=1):
+            raise ValueError(
+                f"`retention_ratio` is {self.retention_ratio!r}, but it is the fraction of visual tokens that are "
+                "kept: pass a number above 0 and up to 1, where 1 keeps all."
+            )
+        if self.prune_layer is not None:
+            _check_prune_layer(self.prune_layer)
+        if self.guidance_queries is not None and self.guidance_queries not in _GUIDANCE_QUERIES:
+            raise ValueError(
+                f"`guidance_queries` is {self.guidance_queries!r}: choose one of "
+                f"{', '.join(map(repr, _GUIDANCE_QUERIES))}."
+            )
+        if self.guidance_max_new_tokens is not None and not _is_count(self.guidance_max_new_tokens):
+            raise ValueError(
+                f"`guidance_max_new_tokens` is {self.guidance_max_new_tokens!r}: pass a whole number of 1 or more, or "
+                "None to let the small model write as much as the large one may."
+            )
+
+
+def _check_prune_layer(prune_layer: Any) -> None:
+    """Raises unless `prune_layer` is an index or a fraction of the depth."""
+    is_index = isinstance(prune_layer, int) and not isinstance(prune_layer, bool) and prune_layer >= 0
+    is_fraction = isinstance(prune_layer, float) and 0 <= prune_layer < 1
+    if not (is_index or is_fraction):
+        raise ValueError(
+            f"`prune_layer` is {prune_layer!r}: pass a layer index (a whole number of 0 or more) or a fraction of the "
+            "depth (a float of at least 0 and below 1)."
+        )
+
+
+def _is_number(value: Any, above: float, up_to: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= up_to
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
