@@ -1,0 +1,233 @@
+"""The pair's processor: one call prepares the inputs of both models.
+
+Floor 4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+__all__ = ["SGLProcessor"]
+
+_CONFIG_FILE = "processor_config.json"
+_HUB_KWARGS = ("subfolder",)
+
+
+class SGLProcessor(ProcessorMixin):
+    """Prepares the inputs of both models in one call.
+
+    What the large model reads has the usual names; what the small model reads differently stands beside it as
+    `small_*`. Where both read the same, no key is doubled, and the large model's own processor would do as well.
+    Everything else (`tokenizer`, `decode`, `image_processor`, ...) is the large model's.
+
+    Args:
+        large_processor (`ProcessorMixin`): The large model's processor.
+        small_processor (`ProcessorMixin`): The small model's processor.
+
+    Example:
+        ```python
+        >>> import transformers_sgl
+        >>> from transformers import AutoProcessor
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> processor = AutoProcessor.from_pretrained(embedded_pair())
+        >>> chat = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+        >>> inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        >>> sorted(inputs)
+        ['attention_mask', 'input_ids']
+
+        ```
+    """
+
+    def __init__(self, large_processor: ProcessorMixin, small_processor: ProcessorMixin) -> None:
+        # Not `super().__init__`, which checks for tokenizers and image processors: the parts here are whole processors.
+        self.large_processor = large_processor
+        self.small_processor = small_processor
+        self.reads_the_same = _reads_the_same(large_processor, small_processor)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The names of the parts."""
+        return ["large_processor", "small_processor"]
+
+    @classmethod
+    def from_large_small_pretrained(
+        cls, large: str | os.PathLike[str], small: str | os.PathLike[str], **kwargs: Any
+    ) -> SGLProcessor:
+        """Pairs two models' processors.
+
+        Args:
+            large (`str` or `os.PathLike`): Where the large model's processor is.
+            small (`str` or `os.PathLike`): Where the small model's processor is.
+            **kwargs: Arguments of `AutoProcessor.from_pretrained`, for both.
+
+        Returns:
+            `SGLProcessor`: The pair's processor.
+
+        Raises:
+            OSError: If a processor cannot be found.
+        """
+        return cls(*(AutoProcessor.from_pretrained(path, **kwargs) for path in (large, small)))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> SGLProcessor:
+        """Loads the processor of a bundle.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
+            **kwargs: Arguments of `AutoProcessor.from_pretrained`, for both.
+
+        Returns:
+            `SGLProcessor`: The pair's processor.
+
+        Raises:
+            OSError: If there is no bundle there, or half of one.
+        """
+        path = os.fspath(pretrained_model_name_or_path)
+        base = kwargs.pop("subfolder", None) or ""
+        kwargs.pop("_from_auto", None)
+        parts = []
+        for name in ("large", "small"):
+            # A local folder is joined, because transformers' processors look for files, not subfolders, there.
+            if os.path.isdir(path):
+                parts.append(AutoProcessor.from_pretrained(os.path.join(path, base, name), **kwargs))
+            else:
+                parts.append(AutoProcessor.from_pretrained(path, subfolder=os.path.join(base, name), **kwargs))
+        return cls(*parts)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves both processors into a bundle's `large/` and `small/`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The bundle's folder; made if it does not exist.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload afterwards.
+            **kwargs: Arguments of `push_to_hub`.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.large_processor.save_pretrained(folder / "large")
+        self.small_processor.save_pretrained(folder / "small")
+        (folder / _CONFIG_FILE).write_text(self.to_json_string())
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the bundle's own `processor_config.json` says: only which class reads the two folders."""
+        return {"processor_class": type(self).__name__}
+
+    def to_json_string(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(large_processor={self.large_processor!r}, small_processor={self.small_processor!r})"
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """Prepares images and prompts that are already in the large model's form.
+
+        Args:
+            images (image or list of images, *optional*): As the models' own processors take them.
+            text (`str` or list of `str`, *optional*): Prompts, with the large model's image token where images stand.
+            **kwargs: Arguments of the processors.
+
+        Returns:
+            `BatchFeature`: The large model's inputs, and `small_*` where the small model's differ.
+        """
+        inputs = self.large_processor(images=images, text=text, **kwargs)
+        if self.reads_the_same:
+            return inputs
+        return _merge(inputs, self.small_processor(images=images, text=self._small_text(text), **kwargs))
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepares conversations, each model by its own chat template.
+
+        Args:
+            conversation (list of `dict`, or a list of such): The conversations.
+            *args: As in `ProcessorMixin.apply_chat_template`.
+            **kwargs: As in `ProcessorMixin.apply_chat_template`.
+
+        Returns:
+            `BatchFeature` with `tokenize=True, return_dict=True`: The large model's inputs, and `small_*` where the
+            small model's differ. Otherwise what the large model's processor returns.
+        """
+        inputs = self.large_processor.apply_chat_template(conversation, *args, **kwargs)
+        if self.reads_the_same or not isinstance(inputs, BatchFeature):
+            return inputs
+        return _merge(inputs, self.small_processor.apply_chat_template(conversation, *args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the large model's processor."""
+        if name.startswith("__") or name in ("large_processor", "small_processor"):
+            raise AttributeError(name)
+        return getattr(self.large_processor, name)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The inputs' names: the large model's, and the small model's as `small_*`."""
+        names = list(self.large_processor.model_input_names)
+        if not self.reads_the_same:
+            names += [f"small_{name}" for name in self.small_processor.model_input_names]
+        return names
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Decodes what the large model wrote; as in the tokenizer."""
+        return self.large_processor.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """Decodes what the large model wrote; as in the tokenizer."""
+        return self.large_processor.decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Decodes what the large model wrote; as in its own processor."""
+        return self.large_processor.post_process_image_text_to_text(*args, **kwargs)
+
+    def _small_text(self, text: Any) -> Any:
+        """Prompts with the small model's image token in the place of the large model's."""
+        tokens = [getattr(part, "image_token", None) for part in (self.large_processor, self.small_processor)]
+        if None in tokens or tokens[0] == tokens[1] or text is None:
+            return text
+        return text.replace(*tokens) if isinstance(text, str) else [prompt.replace(*tokens) for prompt in text]
+
+
+def _merge(large: BatchFeature, small: BatchFeature) -> BatchFeature:
+    """The large model's inputs, and of the small model's those that differ."""
+    data = dict(large)
+    data.update({f"small_{name}": value for name, value in small.items() if not _equal(value, large.get(name))})
+    return BatchFeature(data)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and not isinstance(one, torch.Tensor) and bool(one == other)
+
+
+def _reads_the_same(large: ProcessorMixin, small: ProcessorMixin) -> bool:
+    """Whether two processors turn everything into the same inputs."""
+
+    def facts(processor: ProcessorMixin) -> list[Any]:
+        tokenizer = processor.tokenizer
+        return [
+            type(processor),
+            tokenizer.get_vocab(),
+            tokenizer.padding_side,
+            getattr(tokenizer.backend_tokenizer, "to_str", lambda: None)(),
+            processor.chat_template,
+            processor.image_processor.to_dict(),
+            getattr(processor, "image_seq_length", None),
+        ]
+
+    return facts(large) == facts(small)
