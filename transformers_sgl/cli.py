@@ -1,0 +1,263 @@
+"""The console command `transformers-sgl`.
+
+Every sub-command is a function that adds its own parser and a function that carries it out; `COMMANDS` lists the
+former. What a user got wrong leaves as one sentence on standard error and exit code 2.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers_sgl import __version__
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# torch and transformers are imported where they are needed: help and most errors do not wait for them.
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 where the user has to change something.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.carry_out(arguments)
+    except (OSError, ValueError) as error:
+        print(f"transformers-sgl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="transformers-sgl",
+        description="A small vision-language model tells a large one which visual tokens to keep.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in COMMANDS:
+        add_command(commands)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+def _add_run(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="answer a question about an image",
+        description="Answers a question about an image and says how many visual tokens that took.",
+    )
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="image file")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a saved pair (default: the embedded tiny pair)")
+    parser.add_argument("--preset", choices=("quality", "balanced", "fast"), help="settings of the paper")
+    parser.add_argument(
+        "--retention", metavar="R", type=float, help="fraction of the visual tokens to keep, above 0 and up to 1"
+    )
+    parser.add_argument(
+        "--prune-layer",
+        metavar="K",
+        type=_layer,
+        help="first layer that sees fewer tokens: an index, or a fraction of the depth such as 0.25",
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="length limit of the answer (64)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of the weights (default: as saved)",
+    )
+    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0 (default: what the machine has)")
+    parser.add_argument("--show", metavar="FILE", type=Path, help="write the image with its importance painted over")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(carry_out=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    # 1. What can be wrong is looked at before the models are loaded.
+    image = _open_image(arguments.image)
+    if arguments.show:
+        _check_writable_image(arguments.show, arguments.image)
+    settings = _settings(arguments)
+    model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
+
+    # 2. One generate call.
+    content = [{"type": "image", "image": image}, {"type": "text", "text": arguments.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device, dtype=model.dtype)
+    output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+
+    # 3. What a person wants to know of it.
+    report = _report(model, processor, inputs["input_ids"].shape[1], output)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if arguments.json else _as_text(report))
+    if arguments.show:
+        _overlay(image, processor.large_processor, output).save(arguments.show)
+        if not arguments.json:
+            print(f"overlay  {arguments.show}")
+
+
+def _layer(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            message = f"{text!r} is neither a layer's index nor a fraction of the depth"
+            raise argparse.ArgumentTypeError(message) from None
+
+
+def _open_image(path: Path) -> "Image":
+    from PIL import Image
+
+    if not path.is_file():
+        raise OSError(f"There is no image file {str(path)!r}.")
+    try:
+        image: Image.Image = Image.open(path)
+        return image.convert("RGB")  # reads the pixels, so a damaged file is found here
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"The file {str(path)!r} cannot be read as an image: {error}.") from error
+
+
+def _check_writable_image(path: Path, source: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"The overlay cannot be written as {str(path)!r}: name a file such as overlay.png.")
+    if not path.parent.is_dir():
+        raise OSError(f"The overlay cannot be written: there is no folder {str(path.parent)!r}.")
+    if path.exists() and path.samefile(source):
+        raise ValueError(f"The overlay would replace the image {str(source)!r} itself: name another file.")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `generate`; what the user did not set is left to the model's own settings."""
+    from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
+
+    settings: dict[str, Any] = dict(PRESETS[arguments.preset]) if arguments.preset else {}
+    if arguments.retention is not None:
+        settings["retention_ratio"] = arguments.retention
+    if arguments.prune_layer is not None:
+        settings["prune_layer"] = arguments.prune_layer
+    settings["max_new_tokens"] = arguments.max_new_tokens
+    SGLGenerationConfig(**settings)  # refuses what no model can do
+    return settings
+
+
+def _load_pair(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    from transformers_sgl.hub import embedded_pair
+
+    if device != "auto":
+        _check_device(torch, device)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+    path = Path(name) if name else embedded_pair()
+    if path.exists() and not (path / "config.json").is_file():
+        raise OSError(f"{str(path)!r} is not a saved pair: it is not a folder with a config.json.")
+    source = str(path) if path.exists() else str(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "sgl":
+            raise ValueError(
+                f"{source!r} is a single model of type {config.model_type!r}, not a pair: join it with a smaller one "
+                "by SGLForConditionalGeneration.from_large_small_pretrained and save that."
+            )
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device)
+    except OSError as error:
+        # transformers goes on with advice about its hub; the first sentence is the cause
+        cause = str(error).strip().split("\n")[0].rstrip(".")
+        raise OSError(f"No pair can be loaded from {source!r}: {cause}.") from error
+    return model, processor
+
+
+def _check_device(torch: Any, name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"There is no kind of device {name!r}: name one such as cpu or cuda:0.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no device {name!r} on this machine: torch finds {torch.cuda.device_count()}.")
+
+
+def _report(model: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
+    from transformers_sgl.architectures import decoder_layers
+    from transformers_sgl.generation_config_sgl import average_retention
+
+    num_layers = len(decoder_layers(model.large))
+    num_visual_tokens = int(output.num_visual_tokens[0])
+    pruned = output.keep_mask is not None and output.prune_layer is not None
+    num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
+    retention = average_retention(num_kept / num_visual_tokens, output.prune_layer, num_layers) if pruned else 1.0
+    draft = None
+    if output.draft_sequences is not None:
+        draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
+    return {
+        "answer": processor.decode(output.sequences[0, prompt_length:], skip_special_tokens=True).strip(),
+        "draft": draft,
+        "num_visual_tokens": num_visual_tokens,
+        "num_visual_tokens_kept": num_kept,
+        "prune_layer": output.prune_layer if pruned else None,
+        "num_layers": num_layers,
+        "average_retention": round(retention, 4),
+        "timings_ms": {key.removesuffix("_ms"): round(value, 1) for key, value in output.timings.items()},
+    }
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    kept = f"{report['num_visual_tokens_kept']} of {report['num_visual_tokens']} visual tokens"
+    if report["prune_layer"] is None:
+        kept += f" in all {report['num_layers']} layers"
+    else:
+        kept += f" from layer {report['prune_layer']} of {report['num_layers']}"
+    timings = ", ".join(f"{name} {value:.0f} ms" for name, value in report["timings_ms"].items())
+    lines = [
+        f"answer   {report['answer']}",
+        f"kept     {kept} (average retention {report['average_retention']:.0%})",
+        f"timings  {timings}",
+    ]
+    if report["draft"] is not None:
+        lines.insert(1, f"draft    {report['draft']} (the small model's answer)")
+    return "\n".join(lines)
+
+
+def _overlay(image: "Image", processor: Any, output: Any) -> "Image":
+    from transformers_sgl.visualization import importance_overlay, internvl_token_boxes
+
+    if output.importance is None or output.keep_mask is None:
+        raise ValueError("There is no overlay: with these settings nothing is pruned, so nothing was ranked.")
+    num_visual_tokens = int(output.num_visual_tokens[0])
+    boxes = internvl_token_boxes(
+        image.size, processor.image_processor, num_visual_tokens, getattr(processor, "image_seq_length", None)
+    )
+    importance, keep_mask = (
+        values[0, :num_visual_tokens].cpu().numpy() for values in (output.importance, output.keep_mask)
+    )
+    return importance_overlay(image, boxes, importance, keep_mask)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run,)
