@@ -10,17 +10,22 @@ def embedded_pair() -> Path:
     """Returns the folder of the pair of tiny models that is shipped with the package.
 
     The bundle `sgl-tiny` holds a large and a small vision-language model, both trained from scratch on drawn
-    shapes and small enough for one CPU core. It needs no download, so tests, examples and a first try run anywhere:
-
-    ```python
-    model = AutoModelForImageTextToText.from_pretrained(embedded_pair(), dtype="auto")
-    ```
+    shapes and small enough for one CPU core. It needs no download, so tests, examples and a first try run anywhere.
 
     Returns:
-        The folder, which `from_pretrained` of the model and of the processor reads like any checkpoint.
+        `Path`: The folder, which `from_pretrained` of the model and of the processor reads like any checkpoint.
 
     Raises:
-        OSError: The bundle is not there, because the installation is incomplete.
+        OSError: If the bundle is not there, because the installation is incomplete.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> embedded_pair().name
+        'sgl-tiny'
+
+        ```
     """
     package = Path(str(files("transformers_sgl")))
     # An installed package carries the bundle inside; in a source tree, editable or not, it lies beside the package.
