@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+from transformers_sgl import VisualTokens
 
 VOCAB_SIZE = 64
 IMAGE, EOS, PAD = 60, 61, 62
 TOKENS_PER_TILE = 16
+# A batch with everything in it: different lengths, numbers of images and of tiles.
+IMAGES, TEXT = [[1], [2], [1, 1]], [5, 3, 9]
+FLASH_STAND_IN = "flash_stand_in"
 
 
 def tiny_internvl(
-    num_layers: int = 4, seed: int = 0, attn_implementation: str = "sdpa", hidden_size: int = 32, **text: object
+    num_layers: int = 4, seed: int = 0, attn_implementation: str = "sdpa", hidden_size: int = 32, **text: Any
 ) -> InternVLForConditionalGeneration:
     """A random InternVL whose tiles are 16x16 pixels and give 16 visual tokens."""
     torch.manual_seed(seed)
@@ -40,8 +58,11 @@ def tiny_internvl(
         image_seq_length=TOKENS_PER_TILE,
         downsample_ratio=1.0,
     )
-    config._attn_implementation = attn_implementation
+    if attn_implementation != FLASH_STAND_IN:
+        config._attn_implementation = attn_implementation
     model = InternVLForConditionalGeneration(config).eval()
+    if attn_implementation == FLASH_STAND_IN:
+        model.get_decoder().config._attn_implementation = FLASH_STAND_IN
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD
     model.generation_config.suppress_tokens = [IMAGE]  # a random model may write anything
@@ -49,8 +70,8 @@ def tiny_internvl(
 
 
 def prompts(
-    images: list[list[int]], text: list[int], seed: int = 0, padding_side: str = "left"
-) -> dict[str, torch.Tensor]:
+    images: list[list[int]] = IMAGES, text: list[int] = TEXT, seed: int = 0, padding_side: str = "left"
+) -> dict[str, Tensor]:
     """A padded batch of random prompts.
 
     Args:
@@ -67,15 +88,74 @@ def prompts(
             row += [IMAGE] * (TOKENS_PER_TILE * number) + torch.randint(0, 50, (1,), generator=generator).tolist()
         rows.append(row + torch.randint(0, 50, (length,), generator=generator).tolist())
     width = max(map(len, rows))
-    fill = [[PAD] * (width - len(row)) for row in rows]
-    left = padding_side == "left"
-    ids = [pad + row if left else row + pad for pad, row in zip(fill, rows, strict=True)]
-    mask = [
-        [0] * len(pad) + [1] * len(row) if left else [1] * len(row) + [0] * len(pad)
-        for pad, row in zip(fill, rows, strict=True)
-    ]
-    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    batch = torch.full((len(rows), width), PAD)
+    mask = torch.zeros_like(batch)
+    for number, row in enumerate(rows):
+        columns = slice(width - len(row), None) if padding_side == "left" else slice(len(row))
+        batch[number, columns] = torch.tensor(row)
+        mask[number, columns] = 1
+    inputs = {"input_ids": batch, "attention_mask": mask}
     num_tiles = sum(map(sum, images))
     if num_tiles:
-        batch["pixel_values"] = torch.randn(num_tiles, 3, 16, 16, generator=generator)
-    return batch
+        inputs["pixel_values"] = torch.randn(num_tiles, 3, 16, 16, generator=generator)
+    return inputs
+
+
+def samples(inputs: dict[str, Tensor], images: list[list[int]] = IMAGES) -> list[dict[str, Tensor]]:
+    """The samples of a batch one by one, without padding."""
+    tiles = torch.split(inputs["pixel_values"], [sum(numbers) for numbers in images])
+    return [
+        {"input_ids": ids[mask.bool()][None], "attention_mask": mask[mask.bool()][None], "pixel_values": pixels}
+        for ids, mask, pixels in zip(inputs["input_ids"], inputs["attention_mask"], tiles, strict=True)
+    ]
+
+
+def find_visual_tokens(inputs: dict[str, Tensor]) -> VisualTokens:
+    """The visual tokens of such a batch."""
+    return VisualTokens.from_input_ids(inputs["input_ids"], IMAGE, inputs["attention_mask"])
+
+
+def answers(sequences: Tensor, prompt_length: int) -> list[list[int]]:
+    """What was written, up to the end of sequence or the padding behind it."""
+    written = []
+    for row in sequences[:, prompt_length:].tolist():
+        end = next((index for index, token in enumerate(row) if token in (EOS, PAD)), len(row))
+        written.append(row[:end])
+    return written
+
+
+def state(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything that hooks, contexts and settings could leave behind on a model."""
+    return {
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "hooks": {
+            name: [len(module._forward_pre_hooks), len(module._forward_hooks), len(module._backward_hooks)]
+            for name, module in model.named_modules()
+        },
+        "attention": {
+            name: module.config._attn_implementation
+            for name, module in model.named_modules()
+            if hasattr(module, "config")
+        },
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+    }
+
+
+def _flash_stand_in(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Takes what flash attention takes, a 2-D padding mask or none, and needs no GPU."""
+    query_length, key_length = query.shape[2], key.shape[2]
+    # Flash attention takes a single sequence whose positions have gaps for several sequences packed into one.
+    assert attention_mask is not None or not _is_packed_sequence(kwargs.get("position_ids"), query.shape[0])
+    position = torch.arange(key_length)
+    mask = (position <= position[key_length - query_length :, None])[None, None]
+    if attention_mask is not None:
+        assert attention_mask.shape == (query.shape[0], key_length)
+        mask = mask & attention_mask.bool()[:, None, None, :] | torch.eye(key_length).bool()[-query_length:]
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+AttentionInterface.register(FLASH_STAND_IN, _flash_stand_in)
+AttentionMaskInterface.register(FLASH_STAND_IN, flash_attention_mask)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "attention_implementation",
     "attention_modules",
     "check_supported",
     "decoder",
@@ -41,6 +42,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     # InternVL3, InternVL3.5 and the converted InternVL2.5: a decoder over placeholder tokens, nothing special.
     "internvl": Architecture(),
 }
+
+
+# Attention functions that are handed a block mask or a paged cache, which can neither be recorded nor cut.
+_UNSUPPORTED_ATTENTION = ("flex_attention", "paged")
 
 
 def check_supported(config: PreTrainedConfig) -> Architecture:
@@ -82,17 +87,38 @@ def visual_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(getattr(config, name) for name in check_supported(config).visual_token_attributes)
 
 
-def decoder(model: PreTrainedModel) -> nn.Module:
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The text decoder of a vision-language model, without the language modelling head.
 
     Args:
         model (`PreTrainedModel`): The model.
 
     Returns:
-        `nn.Module`: The decoder.
+        `PreTrainedModel`: The decoder.
     """
     check_supported(model.config)
     return model.get_decoder()
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """The name of the attention function that a model's decoder uses.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+
+    Returns:
+        `str`: `"sdpa"`, `"eager"`, `"flash_attention_2"` or another that guidance and pruning can work with.
+
+    Raises:
+        ValueError: If they cannot work with it.
+    """
+    name: str = decoder(model).config._attn_implementation
+    if any(unsupported in name for unsupported in _UNSUPPORTED_ATTENTION):
+        raise ValueError(
+            f"Guidance and pruning do not work with attn_implementation={name!r}, whose masks and caches they cannot "
+            "read: load the model with 'sdpa', 'flash_attention_2' or 'eager'."
+        )
+    return name
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -22,14 +22,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_sgl.architectures import attention_modules, decoder
+from transformers_sgl.architectures import attention_implementation, attention_modules, decoder
 from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = ["AttentionRecorder"]
 
 _PREFIX = "sgl_recording_"
-# Attention whose function is not given queries and keys to look at, or computes something else with them.
-_UNSUPPORTED = ("flex_attention", "paged")
 # The largest block of attention weights to hold at a time, in elements: 64 MiB of float32.
 _MAX_BLOCK_ELEMENTS = 1 << 24
 
@@ -61,7 +59,8 @@ class AttentionRecorder:
         >>> from transformers_sgl.hub import embedded_pair
 
         >>> folder = embedded_pair() / "small"
-        >>> small, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        >>> small = AutoModelForImageTextToText.from_pretrained(folder)
+        >>> processor = AutoProcessor.from_pretrained(folder)
         >>> chat = [{"role": "user", "content": [
         ...     {"type": "image", "path": str(embedded_pair() / "example.png")},
         ...     {"type": "text", "text": "how many objects are there?"},
@@ -88,8 +87,7 @@ class AttentionRecorder:
         self.visual_tokens = visual_tokens
         self.queries = queries
         self._attention_modules = attention_modules(model)
-        self._implementation = decoder(model).config._attn_implementation
-        _check_implementation(self._implementation)
+        attention_implementation(model)  # raises if it cannot be recorded
         self._exit_stack = ExitStack()
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
@@ -117,9 +115,9 @@ class AttentionRecorder:
             stack.callback(self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True).remove)
             for module in self._attention_modules:
                 stack.callback(module.register_forward_pre_hook(self._hand_over, with_kwargs=True).remove)
-            config = decoder(self.model).config
-            stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            config._attn_implementation = _recording_implementation(config._attn_implementation)
+            config, implementation = decoder(self.model).config, attention_implementation(self.model)
+            stack.callback(setattr, config, "_attn_implementation", implementation)
+            config._attn_implementation = _recording_implementation(implementation)
             self._exit_stack = stack.pop_all()
         return self
 
@@ -189,8 +187,9 @@ class AttentionRecorder:
             )
         if end < tokens.prompt_length or (first == 0 and end <= self._num_recorded):
             raise ValueError(
-                f"The model reads {end} tokens, but the prompts have {tokens.prompt_length} and may be read only once: "
-                "pass the prompts that the visual tokens were found in, whole, and use a new recorder for each call."
+                f"The model reads {end} tokens, but the prompts have {tokens.prompt_length} and may be read only "
+                "once: pass the prompts that the visual tokens were found in, whole, and use a new recorder for each "
+                "call."
             )
 
 
@@ -201,15 +200,6 @@ def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
     for value in (getattr(settings, "eos_token_id", None), getattr(settings, "pad_token_id", None)):
         ids += [] if value is None else value if isinstance(value, list) else [value]
     return ids
-
-
-def _check_implementation(implementation: str) -> None:
-    """Raises if the attention function cannot be recorded."""
-    if any(name in implementation for name in _UNSUPPORTED):
-        raise ValueError(
-            f"Attention cannot be recorded with attn_implementation={implementation!r}: load the small model with "
-            "'sdpa', 'flash_attention_2' or 'eager' (small_attn_implementation='sdpa')."
-        )
 
 
 def _recording_implementation(implementation: str) -> str:
@@ -235,7 +225,7 @@ def _recording_attention(
     attention_recorders: Iterable[AttentionRecorder] = (),
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention function `implementation`, which also tells the recorders what it is given."""
+    """The attention function `implementation` of transformers, which also tells the recorders what it is given."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     changed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     for recorder in attention_recorders:

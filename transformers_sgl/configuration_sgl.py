@@ -77,7 +77,7 @@ class SGLConfig(PreTrainedConfig):
         Returns:
             `PreTrainedConfig`: The text configuration of the large model, or this one while the pair is empty.
         """
-        if self.large_config is None:
+        if not isinstance(self.large_config, PreTrainedConfig):
             return self
         return self.large_config.get_text_config(decoder=decoder, encoder=encoder)
 

@@ -111,7 +111,7 @@ def generate(
     large_inputs, small_inputs = _split(inputs)
     found: dict[str, Any] = {}
 
-    # 1. Find the visual tokens. Without any, or where all are kept, the large model runs alone, as if we were not here.
+    # 1. Find the visual tokens. Without any, or where all are kept, the large model runs alone and untouched.
     visual_tokens = _find_visual_tokens(large, large_inputs)
     processors = _processor_list(importance_processor, generation_config.retention_ratio)
     if visual_tokens is not None:
@@ -126,7 +126,7 @@ def generate(
     _check_prunable(large_inputs, generation_config, generate_kwargs)
     prompts = large_inputs["input_ids"]
     large_inputs, small_inputs = _left_padded(large_inputs), _left_padded(small_inputs)
-    visual_tokens = _find_visual_tokens(large, large_inputs)
+    visual_tokens = _find_visual_tokens(large, large_inputs) or visual_tokens  # where they stand now
 
     # 3. The small model answers first; where it looks ranks the visual tokens.
     max_new_tokens = _max_new_tokens(generation_config, prompts.shape[1])
@@ -219,13 +219,12 @@ def _result(
 ) -> SGLGenerateOutput | Tensor:
     """What the large model returned, with the prompts as they were passed and what was found on the way."""
     clock.lap("large_ms")
-    is_dict = isinstance(output, ModelOutput)
-    sequences = output["sequences"] if is_dict else output
+    sequences = output if isinstance(output, Tensor) else output["sequences"]
     if prompts is not None:
         repeats = sequences.shape[0] // prompts.shape[0]
         sequences = sequences.clone()
         sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(repeats, dim=0)
-    if not is_dict:
+    if isinstance(output, Tensor):
         return sequences
     passed_on = {field.name: output[field.name] for field in fields(SGLGenerateOutput) if field.name in output}
     return SGLGenerateOutput(**{**passed_on, **found, "sequences": sequences, "timings": clock.timings})

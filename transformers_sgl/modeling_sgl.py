@@ -146,7 +146,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return cls(**loaded)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
     ) -> SGLForConditionalGeneration:
         """Loads a bundle from a folder or from the Hub.
@@ -179,14 +179,14 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 path, **{**options[name], "subfolder": subfolder, "output_loading_info": True}
             )
         model = cls(config, **models)
-        # `from_pretrained` of transformers' own models restores plain `GenerationConfig`; the extension is ours to load.
+        # transformers' own `from_pretrained` restores plain `GenerationConfig`; the extension is ours to load.
         if generation_config is None:
             generation_config = SGLGenerationConfig.from_pretrained(path, **hub_kwargs)
         model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
         model.name_or_path = model.config.name_or_path = path
         return (model.eval(), loading_info) if with_loading_info else model.eval()  # type: ignore[return-value]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves the pair as a bundle: both checkpoints in `large/` and `small/`, the pair's settings beside them.
 
         `config.json` is written last, so that a save that was cut off is not mistaken for a bundle.
@@ -223,7 +223,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.large(*args, **{name: value for name, value in kwargs.items() if not name.startswith("small_")})
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,

@@ -16,7 +16,6 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 __all__ = ["SGLProcessor"]
 
 _CONFIG_FILE = "processor_config.json"
-_HUB_KWARGS = ("subfolder",)
 
 
 class SGLProcessor(ProcessorMixin):
@@ -46,7 +45,7 @@ class SGLProcessor(ProcessorMixin):
     """
 
     def __init__(self, large_processor: ProcessorMixin, small_processor: ProcessorMixin) -> None:
-        # Not `super().__init__`, which checks for tokenizers and image processors: the parts here are whole processors.
+        # Not `super().__init__`, which wants tokenizers and image processors: the parts here are whole processors.
         self.large_processor = large_processor
         self.small_processor = small_processor
         self.reads_the_same = _reads_the_same(large_processor, small_processor)
@@ -76,9 +75,7 @@ class SGLProcessor(ProcessorMixin):
         return cls(*(AutoProcessor.from_pretrained(path, **kwargs) for path in (large, small)))
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> SGLProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> SGLProcessor:
         """Loads the processor of a bundle.
 
         Args:
@@ -133,9 +130,10 @@ class SGLProcessor(ProcessorMixin):
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(large_processor={self.large_processor!r}, small_processor={self.small_processor!r})"
+        parts = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.get_attributes())
+        return f"{type(self).__name__}({parts})"
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepares images and prompts that are already in the large model's form.
 
         Args:
@@ -196,10 +194,10 @@ class SGLProcessor(ProcessorMixin):
 
     def _small_text(self, text: Any) -> Any:
         """Prompts with the small model's image token in the place of the large model's."""
-        tokens = [getattr(part, "image_token", None) for part in (self.large_processor, self.small_processor)]
-        if None in tokens or tokens[0] == tokens[1] or text is None:
+        large, small = (getattr(part, "image_token", None) for part in (self.large_processor, self.small_processor))
+        if large is None or small is None or text is None:
             return text
-        return text.replace(*tokens) if isinstance(text, str) else [prompt.replace(*tokens) for prompt in text]
+        return text.replace(large, small) if isinstance(text, str) else [one.replace(large, small) for one in text]
 
 
 def _merge(large: BatchFeature, small: BatchFeature) -> BatchFeature:

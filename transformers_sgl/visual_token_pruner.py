@@ -5,7 +5,9 @@ and so their caches are shorter. Everything is done by forward pre-hooks that ch
 
     hidden states        gathered once, at `prune_layer`
     rotary embeddings    gathered at every layer from there on, because the model's own loop hands each layer the
-    position ids         originals; kept tokens keep their original positions
+                         originals; kept tokens keep their original positions
+    position ids         withheld: beside the rotary embeddings their only use is that flash attention looks for gaps
+                         in them, and would take a pruned prompt for several packed ones
     attention mask       the rows and columns of the kept tokens; while decoding, the columns only
 
 In a batch the kept tokens of each sample are aligned to the right, so that the last column is the last token of
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from transformers_sgl.architectures import decoder, decoder_layers
+from transformers_sgl.architectures import attention_implementation, decoder, decoder_layers
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
 
 __all__ = ["VisualTokenPruner"]
@@ -73,7 +75,8 @@ class VisualTokenPruner:
         layers = decoder_layers(model)
         self.prune_layer = resolve_prune_layer(prune_layer, len(layers))
         self._pruned_layers = list(layers)[self.prune_layer :]
-        _check_implementation(self._decoder.config._attn_implementation)
+        # Only eager attention, which has no notion of causality, cannot do without a mask.
+        self._needs_mask = attention_implementation(model).endswith("eager")
         self._kept = _KeptTokens.from_mask(keep_mask)
         self._cuts: dict[torch.device, _Cut] = {}  # of the forward pass that is running, by device
         self._exit_stack = ExitStack()
@@ -84,10 +87,9 @@ class VisualTokenPruner:
             if self.prune_layer == 0:
                 hook = self._decoder.register_forward_pre_hook(self._prune_decoder_inputs, with_kwargs=True)
                 stack.callback(hook.remove)
-            else:
-                for layer in self._pruned_layers:
-                    hook = layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True)
-                    stack.callback(hook.remove)
+            for layer in self._pruned_layers:
+                prune = _withhold_position_ids if self.prune_layer == 0 else self._prune_layer_inputs
+                stack.callback(layer.register_forward_pre_hook(prune, with_kwargs=True).remove)
             self._exit_stack = stack.pop_all()
         return self
 
@@ -113,13 +115,9 @@ class VisualTokenPruner:
         # With a device map the layers lie on several devices; each gets its own copy of the indices, once.
         cut = self._cuts.setdefault(hidden_states.device, cut.to(hidden_states.device))
 
-        kwargs = dict(kwargs)
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = tuple(cut.rows_of(table) for table in kwargs["position_embeddings"])
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = cut.rows_of(kwargs["position_ids"])
-        needs_mask = self._decoder.config._attn_implementation.endswith("eager")
-        kwargs["attention_mask"] = cut.mask(kwargs.get("attention_mask"), hidden_states.dtype, needs_mask)
+        _, kwargs = _withhold_position_ids(layer, args, kwargs)
+        kwargs["position_embeddings"] = tuple(cut.rows_of(table) for table in kwargs["position_embeddings"])
+        kwargs["attention_mask"] = cut.mask(kwargs.get("attention_mask"), hidden_states.dtype, self._needs_mask)
         if not args:
             return (), {**kwargs, "hidden_states": hidden_states}
         return (hidden_states, *rest), kwargs
@@ -131,18 +129,25 @@ class VisualTokenPruner:
         kwargs = dict(kwargs)
         name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
         attention_mask = kwargs.get("attention_mask")
+        cached_length = _cached_length(kwargs.get("past_key_values"), 0)
         if kwargs.get(name) is None or (attention_mask is not None and not _is_padding_mask(attention_mask)):
             raise ValueError(
                 "Pruning at layer 0 needs keyword arguments and a 2-D attention mask or none, but the decoder was "
                 "called differently: prune at layer 1 or later."
             )
         inputs = kwargs[name]
-        cut = self._kept.cut(_cached_length(kwargs.get("past_key_values"), 0), inputs, inputs.shape[1])
+        cut = self._kept.cut(cached_length, inputs, inputs.shape[1])
         # The cache of layer 0 is short of the dropped tokens, so positions must not be counted from it.
         position_ids = kwargs.get("position_ids")
         kwargs["position_ids"] = cut.rows_of(cut.positions if position_ids is None else position_ids)
         kwargs[name] = cut.rows_of(inputs)
-        kwargs["attention_mask"] = None if cut.key_valid is None else cut.key_valid.long()
+        # Without a mask and a cache, transformers too looks for gaps in the positions: a mask of ones forbids it.
+        if cut.key_valid is not None:
+            kwargs["attention_mask"] = cut.key_valid.long()
+        elif kwargs.get("past_key_values") is None:
+            kwargs["attention_mask"] = torch.ones_like(cut.key_positions)
+        else:
+            kwargs["attention_mask"] = None
         return args, kwargs
 
 
@@ -279,33 +284,35 @@ class _Cut:
         if attention_mask.dim() == 2:  # flash attention: a padding mask
             return None if self.key_valid is None else self.key_valid
         # Sliding and bidirectional patterns survive, because the mask is cut and not made anew.
-        batch_size, num_keys = self.key_positions.shape
+        batch_size = self.key_positions.shape[0]
         queries = self.key_positions[:, self.rows] - self.past
         cut = attention_mask.expand(batch_size, *attention_mask.shape[1:])
         heads = cut.shape[1]
         cut = cut.gather(2, queries[:, None, :, None].expand(-1, heads, -1, cut.shape[3]))
         cut = cut.gather(3, self.key_positions[:, None, None, :].expand(-1, heads, queries.shape[1], -1))
-        if self.key_valid is None:
+        fillers = self._self_attending_fillers()
+        if self.key_valid is None or fillers is None:
             return cut
-        allowed = (cut if cut.dtype == torch.bool else cut >= 0) & self.key_valid[:, None, None, :]
-        allowed = allowed | self._self_attending_fillers()
+        allowed = (cut if cut.dtype == torch.bool else cut >= 0) & self.key_valid[:, None, None, :] | fillers
         if cut.dtype == torch.bool:
             return allowed
-        return cut.masked_fill(~allowed, torch.finfo(cut.dtype).min).masked_fill(self._self_attending_fillers(), 0)
+        return cut.masked_fill(~allowed, torch.finfo(cut.dtype).min).masked_fill(fillers, 0)
 
     def _causal(self) -> Tensor:
         """Plain causal attention among the remaining tokens; boolean `(batch, 1, num_queries, num_keys)`."""
         num_keys = self.key_positions.shape[1]
         order = torch.arange(num_keys, device=self.key_positions.device)
         causal = (order <= order[self.rows, None])[None, None]
-        if self.key_valid is None:
+        fillers = self._self_attending_fillers()
+        if self.key_valid is None or fillers is None:
             return causal.expand(self.key_positions.shape[0], -1, -1, -1)
-        return (causal & self.key_valid[:, None, None, :]) | self._self_attending_fillers()
+        return causal & self.key_valid[:, None, None, :] | fillers
 
-    def _self_attending_fillers(self) -> Tensor:
+    def _self_attending_fillers(self) -> Tensor | None:
         """Lets a filling row attend to itself, because a softmax over nothing is NaN in some kernels."""
-        num_keys = self.key_positions.shape[1]
-        diagonal = torch.eye(num_keys, dtype=torch.bool, device=self.key_positions.device)
+        if self.key_valid is None:
+            return None
+        diagonal = torch.eye(self.key_positions.shape[1], dtype=torch.bool, device=self.key_positions.device)
         return (diagonal & ~self.key_valid[:, :, None])[:, None, self.rows]
 
 
@@ -328,14 +335,12 @@ def _cached_length(cache: Cache | None, layer: int) -> int:
     return cache.get_seq_length(layer)
 
 
+def _withhold_position_ids(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Layer pre-hook: a layer that gets rotary embeddings needs no position ids, and gaps in them mislead it."""
+    return args, {**kwargs, "position_ids": None}
+
+
 def _is_padding_mask(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 2
-
-
-def _check_implementation(implementation: str) -> None:
-    """Raises if the attention function takes masks that cannot be cut."""
-    if any(name in implementation for name in ("flex_attention", "paged")):
-        raise ValueError(
-            f"Tokens cannot be pruned with attn_implementation={implementation!r}: load the large model with 'sdpa', "
-            "'flash_attention_2' or 'eager' (large_attn_implementation='sdpa')."
-        )
