@@ -8,6 +8,8 @@ from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
 from transformers_sgl.visualization import TokenBoxes, importance_overlay, internvl_token_boxes
 
+pytestmark = pytest.mark.mechanics
+
 
 def image_processor(tile_size: int = 448, **kwargs) -> GotOcr2ImageProcessor:
     return GotOcr2ImageProcessor(size={"height": tile_size, "width": tile_size}, **kwargs)
