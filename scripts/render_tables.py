@@ -14,6 +14,8 @@ The one table that is not measured, `presets`, is computed from the package. Wit
 with `--check` nothing is written, and the exit code is 1 if a file differs from what the JSON says.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import re

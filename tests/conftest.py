@@ -1,5 +1,7 @@
 """What every test shares: no network, the embedded pair, and the markers' rules."""
 
+from __future__ import annotations
+
 import os
 
 # Before transformers is imported anywhere: no test may reach for a model hub.

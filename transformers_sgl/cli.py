@@ -4,6 +4,8 @@ Every sub-command is a function that adds its own parser and a function that car
 former. What a user got wrong leaves as one sentence on standard error and exit code 2.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -25,11 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv (`Sequence[str]`, *optional*):
-            The arguments after the program's name; those of the process by default.
+        argv (`Sequence[str]`, *optional*): The arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 where the user has to change something.
+        `int`: The exit code: 0, or 2 where the user has to change something.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -126,7 +127,7 @@ def _layer(text: str) -> int | float:
             raise argparse.ArgumentTypeError(message) from None
 
 
-def _open_image(path: Path) -> "Image":
+def _open_image(path: Path) -> Image:
     from PIL import Image
 
     if not path.is_file():
@@ -245,7 +246,7 @@ def _as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _overlay(image: "Image", processor: Any, output: Any) -> "Image":
+def _overlay(image: Image, processor: Any, output: Any) -> Image:
     from transformers_sgl.visualization import importance_overlay, internvl_token_boxes
 
     if output.importance is None or output.keep_mask is None:

@@ -1,5 +1,7 @@
 """Where ready-made pairs come from."""
 
+from __future__ import annotations
+
 from importlib.resources import files
 from pathlib import Path
 

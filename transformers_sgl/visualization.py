@@ -4,6 +4,8 @@ Two steps, each usable alone. `internvl_token_boxes` says which part of the imag
 `importance_overlay` paints boxes, importance and keep mask over the image. Only Pillow and NumPy draw.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +29,13 @@ HATCH_PERIOD_PX = 10
 class TokenBoxes:
     """Where the visual tokens of one image lie in it.
 
-    Args:
-        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`):
-            Left, top, right and bottom of what each token stands for, in pixels of the original image.
-        tile (`np.ndarray` of shape `(num_visual_tokens,)`):
-            The index of the tile each token belongs to, in the order in which the model sees the tiles.
-        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`):
-            Whether that tile is the thumbnail, a view of the whole image beside the tiles.
+    Attributes:
+        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom of what each token stands
+            for, in pixels of the original image.
+        tile (`np.ndarray` of shape `(num_visual_tokens,)`): The index of the tile each token belongs to, in the order
+            in which the model sees the tiles.
+        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether that tile is the thumbnail, a view of the
+            whole image beside the tiles.
     """
 
     boxes: npt.NDArray[np.float64]
@@ -57,21 +59,18 @@ def internvl_token_boxes(
     run row by row.
 
     Args:
-        image_size (`tuple[int, int]`):
-            Width and height of the original image in pixels, as in `image.size`.
-        image_processor:
-            The image processor that prepared it; its `size`, `min_patches` and `max_patches` decide on the tiles.
-        num_visual_tokens (`int`):
-            How many visual tokens the image became.
-        tokens_per_tile (`int`, *optional*):
-            The processor's `image_seq_length`. Without it the image counts as tiled wherever that fits
-            `num_visual_tokens`, and as one tile otherwise.
+        image_size (`tuple[int, int]`): Width and height of the original image in pixels, as in `image.size`.
+        image_processor (`BaseImageProcessor`): The image processor that prepared it; its `size`, `min_patches` and
+            `max_patches` decide on the tiles.
+        num_visual_tokens (`int`): How many visual tokens the image became.
+        tokens_per_tile (`int`, *optional*): The processor's `image_seq_length`. Without it the image counts as tiled
+            wherever that fits `num_visual_tokens`, and as one tile otherwise.
 
     Returns:
-        The [`TokenBoxes`], with `boxes` of shape `(num_visual_tokens, 4)`.
+        [`TokenBoxes`]: The places, with `boxes` of shape `(num_visual_tokens, 4)`.
 
     Raises:
-        ValueError: No InternVL layout of this image has that many visual tokens.
+        ValueError: If no InternVL layout of this image has that many visual tokens.
     """
     # Here, not above: it brings in torchvision, which painting does not need.
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
@@ -119,20 +118,16 @@ def importance_overlay(
     scale, which ends at the 99th percentile because attention has outliers.
 
     Args:
-        image (`PIL.Image.Image`):
-            The original image.
-        boxes ([`TokenBoxes`]):
-            Where its tokens lie, for example from [`internvl_token_boxes`].
-        importance (array of shape `(num_visual_tokens,)`):
-            The importance of each token. Dropped tokens may be `-inf`.
-        keep_mask (array of shape `(num_visual_tokens,)`):
-            Whether each token was kept.
+        image (`PIL.Image.Image`): The original image.
+        boxes ([`TokenBoxes`]): Where its tokens lie, for example from [`internvl_token_boxes`].
+        importance (array of shape `(num_visual_tokens,)`): The importance of each token. Dropped tokens may be `-inf`.
+        keep_mask (array of shape `(num_visual_tokens,)`): Whether each token was kept.
 
     Returns:
-        A new RGB image. A small image is enlarged, a big one reduced, so that it can be looked at.
+        `PIL.Image.Image`: A new RGB image. A small image is enlarged, a big one reduced, so that it can be looked at.
 
     Raises:
-        ValueError: The three do not speak of the same number of tokens.
+        ValueError: If the three do not speak of the same number of tokens.
     """
     importance = np.asarray(importance, dtype=np.float32)
     keep_mask = np.asarray(keep_mask, dtype=bool)
