@@ -25,7 +25,7 @@ IMPLEMENTATIONS = ["sdpa", "eager", FLASH_STAND_IN]
 
 
 def importance_from_eager(inputs: dict[str, Tensor], **settings) -> tuple[Tensor, Tensor]:
-    """Prompt part and generated part, summed in plain loops from the attentions of the same model run in eager mode."""
+    """Prompt part and generated part, in plain loops over the attentions of the same model in eager mode."""
     model = tiny_internvl(attn_implementation="eager")
     output = model.generate(
         **inputs, do_sample=False, output_attentions=True, return_dict_in_generate=True, **settings

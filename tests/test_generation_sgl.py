@@ -188,10 +188,13 @@ def test_the_small_model_writes_no_more_than_it_may() -> None:
     pair, inputs = tiny_pair(), samples(prompts())[0]
     pair.small.generation_config.eos_token_id = 63
     options = {"return_dict_in_generate": True, "do_sample": False}
-    assert pair.generate(**inputs, max_new_tokens=9, **options).draft_sequences.shape[1] == 9
-    assert pair.generate(**inputs, max_new_tokens=9, guidance_max_new_tokens=2, **options).draft_sequences.shape[1] == 2
-    length = inputs["input_ids"].shape[1]
-    assert pair.generate(**inputs, max_length=length + 4, **options).draft_sequences.shape[1] == 4
+
+    def written(**limits) -> int:
+        return pair.generate(**inputs, **limits, **options).draft_sequences.shape[1]
+
+    assert written(max_new_tokens=9) == 9
+    assert written(max_new_tokens=9, guidance_max_new_tokens=2) == 2
+    assert written(max_length=inputs["input_ids"].shape[1] + 4) == 4
 
 
 def test_small_inputs_are_the_small_models_own() -> None:
@@ -323,7 +326,7 @@ class TestRefusals:
     def test_a_small_model_that_sees_another_number_of_visual_tokens(self) -> None:
         small_ids = self.inputs["input_ids"].clone()
         small_ids[0, small_ids[0].tolist().index(IMAGE)] = 5
-        with pytest.raises(ValueError, match=r"have \[16, 32, 32\] visual tokens, but the small model's have \[15, 32"):
+        with pytest.raises(ValueError, match=r"have \[16, 32, 32\] visual tokens, but .* have \[15, 32"):
             self.pair.generate(**self.inputs, small_input_ids=small_ids, **GREEDY)
 
     def test_a_static_cache_of_the_users_own(self) -> None:

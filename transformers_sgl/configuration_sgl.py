@@ -5,13 +5,17 @@ Floor 0: knows what a pair consists of, and nothing about how it runs.
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-__all__ = ["SGLConfig"]
+__all__ = ["PARTS", "SGLConfig", "locate"]
 
-_SUB_CONFIGS = ("large_config", "small_config")
+# The two models of a pair, by the names that its folders, arguments and inputs have.
+PARTS = ("large", "small")
+
+_SUB_CONFIGS = tuple(f"{part}_config" for part in PARTS)
 
 
 class SGLConfig(PreTrainedConfig):
@@ -80,6 +84,32 @@ class SGLConfig(PreTrainedConfig):
         if not isinstance(self.large_config, PreTrainedConfig):
             return self
         return self.large_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def locate(path: str | os.PathLike[str], *folders: str | None) -> tuple[str, dict[str, str]]:
+    """Where a folder of a bundle is, in the words of `from_pretrained`.
+
+    Args:
+        path (`str` or `os.PathLike`): The bundle: a folder or a Hub repository.
+        *folders (`str`, *optional*): The folders that lead to the part that is wanted, from the bundle's root.
+
+    Returns:
+        `tuple` of `str` and `dict`: What to pass as the first argument, and the keyword arguments to pass with it.
+
+    Raises:
+        OSError: If the bundle is a folder and the part is not in it.
+    """
+    path, subfolder = os.fspath(path), "/".join(folder for folder in folders if folder)
+    if not os.path.isdir(path):
+        return path, {"subfolder": subfolder} if subfolder else {}
+    # A local folder is joined, because transformers does not look into subfolders of one for every file.
+    joined = os.path.join(path, subfolder)
+    if not os.path.isdir(joined):
+        raise OSError(
+            f"There is no folder {subfolder!r} in {path!r}: a pair is a folder with `large/`, `small/` and a "
+            "`config.json`, as `save_pretrained` of a pair writes it."
+        )
+    return joined, {}
 
 
 def _as_config(name: str, config: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:

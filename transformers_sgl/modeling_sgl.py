@@ -15,16 +15,15 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Generati
 from transformers.utils import ModelOutput
 
 from transformers_sgl.architectures import check_supported
-from transformers_sgl.configuration_sgl import SGLConfig
+from transformers_sgl.configuration_sgl import PARTS, SGLConfig, locate
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
 
 __all__ = ["SGLForConditionalGeneration"]
 
-_MODELS = ("large", "small")
 # Where a checkpoint is to be found; the same for the pair and for its models.
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _MARKER_OF_A_FINISHED_SAVE = "config.json"
 
 
@@ -100,6 +99,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.large = large
         self.small = small
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
+        self.training = large.training or small.training
         self.post_init()
 
     def init_weights(self) -> None:
@@ -141,7 +141,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             name: model
             if isinstance(model, PreTrainedModel)
             else AutoModelForImageTextToText.from_pretrained(model, **options[name])
-            for name, model in zip(_MODELS, (large, small), strict=True)
+            for name, model in zip(PARTS, (large, small), strict=True)
         }
         return cls(**loaded)
 
@@ -162,28 +162,30 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             OSError: If there is no bundle there, or half of one.
         """
-        path = os.fspath(pretrained_model_name_or_path)
+        root = kwargs.pop("subfolder", None)
+        path, subfolder = locate(pretrained_model_name_or_path, root)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
         config = kwargs.pop("config", None)
         generation_config = kwargs.pop("generation_config", None)
-        kwargs.pop("subfolder", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
         if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(path, **hub_kwargs)
+            config = SGLConfig.from_pretrained(path, **hub_kwargs, **subfolder)
+        if config.large_config is None:
+            raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
 
         options = _split_kwargs(kwargs)
         models, loading_info = {}, {}
-        for name in _MODELS:
-            subfolder = os.path.join(hub_kwargs.get("subfolder", ""), name)
+        for name in PARTS:
+            part, part_subfolder = locate(pretrained_model_name_or_path, root, name)
             models[name], loading_info[name] = AutoModelForImageTextToText.from_pretrained(
-                path, **{**options[name], "subfolder": subfolder, "output_loading_info": True}
+                part, **options[name], **part_subfolder, output_loading_info=True
             )
         model = cls(config, **models)
         # transformers' own `from_pretrained` restores plain `GenerationConfig`; the extension is ours to load.
         if generation_config is None:
-            generation_config = SGLGenerationConfig.from_pretrained(path, **hub_kwargs)
+            generation_config = SGLGenerationConfig.from_pretrained(path, **hub_kwargs, **subfolder)
         model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
-        model.name_or_path = model.config.name_or_path = path
+        model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         return (model.eval(), loading_info) if with_loading_info else model.eval()  # type: ignore[return-value]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -204,7 +206,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MARKER_OF_A_FINISHED_SAVE).unlink(missing_ok=True)
-        for name in _MODELS:
+        for name in PARTS:
             getattr(self, name).save_pretrained(folder / name, **kwargs)
         self.generation_config.save_pretrained(folder)
         self.config.architectures = [type(self).__name__]
@@ -295,12 +297,12 @@ _GENERATE_ARGUMENTS = (
 
 def _split_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Splits loading arguments: `large_*` and `small_*` go to one model, the others to both."""
-    prefixes = tuple(f"{name}_" for name in _MODELS)
+    prefixes = tuple(f"{name}_" for name in PARTS)
     shared = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
     return {
         model: {
             **shared,
             **{name.removeprefix(prefix): value for name, value in kwargs.items() if name.startswith(prefix)},
         }
-        for model, prefix in zip(_MODELS, prefixes, strict=True)
+        for model, prefix in zip(PARTS, prefixes, strict=True)
     }

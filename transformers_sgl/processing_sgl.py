@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
+from transformers_sgl.configuration_sgl import PARTS, locate
+
 __all__ = ["SGLProcessor"]
 
 _CONFIG_FILE = "processor_config.json"
@@ -88,16 +90,12 @@ class SGLProcessor(ProcessorMixin):
         Raises:
             OSError: If there is no bundle there, or half of one.
         """
-        path = os.fspath(pretrained_model_name_or_path)
-        base = kwargs.pop("subfolder", None) or ""
+        root = kwargs.pop("subfolder", None)
         kwargs.pop("_from_auto", None)
         parts = []
-        for name in ("large", "small"):
-            # A local folder is joined, because transformers' processors look for files, not subfolders, there.
-            if os.path.isdir(path):
-                parts.append(AutoProcessor.from_pretrained(os.path.join(path, base, name), **kwargs))
-            else:
-                parts.append(AutoProcessor.from_pretrained(path, subfolder=os.path.join(base, name), **kwargs))
+        for name in PARTS:
+            path, subfolder = locate(pretrained_model_name_or_path, root, name)
+            parts.append(AutoProcessor.from_pretrained(path, **kwargs, **subfolder))
         return cls(*parts)
 
     def save_pretrained(
@@ -115,8 +113,8 @@ class SGLProcessor(ProcessorMixin):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.large_processor.save_pretrained(folder / "large")
-        self.small_processor.save_pretrained(folder / "small")
+        for name in PARTS:
+            getattr(self, f"{name}_processor").save_pretrained(folder / name)
         (folder / _CONFIG_FILE).write_text(self.to_json_string())
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)

@@ -1,0 +1,172 @@
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import prompts, state, tiny_internvl
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    InternVLForConditionalGeneration,
+    LlavaConfig,
+)
+
+import transformers_sgl
+from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLGenerationConfig
+
+pytestmark = pytest.mark.mechanics
+
+GREEDY = {"do_sample": False, "max_new_tokens": 5}
+
+
+@pytest.fixture
+def pair() -> SGLForConditionalGeneration:
+    return SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(2, seed=1, hidden_size=16)).eval()
+
+
+@pytest.fixture
+def bundle(pair: SGLForConditionalGeneration, tmp_path: Path) -> Path:
+    pair.generation_config = SGLGenerationConfig.from_preset("quality", eos_token_id=61, pad_token_id=62)
+    pair.save_pretrained(tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
+def test_every_auto_class_loads_a_bundle(auto_class, pair: SGLForConditionalGeneration, bundle: Path) -> None:
+    loaded = auto_class.from_pretrained(bundle)
+    assert isinstance(loaded, SGLForConditionalGeneration)
+    assert not loaded.training
+    assert loaded.generation_config == pair.generation_config
+    inputs = prompts()
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), pair.generate(**inputs, **GREEDY))
+
+
+def test_both_halves_of_a_bundle_are_ordinary_checkpoints(pair: SGLForConditionalGeneration, bundle: Path) -> None:
+    inputs = prompts()
+    for name in ("large", "small"):
+        model = AutoModelForImageTextToText.from_pretrained(bundle / name)
+        assert type(model) is InternVLForConditionalGeneration
+        assert torch.equal(model.generate(**inputs, **GREEDY), getattr(pair, name).generate(**inputs, **GREEDY))
+        assert sorted(path.suffix for path in (bundle / name).iterdir()) == [".json", ".json", ".safetensors"]
+
+
+def test_a_bundle_survives_being_loaded_and_saved_again(bundle: Path, tmp_path: Path) -> None:
+    # At first transformers adds what it found out about the weights, their type, to the configuration.
+    folders = [bundle, tmp_path / "once", tmp_path / "twice"]
+    for source, target in itertools.pairwise(folders):
+        SGLForConditionalGeneration.from_pretrained(source).save_pretrained(target)
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in folders]
+    assert names[0] == names[1] == names[2]
+    for name in names[0]:
+        assert (folders[1] / name).read_bytes() == (folders[2] / name).read_bytes(), name
+
+
+def test_pairing_takes_models_and_folders(bundle: Path) -> None:
+    large = AutoModelForImageTextToText.from_pretrained(bundle / "large")
+    paired = SGLForConditionalGeneration.from_large_small_pretrained(large, bundle / "small")
+    assert paired.large is large
+    assert paired.config.large_config is large.config
+    assert not paired.training
+
+
+def test_keyword_arguments_go_to_both_models_or_to_one(bundle: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(
+        bundle, dtype=torch.bfloat16, small_dtype=torch.float32, large_attn_implementation="eager"
+    )
+    assert (model.large.dtype, model.small.dtype, model.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    assert model.large.get_decoder().config._attn_implementation == "eager"
+    assert model.small.get_decoder().config._attn_implementation == "sdpa"
+
+
+def test_loading_info_is_that_of_both_models(bundle: Path) -> None:
+    _, info = SGLForConditionalGeneration.from_pretrained(bundle, output_loading_info=True)
+    assert set(info) == {"large", "small"}
+    assert not info["large"]["missing_keys"]
+
+
+def test_a_subfolder_can_hold_the_bundle(bundle: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(bundle.parent, subfolder=bundle.name)
+    assert model.generation_config.retention_ratio == 0.4
+
+
+def test_forward_is_the_large_models(pair: SGLForConditionalGeneration) -> None:
+    inputs = prompts()
+    expected = pair.large(**inputs).logits
+    assert torch.equal(pair(**inputs, small_input_ids=inputs["input_ids"]).logits, expected)
+    assert pair.get_decoder() is pair.large.get_decoder()
+    assert pair.get_input_embeddings() is pair.large.get_input_embeddings()
+    assert pair.get_output_embeddings() is pair.large.get_output_embeddings()
+
+
+def test_pairing_leaves_the_weights_alone() -> None:
+    large, small = tiny_internvl(), tiny_internvl(seed=1)
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (large, small)]
+    SGLForConditionalGeneration(large=large, small=small)
+    for model, weights in zip((large, small), before, strict=True):
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_configuration_alone_builds_random_models(pair: SGLForConditionalGeneration) -> None:
+    built = AutoModelForImageTextToText.from_config(pair.config)
+    assert isinstance(built, SGLForConditionalGeneration)
+    assert sum(map(torch.numel, built.parameters())) == sum(map(torch.numel, pair.parameters()))
+
+
+def test_importing_registers_the_type_and_changes_nothing_else() -> None:
+    assert AutoConfig.for_model("sgl").model_type == "sgl"
+    assert transformers_sgl.__all__ == sorted(transformers_sgl.__all__, key=lambda name: (not name.isupper(), name))
+
+
+class TestRefusals:
+    def test_half_a_pair(self) -> None:
+        with pytest.raises(ValueError, match="pass both `large` and `small`"):
+            SGLForConditionalGeneration(large=tiny_internvl())
+        with pytest.raises(ValueError, match="Pass an `SGLConfig` with two models' configurations, or two models"):
+            SGLForConditionalGeneration(SGLConfig())
+
+    def test_an_architecture_that_is_not_supported(self, pair: SGLForConditionalGeneration) -> None:
+        large = tiny_internvl()
+        large.config = LlavaConfig()
+        before = state(pair.small)
+        with pytest.raises(ValueError, match=r"Models of type 'llava' are not supported, .* use one of 'internvl'"):
+            SGLForConditionalGeneration(large=large, small=pair.small)
+        assert state(pair.small) == before
+
+    def test_a_decoder_with_sliding_windows(self) -> None:
+        with pytest.raises(ValueError, match=r"has layers of the types .*'sliding_attention'.* use a model whose"):
+            SGLForConditionalGeneration(
+                large=tiny_internvl(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+                small=tiny_internvl(),
+            )
+
+    def test_a_bundle_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="nowhere"):
+            SGLForConditionalGeneration.from_pretrained(tmp_path / "nowhere")
+
+    def test_half_a_bundle(self, bundle: Path) -> None:
+        shutil.rmtree(bundle / "small")
+        with pytest.raises(OSError, match=r"There is no folder 'small' in .*: a pair is a folder with"):
+            SGLForConditionalGeneration.from_pretrained(bundle)
+
+    def test_a_save_that_breaks_off_is_not_taken_for_a_bundle(
+        self, pair: SGLForConditionalGeneration, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full_disk(*args, **kwargs) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(pair.small, "save_pretrained", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            pair.save_pretrained(bundle)
+        assert not (bundle / "config.json").exists()
+        with pytest.raises(OSError, match=r"There is no finished pair in .* `config\.json` is missing"):
+            SGLForConditionalGeneration.from_pretrained(bundle)
+
+
+def test_config_json_tells_both_architectures_and_no_paths(bundle: Path) -> None:
+    config = json.loads((bundle / "config.json").read_text())
+    assert (config["model_type"], config["large_config"]["model_type"]) == ("sgl", "internvl")
+    assert str(bundle.parent) not in (bundle / "config.json").read_text()
