@@ -1,0 +1,682 @@
+"""Trains the tiny pair from nothing: two InternVL checkpoints of which the small one guides the large one.
+
+    python scripts/train_tiny_pair.py --output model_cards/sgl-tiny
+
+No pretrained weights and no downloaded data are involved; pictures, questions and answers are drawn from a seed (see
+`tiny_pair_data.py`). The story has three stages, each of which can be stopped and started again:
+
+1. `tower`: one vision tower learns, with dense labels only, which coloured shape and which letter every visual token
+   shows. A linear head reads colour x shape and letter off each projected token. Learning to see this way takes
+   minutes, where learning it from answers alone takes hours.
+2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about scenes
+   of five tiles. The picture is what costs, so a row holds one picture and a dozen independent questions: each
+   question attends to the picture and to itself, and counts its positions from the picture on, as if it stood alone.
+   The dense labels stay in the loss at half weight. The learning rate is constant, then falls to zero.
+3. `export`: writes both checkpoints, measures them on test scenes and on easy-VQA's test questions by greedy
+   `generate`, and records what was measured in `training.json`.
+
+Greedy decoding gives exactly the right answer if and only if the most likely token is right at every position of the
+answer when the answer itself is fed in; the progress checks use that and never decode.
+
+Weights are drawn, data ordered and batches composed from the seed and the step, so a resumed run goes on exactly. Two
+stages can run at the same time in two processes: `--stage small` and `--stage large` need `--stage tower` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tiny_pair_data import (
+    IGNORE,
+    NUM_CHARACTERS,
+    NUM_CLASSES,
+    Example,
+    corpus,
+    example,
+    scene_examples,
+    tile_example,
+)
+from tiny_pair_models import TOKENS_PER_TILE, build_model, build_processor, build_tokenizer
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+)
+from transformers.utils import logging
+
+from transformers_sgl.evaluation.easy_vqa import load_easy_vqa, question_only_prior
+from transformers_sgl.evaluation.scenes import Question, Scenes
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How one stage trains.
+
+    Attributes:
+        phases: Steps, how often each source of data is drawn, and whether negated questions are asked.
+        batch: Pictures per step, by source.
+        questions: Questions per picture, by source.
+        matrix_lr: Learning rate of Muon, which trains the weight matrices.
+        other_lr: Learning rate of AdamW, which trains everything else.
+        warmup: Steps until the full learning rate.
+        decay: The fraction of steps, at the end, over which the learning rate falls to zero.
+    """
+
+    phases: tuple[tuple[int, dict[str, float], bool], ...]
+    batch: dict[str, int]
+    questions: dict[str, int]
+    matrix_lr: float
+    other_lr: float
+    warmup: int = 100
+    decay: float = 0.25
+
+    @property
+    def steps(self) -> int:
+        """All steps of the stage."""
+        return sum(steps for steps, _, _ in self.phases)
+
+    def factor(self, step: int) -> float:
+        """The fraction of the learning rate at a step."""
+        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
+
+    def source(self, step: int, seed: int) -> tuple[str, bool]:
+        """The source of data at a step, and whether negated questions are asked."""
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        ends = accumulate(steps for steps, _, _ in self.phases)
+        _, weights, negation = next(phase for end, phase in zip(ends, self.phases, strict=True) if step < end)
+        index = torch.multinomial(torch.tensor(list(weights.values())), 1, generator=generator).item()
+        return list(weights)[index], negation
+
+
+SCHEDULES = {
+    "tower": Schedule(
+        phases=((1350, {"tile": 1.0}, False),), batch={"tile": 64}, questions={}, matrix_lr=0.02, other_lr=3e-3
+    ),
+    "small": Schedule(
+        phases=(
+            (500, {"shape": 0.4, "mini": 0.6}, False),
+            (500, {"shape": 0.4, "mini": 0.4, "scene": 0.2}, True),
+            (2000, {"shape": 0.2, "mini": 0.2, "scene": 0.6}, True),
+        ),
+        batch={"shape": 24, "mini": 24, "scene": 10},
+        questions={"shape": 12, "mini": 14, "scene": 18},
+        matrix_lr=0.01,
+        other_lr=3e-3,
+    ),
+    "large": Schedule(
+        phases=(
+            (300, {"shape": 0.3, "mini": 0.7}, False),
+            (300, {"shape": 0.3, "mini": 0.4, "scene": 0.3}, True),
+            (800, {"shape": 0.1, "mini": 0.2, "scene": 0.7}, True),
+        ),
+        batch={"shape": 16, "mini": 16, "scene": 6},
+        questions={"shape": 12, "mini": 14, "scene": 18},
+        matrix_lr=0.01,
+        other_lr=2e-3,
+    ),
+}
+
+
+class DenseHeads(nn.Module):
+    """Reads off each projected visual token what it shows; used in training only.
+
+    Args:
+        width: Width of a projected visual token.
+        places: Whether to read off where in its tile the token lies, too.
+    """
+
+    def __init__(self, width: int, places: bool) -> None:
+        super().__init__()
+        self.classes = nn.Linear(width, NUM_CLASSES)
+        self.characters = nn.Linear(width, NUM_CHARACTERS)
+        self.places = nn.Linear(width, TOKENS_PER_TILE) if places else None
+        class_weight, character_weight = torch.ones(NUM_CLASSES), torch.ones(NUM_CHARACTERS)
+        class_weight[-1] = character_weight[-1] = 0.1  # background and "no letter" are most of the picture
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.register_buffer("character_weight", character_weight, persistent=False)
+
+    def forward(
+        self, features: torch.Tensor, classes: torch.Tensor, characters: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Computes the dense loss.
+
+        Args:
+            features: `(num_visual_tokens, width)` projected visual tokens.
+            classes: `(num_visual_tokens,)` colour x shape.
+            characters: `(num_visual_tokens,)` letters, `IGNORE` where none is asked for.
+
+        Returns:
+            The loss, and the accuracies on the tokens that show an object.
+        """
+        class_logits, character_logits = self.classes(features), self.characters(features)
+        loss = F.cross_entropy(class_logits, classes, self.class_weight)
+        loss = loss + F.cross_entropy(character_logits, characters, self.character_weight, ignore_index=IGNORE)
+        if self.places is not None:
+            places = torch.arange(TOKENS_PER_TILE, device=features.device).repeat(len(features) // TOKENS_PER_TILE)
+            loss = loss + F.cross_entropy(self.places(features), places)
+        with torch.no_grad():
+            shown = classes != NUM_CLASSES - 1
+            printed = (characters != NUM_CHARACTERS - 1) & (characters != IGNORE)
+            accuracies = {
+                "dense_class": (class_logits.argmax(-1) == classes)[shown].float().mean().item(),
+                "dense_character": (character_logits.argmax(-1) == characters)[printed].float().mean().item(),
+            }
+        return loss, accuracies
+
+
+# Batches
+
+
+@dataclass
+class Packed:
+    """Rows of one picture and many independent questions each.
+
+    Attributes:
+        inputs: Keyword arguments of the model.
+        positions: `(2, num_targets)` row and column whose output predicts a target.
+        targets: `(num_targets,)` answer tokens.
+        question_of: `(num_targets,)` the question that a target belongs to.
+        kinds: The kind of each question.
+        classes: `(num_visual_tokens,)` dense labels of the batch.
+        characters: `(num_visual_tokens,)` dense labels of the batch.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    positions: torch.Tensor
+    targets: torch.Tensor
+    question_of: torch.Tensor
+    kinds: list[str]
+    classes: torch.Tensor
+    characters: torch.Tensor
+
+
+class Packer:
+    """Turns examples into packed rows.
+
+    Args:
+        processor: The processor of both models.
+        device: Where the tensors go.
+    """
+
+    def __init__(self, processor: InternVLProcessor, device: torch.device) -> None:
+        self.processor = processor
+        self.device = device
+        self._cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, remembered: the wordings are few."""
+        if text not in self._cache:
+            self._cache[text] = self.processor.tokenizer(text).input_ids
+        return self._cache[text]
+
+    def pixels(self, examples: list[Example]) -> torch.Tensor:
+        """`(num_tiles, 3, 64, 64)`: what the processor makes of the pictures."""
+        images = [item.image for item in examples]
+        return self.processor.image_processor(images, return_tensors="pt").pixel_values.to(self.device)
+
+    def dense(self, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense labels of the pictures, `(num_visual_tokens,)` each."""
+        classes = torch.cat([torch.from_numpy(item.classes) for item in examples])
+        characters = torch.cat([torch.from_numpy(item.characters) for item in examples])
+        return classes.to(self.device), characters.to(self.device)
+
+    def pack(self, examples: list[Example]) -> Packed:
+        """Packs examples, all with the same number of tiles, one row each."""
+        num_visual = len(examples[0].classes)
+        processor = self.processor
+        picture = f"{processor.start_image_token}{processor.image_token * num_visual}{processor.end_image_token}"
+        prefix = self.encode(f"<|im_start|>user\n{picture}\n")
+        rows, starts, targets = [], [], []
+        question_of, kinds = [], []
+        for row, item in enumerate(examples):
+            ids, segments, positions = list(prefix), [0] * len(prefix), list(range(len(prefix)))
+            for number, question in enumerate(item.questions, start=1):
+                prompt = self.encode(f"{question.question}<|im_end|>\n<|im_start|>assistant\n")
+                answer = self.encode(f"{question.answer}<|im_end|>")
+                first = len(ids) + len(prompt) - 1
+                starts += [(row, first + offset) for offset in range(len(answer))]
+                targets += answer
+                question_of += [len(kinds)] * len(answer)
+                kinds.append(question.kind)
+                segment = prompt + answer[:-1]  # nothing is predicted after the last token
+                ids += segment
+                segments += [number] * len(segment)
+                positions += range(len(prefix), len(prefix) + len(segment))
+            rows.append((ids, segments, positions))
+        length = max(len(ids) for ids, _, _ in rows)
+        pad = processor.tokenizer.pad_token_id
+        input_ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _, _ in rows])
+        segments = torch.tensor([own + [-1] * (length - len(own)) for _, own, _ in rows])
+        position_ids = torch.tensor([own + [0] * (length - len(own)) for _, _, own in rows])
+        own = segments[:, :, None] == segments[:, None, :]
+        in_prefix = (segments == 0)[:, None, :]
+        allowed = (own | in_prefix) & torch.ones(length, length, dtype=torch.bool).tril()
+        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+        classes, characters = self.dense(examples)
+        return Packed(
+            inputs={
+                "input_ids": input_ids.to(self.device),
+                "position_ids": position_ids.to(self.device),
+                "attention_mask": mask.to(self.device),
+                "pixel_values": self.pixels(examples),
+            },
+            positions=torch.tensor(starts).T.to(self.device),
+            targets=torch.tensor(targets).to(self.device),
+            question_of=torch.tensor(question_of).to(self.device),
+            kinds=kinds,
+            classes=classes,
+            characters=characters,
+        )
+
+
+def answer_logits(model: InternVLForConditionalGeneration, batch: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a packed batch.
+
+    Args:
+        model: The model.
+        batch: The batch.
+
+    Returns:
+        `(num_targets, vocab_size)` logits of the answers, and `(num_visual_tokens, width)` projected visual tokens.
+    """
+    outputs = model.model(**batch.inputs, use_cache=False)
+    hidden = outputs.last_hidden_state[batch.positions[0], batch.positions[1]]
+    return model.lm_head(hidden), outputs.image_hidden_states.flatten(0, 1)
+
+
+@torch.no_grad()
+def packed_accuracy(
+    model: InternVLForConditionalGeneration, packer: Packer, examples: list[Example], rows: int = 16
+) -> dict[str, float]:
+    """The fraction of questions, by kind, that greedy decoding answers exactly.
+
+    Args:
+        model: The model.
+        packer: Makes the batches.
+        examples: What to ask; all with the same number of tiles.
+        rows: Pictures at a time.
+
+    Returns:
+        Accuracy by kind, and of all questions as `"all"`.
+    """
+    model.eval()
+    right: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(examples), rows):
+        batch = packer.pack(examples[start : start + rows])
+        logits, _ = answer_logits(model, batch)
+        wrong = torch.zeros(len(batch.kinds), device=logits.device)
+        wrong.index_add_(0, batch.question_of, (logits.argmax(-1) != batch.targets).float())
+        for kind, errors in zip(batch.kinds, wrong.tolist(), strict=True):
+            right[kind].append(float(errors == 0))
+            right["all"].append(float(errors == 0))
+    model.train()
+    return {kind: round(sum(values) / len(values), 4) for kind, values in sorted(right.items())}
+
+
+# Training
+
+
+class Trainer:
+    """Steps, learning rates, checkpoints and the log of one stage.
+
+    Args:
+        stage: Name of the stage.
+        modules: What is trained and saved.
+        work_dir: Where checkpoints and logs go.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, stage: str, modules: nn.ModuleDict, work_dir: Path, seed: int) -> None:
+        self.stage = stage
+        self.modules = modules
+        self.schedule = SCHEDULES[stage]
+        self.seed = seed
+        self.checkpoint = work_dir / f"{stage}.pt"
+        self.log_file = work_dir / f"{stage}.jsonl"
+        matrices, others = [], []
+        for name, parameter in modules.named_parameters():
+            is_matrix = parameter.ndim == 2 and "embed" not in name and "heads" not in name
+            (matrices if is_matrix else others).append(parameter)
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=self.schedule.matrix_lr, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=self.schedule.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.base_lrs = [self.schedule.matrix_lr, self.schedule.other_lr]
+        self.state = {"step": 0, "seconds": 0.0, "pictures": {}, "questions": 0}
+        if self.checkpoint.exists():
+            saved = torch.load(self.checkpoint, weights_only=True)
+            modules.load_state_dict(saved["modules"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.state = saved["state"]
+
+    def save(self) -> None:
+        """Writes everything needed to go on."""
+        saved = {
+            "modules": self.modules.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "state": self.state,
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(saved, partial)
+        partial.replace(self.checkpoint)
+
+    def log(self, **values: object) -> None:
+        """Appends one line to the log."""
+        with self.log_file.open("a") as file:
+            file.write(json.dumps({"step": self.state["step"], **values}) + "\n")
+
+    def run(self, loss_of, check, check_every: int = 100) -> None:
+        """Trains to the end of the schedule.
+
+        Args:
+            loss_of: `(source, first_index, negation) -> (loss, measurements, num_pictures, num_questions)`.
+            check: `() -> dict` of held-out measurements.
+            check_every: Steps between checks; a checkpoint is written with each.
+        """
+        bar = tqdm(total=self.schedule.steps, initial=self.state["step"], desc=self.stage, mininterval=10)
+        recent: dict[str, list[float]] = defaultdict(list)
+        while self.state["step"] < self.schedule.steps:
+            started, step = time.perf_counter(), self.state["step"]
+            for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * self.schedule.factor(step)
+                optimizer.zero_grad(set_to_none=True)
+            source, negation = self.schedule.source(step, self.seed)
+            seen = self.state["pictures"].get(source, 0)
+            loss, measured, num_pictures, num_questions = loss_of(source, seen, negation)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.state["step"] = step + 1
+            self.state["seconds"] += time.perf_counter() - started
+            self.state["pictures"][source] = seen + num_pictures
+            self.state["questions"] += num_questions
+            for name, value in measured.items():
+                if value == value:  # a batch without letters has no accuracy of reading them
+                    recent[f"{source}/{name}"].append(value)
+            bar.update()
+            if (step + 1) % 50 == 0:
+                means = {name: round(sum(values) / len(values), 4) for name, values in sorted(recent.items())}
+                self.log(seconds=round(self.state["seconds"]), **means)
+                recent.clear()
+            if (step + 1) % check_every == 0 or step + 1 == self.schedule.steps:
+                self.log(held_out=check())
+                self.save()
+        bar.close()
+
+
+def train_tower(processor: InternVLProcessor, work_dir: Path, seed: int, device: torch.device) -> None:
+    """Stage 1: one vision tower and both projectors learn from dense labels."""
+    torch.manual_seed(seed)
+    models = {name: build_model(name, processor.tokenizer) for name in ("small", "large")}
+    modules = nn.ModuleDict({"tower": models["large"].model.vision_tower})
+    for name, model in models.items():
+        modules[f"projector_{name}"] = model.model.multi_modal_projector
+        modules[f"heads_{name}"] = DenseHeads(model.config.text_config.hidden_size, places=False)
+    modules.to(device)
+    trainer = Trainer("tower", modules, work_dir, seed)
+    packer = Packer(processor, device)
+
+    def measure(first: int, count: int, data_seed: int) -> tuple[torch.Tensor, dict[str, float]]:
+        examples = [tile_example(data_seed, index) for index in range(first, first + count)]
+        features = modules["tower"](packer.pixels(examples)).last_hidden_state[:, 1:]
+        loss, measured = torch.zeros((), device=device), {}
+        for name in models:
+            projected = modules[f"projector_{name}"](features).flatten(0, 1)
+            part, accuracies = modules[f"heads_{name}"](projected, *packer.dense(examples))
+            loss = loss + part
+            measured |= {f"{name}/{key}": value for key, value in {"loss": part.item(), **accuracies}.items()}
+        return loss, measured
+
+    def loss_of(source: str, first: int, negation: bool) -> tuple[torch.Tensor, dict[str, float], int, int]:
+        count = trainer.schedule.batch[source]
+        return *measure(first, count, seed), count, 0
+
+    def held_out() -> dict[str, float]:
+        with torch.no_grad():
+            return {name: round(value, 4) for name, value in measure(0, 512, seed + 1)[1].items()}
+
+    trainer.run(loss_of, held_out)
+
+
+def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: int, device: torch.device) -> None:
+    """Stage 2: one model, with the trained tower, learns to answer."""
+    torch.manual_seed(seed + 1)
+    model = build_model(name, processor.tokenizer)
+    heads = DenseHeads(model.config.text_config.hidden_size, places=True)
+    tower = torch.load(work_dir / "tower.pt", weights_only=True)["modules"]
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tower.items() if key.startswith(prefix)}
+
+    model.model.vision_tower.load_state_dict(part("tower."))
+    model.model.multi_modal_projector.load_state_dict(part(f"projector_{name}."))
+    heads.load_state_dict(part(f"heads_{name}."), strict=False)
+    modules = nn.ModuleDict({"model": model, "heads": heads}).to(device)
+    modules.train()
+    trainer = Trainer(name, modules, work_dir, seed)
+    packer = Packer(processor, device)
+    schedule = trainer.schedule
+    held_out = {
+        "shape": [example("shape", seed + 1, index, 12) for index in range(48)],
+        "mini": [example("mini", seed + 1, index, 9) for index in range(48)],
+        "scene": scene_examples("test", seed + 1, 48),
+    }
+
+    def loss_of(source: str, first: int, negation: bool) -> tuple[torch.Tensor, dict[str, float], int, int]:
+        count = schedule.batch[source]
+        asked = schedule.questions[source]
+        examples = [example(source, seed, first + i, asked, negation) for i in range(count)]
+        batch = packer.pack(examples)
+        logits, features = answer_logits(model, batch)
+        answers = F.cross_entropy(logits, batch.targets)
+        dense, measured = heads(features, batch.classes, batch.characters)
+        return answers + 0.5 * dense, {"loss": answers.item(), **measured}, count, len(batch.kinds)
+
+    def check() -> dict[str, dict[str, float]]:
+        return {source: packed_accuracy(model, packer, examples) for source, examples in held_out.items()}
+
+    trainer.run(loss_of, check)
+
+
+# Measuring and writing
+
+
+@torch.no_grad()
+def generated_answers(
+    model: InternVLForConditionalGeneration,
+    processor: InternVLProcessor,
+    images: list[Image.Image],
+    questions: list[str],
+    rows: int = 64,
+) -> list[str]:
+    """Answers questions the way a user would: chat template, stock greedy `generate`.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        images: One picture per question.
+        questions: The questions.
+        rows: Questions at a time.
+
+    Returns:
+        The answers.
+    """
+    answers = []
+    for start in tqdm(range(0, len(questions), rows), desc="generate", mininterval=10):
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+            for image, question in zip(images[start : start + rows], questions[start : start + rows], strict=True)
+        ]
+        inputs = processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=40)
+        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def grouped_accuracy(kinds: list[str], right: list[bool]) -> dict[str, float]:
+    """The fraction of right answers by kind, and of all as `"all"`."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for kind, hit in zip(kinds, right, strict=True):
+        groups["all"].append(hit)
+        groups[kind].append(hit)
+    return {kind: round(sum(hits) / len(hits), 4) for kind, hits in sorted(groups.items())}
+
+
+def scene_prior(seed: int, questions: list[Question], num_scenes: int = 4000) -> list[bool]:
+    """Which questions are answered by the answer that their wording has most often in training scenes."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for scene in Scenes("train", seed, length=num_scenes):
+        for question in scene.questions:
+            counts[question.question][question.answer] += 1
+    return [
+        bool(counts[item.question]) and counts[item.question].most_common(1)[0][0] == item.answer for item in questions
+    ]
+
+
+def export(output: Path, work_dir: Path, seed: int, device: torch.device, num_scenes: int = 250) -> None:
+    """Stage 3: writes both checkpoints, measures them as a user would load them, records it all.
+
+    Args:
+        output: Where `large/`, `small/` and `training.json` go.
+        work_dir: Where the trained stages are.
+        seed: Seed of the run.
+        device: Where to measure.
+        num_scenes: Test scenes to ask 9 questions each about.
+    """
+    processor = AutoProcessor.from_pretrained(work_dir / "processor")
+    scenes = [(scene.image, question) for scene in Scenes("test", length=num_scenes) for question in scene.questions]
+    easy_train, easy_test = load_easy_vqa("train"), load_easy_vqa("test")
+    easy_kinds = ["yes_no" if item.is_yes_no else "other" for item in easy_test]
+    scene_kinds = [question.kind for _, question in scenes]
+    prior = question_only_prior(easy_train, easy_test)
+    record = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": "python scripts/train_tiny_pair.py --output model_cards/sgl-tiny",
+        "seed": seed,
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "device": device.type},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "tokenizers", "pillow")},
+        "schedules": {name: asdict(schedule) for name, schedule in SCHEDULES.items()},
+        "easy_vqa_questions": len(easy_test),
+        "scene_questions": len(scenes),
+        "question_only_prior": {
+            "easy_vqa": {name: round(value, 4) for name, value in prior.items()},
+            "scenes": grouped_accuracy(scene_kinds, scene_prior(seed, [question for _, question in scenes])),
+        },
+        "stages": {"tower": read_log(work_dir, "tower")},
+    }
+    for name in ("small", "large"):
+        saved = torch.load(work_dir / f"{name}.pt", weights_only=True, map_location="cpu")
+        model = build_model(name, processor.tokenizer)
+        weights = {key.removeprefix("model."): value for key, value in saved["modules"].items()}
+        model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("heads.")})
+        model.save_pretrained(output / name)
+        processor.save_pretrained(output / name)
+        model = AutoModelForImageTextToText.from_pretrained(output / name).to(device).eval()
+        loaded = AutoProcessor.from_pretrained(output / name)
+        answers = generated_answers(
+            model, loaded, [item.image for item in easy_test], [item.question for item in easy_test]
+        )
+        easy = [answer == item.answer for answer, item in zip(answers, easy_test, strict=True)]
+        answers = generated_answers(
+            model, loaded, [image for image, _ in scenes], [question.question for _, question in scenes], rows=32
+        )
+        right = [answer == question.answer for answer, (_, question) in zip(answers, scenes, strict=True)]
+        record["stages"][name] = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **read_log(work_dir, name),
+            "easy_vqa": grouped_accuracy(easy_kinds, easy),
+            "scenes": grouped_accuracy(scene_kinds, right),
+        }
+        print(name, json.dumps(record["stages"][name]["easy_vqa"]), json.dumps(record["stages"][name]["scenes"]))
+    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_log(work_dir: Path, stage: str) -> dict[str, object]:
+    """What a stage saw, how long it took, and how its losses and held-out accuracies went."""
+    state = torch.load(work_dir / f"{stage}.pt", weights_only=True, map_location="cpu")["state"]
+    lines = [json.loads(line) for line in (work_dir / f"{stage}.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "held_out" not in line]
+    return {
+        "steps": state["step"],
+        "seconds": round(state["seconds"]),
+        "pictures": state["pictures"],
+        "questions": state["questions"],
+        "loss": [
+            {key: value for key, value in line.items() if key == "step" or key.endswith("loss")}
+            for line in measured[3::4]
+        ],
+        "held_out": lines[-1].get("held_out"),
+    }
+
+
+def processor_name() -> str:
+    """The processor's model name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+STAGES = ("tower", "small", "large", "export")
+
+
+def main() -> None:
+    """Runs the stages asked for."""
+    parser = argparse.ArgumentParser(description="Train the tiny pair from nothing.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for large/, small/ and training.json")
+    parser.add_argument("--work-dir", type=Path, default=Path("tiny-pair-work"), help="checkpoints and logs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    device = torch.device(arguments.device)
+
+    processor_dir = arguments.work_dir / "processor"
+    if not processor_dir.exists():
+        build_processor(build_tokenizer(corpus(arguments.seed))).save_pretrained(processor_dir)
+    processor = AutoProcessor.from_pretrained(processor_dir)
+
+    stages = STAGES if arguments.stage == "all" else (arguments.stage,)
+    for stage in stages:
+        if stage == "tower":
+            train_tower(processor, arguments.work_dir, arguments.seed, device)
+        elif stage == "export":
+            export(arguments.output, arguments.work_dir, arguments.seed, device)
+        else:
+            train_model(stage, processor, arguments.work_dir, arguments.seed, device)
+
+
+if __name__ == "__main__":
+    main()
