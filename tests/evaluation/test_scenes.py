@@ -36,7 +36,8 @@ def answer_from_objects(scene, question):
         shapes = {f"{shape}s": shape for shape in SHAPES}
         wanted = [shapes[word] for word in words if word in shapes]
         return str(sum(item.shape in wanted for item in scene.objects) if wanted else len(named))
-    if question.kind == "yes_no":
+    if question.kind in ("yes_no", "negated"):
+        assert (question.kind == "negated") == bool({"no", "not"} & set(words))
         return "yes" if bool(named) != bool({"no", "not"} & set(words)) else "no"
     if question.kind == "describe":
         assert len(named) == 1
@@ -63,7 +64,7 @@ def test_answers_name_their_objects(scenes):
 def test_every_kind_is_asked_and_yes_is_as_frequent_as_no(scenes):
     kinds = [question.kind for scene in scenes for question in scene.questions]
     assert set(kinds) == set(KINDS)
-    answers = [q.answer for s in Scenes("test", seed=3, length=300, kinds=("yes_no",)) for q in s.questions]
+    answers = [q.answer for s in Scenes("test", seed=3, length=300, kinds=("yes_no", "negated")) for q in s.questions]
     assert 0.46 < np.mean([answer == "yes" for answer in answers]) < 0.54
 
 

@@ -40,7 +40,7 @@ COLORS = {
     "yellow": (255, 255, 0),
 }
 LABELS = tuple("ABCDEFHJKLMNPRSTUXYZ")  # no G, I, O, Q, V, W: each of the twenty is told apart at a glance
-KINDS = ("label", "color", "shape", "where", "count", "yes_no", "describe", "list")
+KINDS = ("label", "color", "shape", "where", "count", "yes_no", "negated", "describe", "list")
 
 CELL = 32  # pixels; two cells make a 64-pixel tile, so no object straddles two tiles
 ORDINALS = ("first", "second", "third", "fourth")
@@ -152,7 +152,7 @@ class Scenes:
         *,
         size: int = 128,
         objects: tuple[int, int] | None = None,
-        questions_per_scene: int = 8,
+        questions_per_scene: int = 9,
         kinds: Sequence[str] = KINDS,
         length: int = 1000,
     ) -> None:
@@ -396,9 +396,8 @@ def _ask_count(objects: Sequence[SceneObject], grid: int, rng: np.random.Generat
     return Question("count", template.format(name), str(len(found)), tuple(found))
 
 
-def _ask_yes_no(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
+def _ask_yes_no(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator, kind: str = "yes_no") -> Question:
     present = bool(rng.random() < 0.5)
-    negated = bool(rng.random() < 0.5)
     what = int(rng.integers(6))
     traits: dict[str, str]
     if what < 3:  # colour and shape; where absent, half of the time both occur, but not together
@@ -420,7 +419,7 @@ def _ask_yes_no(objects: Sequence[SceneObject], grid: int, rng: np.random.Genera
         traits = {trait: value}
         name = {"color": f"{value} shape", "shape": value, "label": f"object labelled {value}"}[trait]
     article = "an" if name.startswith("object") else "a"
-    if negated:
+    if kind == "negated":
         templates = ("is no {name} present?", "is there not {article} {name}?", "is there no {name}?")
     else:
         templates = (
@@ -429,8 +428,12 @@ def _ask_yes_no(objects: Sequence[SceneObject], grid: int, rng: np.random.Genera
             "is there {article} {name} in the image?",
         )
     found = [i for i, item in enumerate(objects) if all(getattr(item, key) == value for key, value in traits.items())]
-    answer = "yes" if present != negated else "no"
-    return Question("yes_no", _pick(rng, templates).format(article=article, name=name), answer, tuple(found))
+    answer = "yes" if present == (kind == "yes_no") else "no"
+    return Question(kind, _pick(rng, templates).format(article=article, name=name), answer, tuple(found))
+
+
+def _ask_negated(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
+    return _ask_yes_no(objects, grid, rng, "negated")
 
 
 def _ask_describe(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
@@ -458,6 +461,7 @@ _ASKERS: dict[str, Callable[[Sequence[SceneObject], int, np.random.Generator], Q
     "where": _ask_where,
     "count": _ask_count,
     "yes_no": _ask_yes_no,
+    "negated": _ask_negated,
     "describe": _ask_describe,
     "list": _ask_list,
 }
