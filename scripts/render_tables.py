@@ -89,7 +89,8 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: st
 
 
 def _line(cells: Any) -> str:
-    return f"| {' | '.join(f'{cell:g}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
+    # numbers stay as the benchmark rounded them
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _words(value: Any) -> list[str]:
