@@ -1,4 +1,5 @@
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny_models import (
     tiny_internvl,
 )
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from transformers_sgl import AttentionRecorder, VisualTokens
@@ -159,6 +161,35 @@ def test_nested_recorders_see_the_same() -> None:
     assert state(model) == before
 
 
+def test_recorders_may_be_closed_in_any_order() -> None:
+    model, inputs = tiny_internvl(), prompts()
+    model(**inputs)
+    before = state(model)
+    first, second = (AttentionRecorder(model, find_visual_tokens(inputs)) for _ in range(2))
+    with ExitStack() as stack:
+        first.__enter__()
+        stack.enter_context(second)
+        first.__exit__(None, None, None)
+        model(**inputs)
+    assert second.importance.any()
+    assert not first.importance.any()
+    assert state(model) == before
+
+
+def test_flash_attention_finds_its_kernel_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+
+    def forward(module, query, key, value, attention_mask, **kwargs):
+        names.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, FLASH_STAND_IN, forward)
+    model, inputs = tiny_internvl(attn_implementation=FLASH_STAND_IN), samples(prompts())[0]
+    with AttentionRecorder(model, find_visual_tokens(inputs)):
+        model(**inputs)
+    assert names == [FLASH_STAND_IN] * 4
+
+
 def test_two_threads_with_two_models_do_not_disturb_each_other() -> None:
     pairs = [(tiny_internvl(seed=seed), prompts(seed=seed)) for seed in range(2)]
     expected = []
@@ -229,6 +260,19 @@ class TestRefusals:
             AttentionRecorder(self.model, self.tokens),
         ):
             self.model(**self.inputs)
+            self.model(**self.inputs)
+
+    def test_a_recorder_that_is_active_already(self) -> None:
+        recorder = AttentionRecorder(self.model, self.tokens)
+        with recorder, pytest.raises(ValueError, match="already active: use a new one"):
+            recorder.__enter__()
+
+    def test_attention_that_is_changed_on_the_way(self) -> None:
+        with (
+            pytest.raises(ValueError, match="attention implementation was changed while it was being recorded"),
+            AttentionRecorder(self.model, self.tokens),
+        ):
+            self.model.get_decoder().config._attn_implementation = "sdpa"
             self.model(**self.inputs)
 
     def test_flex_attention(self) -> None:

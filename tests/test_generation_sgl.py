@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import EOS, IMAGE, IMAGES, answers, find_visual_tokens, prompts, samples, state, tiny_internvl
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import (
@@ -175,6 +175,32 @@ def test_sampling_follows_the_seed() -> None:
     assert sequences[0].shape[0] == 6
 
 
+def test_an_answer_of_one_token_is_ranked_by_the_prompt() -> None:
+    pair, inputs = tiny_pair(), prompts()
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    ranked = [pair.generate(**inputs, **options, guidance_queries=name).importance for name in ("generated", "prompt")]
+    assert ranked[0].any()
+    assert torch.equal(*ranked)
+
+
+def test_an_empty_cache_of_the_users_own_is_the_large_models() -> None:
+    pair, inputs = tiny_pair(), prompts()
+    cache = DynamicCache(config=pair.large.config)
+    assert torch.equal(pair.generate(**inputs, **GREEDY, past_key_values=cache), pair.generate(**inputs, **GREEDY))
+    assert cache.get_seq_length() > inputs["input_ids"].shape[1]
+
+
+def test_a_cached_turn_is_continued_as_by_the_stock_large_model() -> None:
+    pair, inputs = tiny_pair(), samples(prompts())[0]
+    length = inputs["input_ids"].shape[1]
+    turn = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, length + 3, dtype=torch.long)}
+    continued = [
+        model.generate(**turn, **GREEDY, **options, past_key_values=pair.large(**inputs).past_key_values)
+        for model, options in ((pair.large, {}), (pair, {"retention_ratio": 1.0}))
+    ]
+    assert torch.equal(*continued)
+
+
 @pytest.mark.parametrize("queries", ["prompt", "generated"])
 def test_guidance_may_come_from_some_queries_only(queries: str) -> None:
     pair, inputs = tiny_pair(), prompts()
@@ -194,6 +220,7 @@ def test_the_small_model_writes_no_more_than_it_may() -> None:
 
     assert written(max_new_tokens=9) == 9
     assert written(max_new_tokens=9, guidance_max_new_tokens=2) == 2
+    assert written(max_new_tokens=9, small_max_new_tokens=3) == 3
     assert written(max_length=inputs["input_ids"].shape[1] + 4) == 4
 
 
@@ -314,6 +341,8 @@ class TestRefusals:
             ({"cache_implementation": "static"}, "a static cache cannot do: leave `cache_implementation` unset"),
             ({"prefill_chunk_size": 8}, "does not work together with prefill_chunk_size: leave it out"),
             ({"prompt_lookup_num_tokens": 3}, "does not work together with assisted decoding: leave it out"),
+            ({"guidance_scale": 1.5}, "does not work together with classifier-free guidance: leave it out"),
+            ({"importance_processor": 5}, "`importance_processor` is or holds 5: pass an ImportanceProcessor"),
             ({"guidance_queries": "all"}, "`guidance_queries` is 'all': choose one of 'prompt', 'generated', 'both'"),
             ({"retention": 0.5}, r"`model_kwargs` are not used by the model: \['retention'\]"),
         ],
@@ -338,6 +367,19 @@ class TestRefusals:
         cache = self.pair.large(**self.inputs).past_key_values
         with pytest.raises(ValueError, match="already holds 45 tokens: pass the whole conversation without a cache"):
             self.pair.generate(**self.inputs, **GREEDY, past_key_values=cache)
+
+    def test_embeddings_instead_of_ids(self) -> None:
+        embeddings = self.pair.get_input_embeddings()(self.inputs["input_ids"])
+        with pytest.raises(ValueError, match="there are no `input_ids`: pass them, or set `retention_ratio=1.0`"):
+            self.pair.generate(inputs_embeds=embeddings, **GREEDY)
+
+    def test_a_prompt_that_nothing_ranks(self) -> None:
+        inputs = prompts(images=[[1]], text=[0])
+        inputs = {**inputs, **{name: inputs[name][:, :-1] for name in ("input_ids", "attention_mask")}}
+        with pytest.raises(
+            ValueError, match="Nothing ranks the visual tokens of a sample: .* put the question behind"
+        ):
+            self.pair.generate(**inputs, max_new_tokens=1)
 
     def test_an_own_step_that_fails(self) -> None:
         class Broken(ImportanceProcessor):
@@ -378,4 +420,24 @@ def test_two_threads_with_two_pairs_do_not_disturb_each_other() -> None:
         thread.join()
     for number in range(2):
         assert len(found[number]) == 4
+        assert all(torch.equal(sequences, expected[number]) for sequences in found[number])
+
+
+def test_threads_that_share_a_pair_take_turns() -> None:
+    pair = tiny_pair()
+    batches = [prompts(seed=seed) for seed in range(3)]
+    options = {**GREEDY, "retention_ratio": 0.2}
+    expected = [pair.generate(**inputs, **options) for inputs in batches]
+    found: dict[int, list[Tensor]] = {number: [] for number in range(3)}
+
+    def work(number: int) -> None:
+        found[number] += [pair.generate(**batches[number], **options) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(3):
+        assert len(found[number]) == 3
         assert all(torch.equal(sequences, expected[number]) for sequences in found[number])

@@ -82,6 +82,23 @@ def test_keyword_arguments_go_to_both_models_or_to_one(bundle: Path) -> None:
     assert model.small.get_decoder().config._attn_implementation == "sdpa"
 
 
+def test_a_changed_configuration_reaches_the_models(bundle: Path) -> None:
+    eager = AutoModelForImageTextToText.from_pretrained(bundle, attn_implementation="eager")
+    for model in (eager.large, eager.small):
+        assert model.get_decoder().config._attn_implementation == "eager"
+    config = AutoConfig.from_pretrained(bundle)
+    config.large_config.text_config.rms_norm_eps = 0.5
+    changed = AutoModelForImageTextToText.from_pretrained(bundle, config=config)
+    assert changed.large.get_decoder().norm.variance_epsilon == 0.5
+
+
+def test_without_settings_of_its_own_a_pair_has_its_large_models(bundle: Path) -> None:
+    (bundle / "generation_config.json").unlink()
+    settings = SGLForConditionalGeneration.from_pretrained(bundle).generation_config
+    assert isinstance(settings, SGLGenerationConfig)
+    assert settings.suppress_tokens == [60]
+
+
 def test_loading_info_is_that_of_both_models(bundle: Path) -> None:
     _, info = SGLForConditionalGeneration.from_pretrained(bundle, output_loading_info=True)
     assert set(info) == {"large", "small"}

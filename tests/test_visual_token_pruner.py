@@ -257,6 +257,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`prune_layer` is 4, but the large model has 4 decoder layers"):
             VisualTokenPruner(self.model, self.keep, 4)
 
+    def test_a_pruner_that_is_active_already(self) -> None:
+        pruner = VisualTokenPruner(self.model, self.keep, 1)
+        with pruner, pytest.raises(ValueError, match="already active: use a new one"):
+            pruner.__enter__()
+
     def test_a_mask_of_numbers(self) -> None:
         with pytest.raises(ValueError, match=r"boolean tensor of shape \(batch, prompt_length\)"):
             VisualTokenPruner(self.model, self.keep.float(), 1)

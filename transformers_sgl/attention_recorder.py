@@ -87,8 +87,10 @@ class AttentionRecorder:
         self.visual_tokens = visual_tokens
         self.queries = queries
         self._attention_modules = attention_modules(model)
+        self._config = decoder(model).config
         attention_implementation(model)  # raises if it cannot be recorded
         self._exit_stack = ExitStack()
+        self._is_active = False
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
         self.prompt_importance: Tensor = zeros  # (batch, num_visual_tokens)
@@ -98,8 +100,9 @@ class AttentionRecorder:
         after = torch.arange(visual_tokens.prompt_length, device=zeros.device) > visual_tokens.last_position[:, None]
         self._prompt_queries = after & visual_tokens.prompt_mask & visual_tokens.valid.any(dim=1, keepdim=True)
         # Prompt rows before this one count in no sample and are never computed.
-        self._first_row = int(visual_tokens.last_position.min()) + 1
         self._unfinished = visual_tokens.valid.any(dim=1)  # (batch,): samples whose generated tokens still count
+        ends = visual_tokens.last_position[self._unfinished]
+        self._first_row = int(ends.min()) + 1 if ends.numel() else visual_tokens.prompt_length
         self._end_ids = torch.tensor(_end_of_sequence_ids(model), device=zeros.device)
         self._num_recorded = 0  # tokens of the forward passes before the current one
         self._num_seen = 0  # tokens up to and including the current forward pass
@@ -111,21 +114,30 @@ class AttentionRecorder:
 
     def __enter__(self) -> AttentionRecorder:
         """Registers the hooks and puts the recording attention function in place."""
+        if self._is_active:
+            raise ValueError("This recorder is already active: use a new one for each `with`.")
         with ExitStack() as stack:  # undoes everything if one step fails
+            stack.callback(self._restore_attention)  # comes last, after the hooks are gone
             stack.callback(self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True).remove)
             for module in self._attention_modules:
                 stack.callback(module.register_forward_pre_hook(self._hand_over, with_kwargs=True).remove)
-            config, implementation = decoder(self.model).config, attention_implementation(self.model)
-            stack.callback(setattr, config, "_attn_implementation", implementation)
-            config._attn_implementation = _recording_implementation(implementation)
+            self._config._attn_implementation = _recording_implementation(attention_implementation(self.model))
             self._exit_stack = stack.pop_all()
+        self._is_active = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Removes every hook and puts the model's own attention function back."""
+        self._is_active = False
         self._exit_stack.close()
+
+    def _restore_attention(self) -> None:
+        """Puts the model's own attention function back, unless another recorder still needs the recording one."""
+        hooks = [hook for module in self._attention_modules for hook in module._forward_pre_hooks.values()]
+        if not any(isinstance(getattr(hook, "__self__", None), AttentionRecorder) for hook in hooks):
+            self._config._attn_implementation = self._config._attn_implementation.removeprefix(_PREFIX)
 
     def _start_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: a sample that reads an end-of-sequence token has finished, whatever it is fed after."""
@@ -139,6 +151,11 @@ class AttentionRecorder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Attention pre-hook: keyword arguments of the module reach its attention function untouched."""
+        if not self._config._attn_implementation.startswith(_PREFIX):
+            raise ValueError(
+                "The model's attention implementation was changed while it was being recorded: change it before, and "
+                "give each model a configuration object of its own."
+            )
         return args, {**kwargs, "attention_recorders": [*kwargs.get("attention_recorders", ()), self]}
 
     def record(self, query: Tensor, key: Tensor, allowed: _AllowedKeys, scaling: float) -> None:
@@ -194,12 +211,13 @@ class AttentionRecorder:
 
 
 def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
-    """The ids after which a sample has finished: end of sequence, and the padding that `generate` feeds then."""
+    """The ids after which a sample has finished; without an end of sequence, the padding that follows it."""
     settings = getattr(model, "generation_config", None)
-    ids: list[int] = []
-    for value in (getattr(settings, "eos_token_id", None), getattr(settings, "pad_token_id", None)):
-        ids += [] if value is None else value if isinstance(value, list) else [value]
-    return ids
+    for name in ("eos_token_id", "pad_token_id"):
+        ids = getattr(settings, name, None)
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []
 
 
 def _recording_implementation(implementation: str) -> str:
@@ -236,7 +254,14 @@ def _recording_attention(
             )
         recorder.record(query, key, _AllowedKeys(attention_mask, query.shape[2], key.shape[2]), scale)
     forward = _attention_function(implementation, module)
-    return forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
+    config: Any = module.config
+    recording_implementation = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        return forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    finally:
+        config._attn_implementation = recording_implementation
 
 
 def _attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ from transformers_sgl.visual_tokens import VisualTokens
 __all__ = ["SGLGenerateOutput", "generate"]
 
 _SMALL_PREFIX = "small_"
+# Plain inputs that are an object of one model.
+_LARGE_ONLY = ("past_key_values",)
 # Caches whose layers may differ in length.
 _PRUNABLE_CACHES = (None, "dynamic", "offloaded")
 # What `generate` writes at the most where nobody said, as in transformers.
@@ -107,63 +111,83 @@ def generate(
     Raises:
         ValueError: If inputs or settings cannot be used, with cause and cure; the models stay as they were.
     """
-    clock = _Clock(large.device)
+    clock = _Clock(large.device, small.device)
     large_inputs, small_inputs = _split(inputs)
+    settings = {"generation_config": generation_config, **generate_kwargs}
     found: dict[str, Any] = {}
 
-    # 1. Find the visual tokens. Without any, or where all are kept, the large model runs alone and untouched.
-    visual_tokens = _find_visual_tokens(large, large_inputs)
+    # 1. Refuse what cannot be pruned, before anything has run.
     processors = _processor_list(importance_processor, generation_config.retention_ratio)
+    prune_layer = resolve_prune_layer(generation_config.prune_layer, len(decoder_layers(large)))
+    prompts = large_inputs.get("input_ids")
+    if processors:
+        check_supported(small.config)
+        _check_prunable(large_inputs, generation_config, generate_kwargs)
+        large_inputs, small_inputs = _left_padded(large_inputs), _left_padded(small_inputs)
+
+    # 2. Find the visual tokens. Without any, or where all are kept, the large model runs alone and untouched.
+    visual_tokens = _find_visual_tokens(large, large_inputs)
     if visual_tokens is not None:
         found["num_visual_tokens"] = visual_tokens.counts
     if visual_tokens is None or visual_tokens.num_visual_tokens == 0 or not processors:
-        output = large.generate(**large_inputs, generation_config=generation_config, **generate_kwargs)
-        return _result(output, found, clock)
-
-    # 2. Refuse what cannot be pruned, before anything has run.
-    prune_layer = found["prune_layer"] = resolve_prune_layer(generation_config.prune_layer, len(decoder_layers(large)))
-    check_supported(small.config)
-    _check_prunable(large_inputs, generation_config, generate_kwargs)
-    prompts = large_inputs["input_ids"]
-    large_inputs, small_inputs = _left_padded(large_inputs), _left_padded(small_inputs)
-    visual_tokens = _find_visual_tokens(large, large_inputs) or visual_tokens  # where they stand now
+        with _one_at_a_time(large):
+            return _result(large.generate(**large_inputs, **settings), found, clock, prompts)
 
     # 3. The small model answers first; where it looks ranks the visual tokens.
-    max_new_tokens = _max_new_tokens(generation_config, prompts.shape[1])
-    guidance = guide(small, small_inputs, visual_tokens, generation_config, max_new_tokens)
+    max_new_tokens = _max_new_tokens(generation_config, visual_tokens.prompt_length)
+    with _one_at_a_time(small):
+        guidance = guide(small, small_inputs, visual_tokens, generation_config, max_new_tokens)
+    found["prune_layer"] = prune_layer
     found["draft_sequences"] = guidance.draft_sequences
-    importance = found["importance"] = guidance.importance.to(prompts.device)
+    importance = found["importance"] = guidance.importance.to(visual_tokens.valid.device)
     clock.lap("guidance_ms")
 
     # 4. The ranking becomes a choice.
     keep_mask = found["keep_mask"] = processors.keep_mask(visual_tokens, importance)
 
     # 5. The large model reads everything, keeps what matters, and writes.
-    with VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer):
-        output = large.generate(**large_inputs, generation_config=generation_config, **generate_kwargs)
+    prompt_keep_mask = visual_tokens.prompt_keep_mask(keep_mask)
+    with _one_at_a_time(large), VisualTokenPruner(large, prompt_keep_mask, prune_layer):
+        output = large.generate(**large_inputs, **settings)
     return _result(output, found, clock, prompts)
+
+
+# The hooks of a call sit on the models, so threads that share a model take turns.
+_LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
+
+
+def _one_at_a_time(model: PreTrainedModel) -> Any:
+    """The lock of a model, to be held while it runs."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, RLock())
 
 
 def _split(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The inputs of the large model and of the small one: plain keys go to both, `small_*` keys to the small one."""
     plain = {name: value for name, value in inputs.items() if not name.startswith(_SMALL_PREFIX)}
     own = {name.removeprefix(_SMALL_PREFIX): value for name, value in inputs.items() if name not in plain}
-    return plain, {**plain, **own}
+    return plain, {**{name: value for name, value in plain.items() if name not in _LARGE_ONLY}, **own}
 
 
 def _find_visual_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> VisualTokens | None:
-    """The visual tokens of a model's prompts; `None` where there are no token ids to look at."""
-    if inputs.get("input_ids") is None:
+    """The visual tokens of a model's prompts; `None` where only a part of them, or only embeddings, were passed."""
+    input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         return None
-    ids = visual_token_ids(model.config)
-    return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"))
+    return VisualTokens.from_input_ids(input_ids, visual_token_ids(model.config), attention_mask)
 
 
 def _processor_list(
     own: ImportanceProcessor | Iterable[ImportanceProcessor] | None, retention_ratio: float
 ) -> ImportanceProcessorList:
     """The user's processors, then the fixed ratio; empty if nothing would ever be dropped."""
-    processors = ImportanceProcessorList([own] if callable(own) and not isinstance(own, list) else own or [])
+    processors = ImportanceProcessorList(own if isinstance(own, Iterable) else [] if own is None else [own])
+    for processor in processors:
+        if not callable(processor):
+            raise ValueError(
+                f"`importance_processor` is or holds {processor!r}: pass an ImportanceProcessor, or a list of them."
+            )
     if retention_ratio < 1:
         processors.append(RetentionRatioProcessor(retention_ratio))
     return processors
@@ -175,6 +199,8 @@ def _check_prunable(
     """Raises if a setting of stock `generate` does not go together with pruning."""
     cure = "or set `retention_ratio=1.0` to run the large model unpruned."
     cache = inputs.get("past_key_values")
+    if inputs.get("input_ids") is None:
+        raise ValueError(f"Pruning finds visual tokens by their ids, but there are no `input_ids`: pass them, {cure}")
     if generation_config.cache_implementation not in _PRUNABLE_CACHES or (cache is not None and cache.is_compileable):
         raise ValueError(
             "Pruning needs a cache whose layers may differ in length, which a "
@@ -184,12 +210,16 @@ def _check_prunable(
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
             f"Pruning starts with the prompt, but `past_key_values` already holds {cache.get_seq_length()} tokens: "
-            f"pass the whole conversation without a cache, {cure}"
+            "pass the whole conversation without a cache."
         )
     assisted = generate_kwargs.get("assistant_model") is not None or generation_config.prompt_lookup_num_tokens
+    guided = (
+        generation_config.guidance_scale not in (None, 1) or generate_kwargs.get("negative_prompt_ids") is not None
+    )
     for name, is_set in (
         ("assisted decoding", assisted),
         ("prefill_chunk_size", generation_config.prefill_chunk_size),
+        ("classifier-free guidance", guided),
     ):
         if is_set:
             raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
@@ -198,7 +228,7 @@ def _check_prunable(
 def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same inputs with all padding on the left, where `generate` needs it to continue a prompt."""
     mask = inputs.get("attention_mask")
-    if mask is None or bool(mask[:, -1].all()):
+    if mask is None or mask.shape != inputs["input_ids"].shape or bool(mask[:, -1].all()):
         return inputs
     order = torch.argsort(mask.long(), dim=1, stable=True)
     per_token = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == mask.shape]
@@ -233,8 +263,8 @@ def _result(
 class _Clock:
     """Wall-clock milliseconds of the steps, with the device's work waited for."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._devices = {device for device in devices if device.type == "cuda"}
         self._started = self._last = self._now()
         self._laps: dict[str, float] = {"guidance_ms": 0.0}
 
@@ -250,6 +280,6 @@ class _Clock:
         return {**self._laps, "total_ms": (self._last - self._started) * 1000}
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()

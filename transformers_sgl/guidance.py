@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -46,7 +47,7 @@ def guide(
     Args:
         small (`PreTrainedModel`): The small model.
         inputs (`dict`): Its inputs: `input_ids` of shape `(batch, small_prompt_length)`, `attention_mask`,
-            `pixel_values` and whatever else its `generate` takes.
+            `pixel_values` and whatever else its `generate` takes, settings included.
         visual_tokens (`VisualTokens`): The visual tokens of the large model's prompts, whose importance is wanted.
         generation_config (`SGLGenerationConfig`): The resolved settings.
         max_new_tokens (`int`): The most tokens the large model may write.
@@ -55,7 +56,8 @@ def guide(
         `Guidance`: Importance and draft, on the small model's device.
 
     Raises:
-        ValueError: If the small model sees another number of visual tokens than the large one.
+        ValueError: If the small model sees another number of visual tokens than the large one, or a sample has no
+            token whose attention could rank them.
     """
     inputs = {name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     own_tokens = VisualTokens.from_input_ids(
@@ -63,17 +65,40 @@ def guide(
     )
     check_same_visual_tokens(visual_tokens, own_tokens)
 
-    with AttentionRecorder(small, own_tokens, queries=generation_config.guidance_queries) as recorder:
-        sequences = small.generate(
-            **inputs,
-            max_new_tokens=generation_config.guidance_max_new_tokens or max_new_tokens,
-            # Greedy whatever the large model does: the draft is the small model's best guess, and reproducible.
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
+    settings = {
+        "max_new_tokens": generation_config.guidance_max_new_tokens or max_new_tokens,
+        # Greedy whatever the large model does: the draft is the small model's best guess, and reproducible.
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "cache_implementation": "dynamic",
+        **inputs,
+        "return_dict_in_generate": False,
+    }
+    with AttentionRecorder(small, own_tokens) as recorder:
+        sequences = small.generate(**settings)
+    importance = _of_queries(recorder, generation_config.guidance_queries)
+    return Guidance(importance, sequences[:, own_tokens.prompt_length :])
+
+
+def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
+    """The importance that the wanted queries give; `(batch, num_visual_tokens)`.
+
+    Where a sample has no such queries, it is ranked by the others: an answer of a single token is never read again, so
+    it has no generated queries, and a prompt that ends with its image has no prompt queries.
+    """
+    wanted = {
+        "prompt": recorder.prompt_importance,
+        "generated": recorder.generated_importance,
+        "both": recorder.importance,
+    }[queries]
+    importance = torch.where(wanted.any(dim=1, keepdim=True), wanted, recorder.importance)
+    if (recorder.visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
+        raise ValueError(
+            "Nothing ranks the visual tokens of a sample: its prompt ends with the image and the small model wrote a "
+            "single token, so put the question behind the image or allow a longer answer."
         )
-    return Guidance(recorder.importance, sequences[:, own_tokens.prompt_length :])
+    return importance
 
 
 def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:

@@ -93,6 +93,12 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
             shape = importance.shape
             importance = processor(visual_tokens, importance)
             name = type(processor).__name__
+            if not isinstance(importance, Tensor) or not importance.is_floating_point():
+                returned = f"{importance.dtype}" if isinstance(importance, Tensor) else type(importance).__name__
+                raise ValueError(
+                    f"{name} returned {returned} instead of a tensor of floating-point importance: return one value "
+                    "per visual token, and -inf to drop one."
+                )
             if importance.shape != shape:
                 raise ValueError(
                     f"{name} returned importance of shape {tuple(importance.shape)} instead of {tuple(shape)}: return "
@@ -100,6 +106,8 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
                 )
             if importance.isnan().any():
                 raise ValueError(f"{name} returned NaN: return finite importance, or -inf to drop a token.")
+            # Places that only fill up must not use up the next processor's budget.
+            importance = importance.masked_fill(~visual_tokens.valid, DROPPED)
         return importance
 
     def keep_mask(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Floor 4. How guided generation runs is told in `generation_sgl`; here it only ge
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,20 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         models, loading_info = {}, {}
         for name in PARTS:
             part, part_subfolder = locate(pretrained_model_name_or_path, root, name)
+            # The pair's configuration wins over the part's own: what was changed in it, `attn_implementation` too,
+            # which the Auto classes write there, reaches the model.
+            own = {"config": getattr(config, f"{name}_config"), "output_loading_info": True}
             models[name], loading_info[name] = AutoModelForImageTextToText.from_pretrained(
-                part, **options[name], **part_subfolder, output_loading_info=True
+                part, **{**own, **options[name]}, **part_subfolder
             )
         model = cls(config, **models)
         # transformers' own `from_pretrained` restores plain `GenerationConfig`; the extension is ours to load.
-        if generation_config is None:
-            generation_config = SGLGenerationConfig.from_pretrained(path, **hub_kwargs, **subfolder)
-        model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
+        with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
+            generation_config = generation_config or SGLGenerationConfig.from_pretrained(
+                path, **hub_kwargs, **subfolder
+            )
+        if generation_config is not None:
+            model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         return (model.eval(), loading_info) if with_loading_info else model.eval()  # type: ignore[return-value]
 
@@ -229,6 +236,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        *,
         importance_processor: ImportanceProcessor | ImportanceProcessorList | list[ImportanceProcessor] | None = None,
         **kwargs: Any,
     ) -> SGLGenerateOutput | Tensor:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
@@ -171,6 +172,17 @@ class SGLProcessor(ProcessorMixin):
         return getattr(self.large_processor, name)
 
     @property
+    def chat_template(self) -> str | None:
+        """The large model's chat template; setting it sets both models' where they share one."""
+        return self.large_processor.chat_template
+
+    @chat_template.setter
+    def chat_template(self, chat_template: str | None) -> None:
+        if self.reads_the_same:
+            self.small_processor.chat_template = chat_template
+        self.large_processor.chat_template = chat_template
+
+    @property
     def model_input_names(self) -> list[str]:
         """The inputs' names: the large model's, and the small model's as `small_*`."""
         names = list(self.large_processor.model_input_names)
@@ -206,9 +218,16 @@ def _merge(large: BatchFeature, small: BatchFeature) -> BatchFeature:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other) and not isinstance(one, torch.Tensor) and bool(one == other)
+    """Whether two inputs are the same: tensors, arrays, or lists of either."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)
 
 
 def _reads_the_same(large: ProcessorMixin, small: ProcessorMixin) -> bool:
@@ -216,13 +235,16 @@ def _reads_the_same(large: ProcessorMixin, small: ProcessorMixin) -> bool:
 
     def facts(processor: ProcessorMixin) -> list[Any]:
         tokenizer = processor.tokenizer
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        # How a tokenizer pads and truncates is only what its last call asked for.
+        rules = json.loads(backend.to_str()) if hasattr(backend, "to_str") else tokenizer.get_vocab()
+        parts = [getattr(processor, f"{name}_processor", None) for name in ("image", "video")]
         return [
             type(processor),
-            tokenizer.get_vocab(),
+            {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")},
             tokenizer.padding_side,
-            getattr(tokenizer.backend_tokenizer, "to_str", lambda: None)(),
             processor.chat_template,
-            processor.image_processor.to_dict(),
+            [part if part is None else part.to_dict() for part in parts],
             getattr(processor, "image_seq_length", None),
         ]
 

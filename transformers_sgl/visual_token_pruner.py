@@ -36,9 +36,10 @@ __all__ = ["VisualTokenPruner"]
 class VisualTokenPruner:
     """Lets a model's upper decoder layers see only some of the prompt's tokens (paper, section 3.2).
 
-    It works on any supported transformers model, alone, for `generate` and for `forward`, with greedy search,
-    sampling and beams, with a dynamic cache or none, and with padding on either side. Inside the `with`, the model
-    takes exactly the prompts that `keep_mask` describes. Outside it, the model is what it was.
+    It works on any supported transformers model, alone, for `generate` and for `forward` (without `labels`, because
+    the logits are those of the kept tokens), with greedy search, sampling and beams, with a dynamic cache or none, and
+    with padding on either side. Inside the `with`, the model takes exactly the prompts that `keep_mask` describes.
+    Outside it, the model is what it was.
 
     Args:
         model (`PreTrainedModel`): The model to prune.
@@ -80,9 +81,12 @@ class VisualTokenPruner:
         self._kept = _KeptTokens.from_mask(keep_mask)
         self._cuts: dict[torch.device, _Cut] = {}  # of the forward pass that is running, by device
         self._exit_stack = ExitStack()
+        self._is_active = False
 
     def __enter__(self) -> VisualTokenPruner:
         """Registers the hooks."""
+        if self._is_active:
+            raise ValueError("This pruner is already active: use a new one for each `with`.")
         with ExitStack() as stack:  # undoes everything if one step fails
             if self.prune_layer == 0:
                 hook = self._decoder.register_forward_pre_hook(self._prune_decoder_inputs, with_kwargs=True)
@@ -91,12 +95,14 @@ class VisualTokenPruner:
                 prune = _withhold_position_ids if self.prune_layer == 0 else self._prune_layer_inputs
                 stack.callback(layer.register_forward_pre_hook(prune, with_kwargs=True).remove)
             self._exit_stack = stack.pop_all()
+        self._is_active = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Removes the hooks."""
+        self._is_active = False
         self._exit_stack.close()
         self._cuts.clear()
 
@@ -283,7 +289,9 @@ class _Cut:
             )
         if attention_mask.dim() == 2:  # flash attention: a padding mask
             return None if self.key_valid is None else self.key_valid
-        # Sliding and bidirectional patterns survive, because the mask is cut and not made anew.
+        # Sliding and bidirectional patterns survive, because the mask is cut and not made anew. With a device map it
+        # still lies where the model made it.
+        attention_mask = attention_mask.to(self.key_positions.device)
         batch_size = self.key_positions.shape[0]
         queries = self.key_positions[:, self.rows] - self.past
         cut = attention_mask.expand(batch_size, *attention_mask.shape[1:])
