@@ -39,6 +39,7 @@ IGNORE = -100
 
 SOURCES = {"shape": 1, "mini": 2, "scene": 3}
 SCENE_KINDS = (*KINDS, "label", "color", "shape", "yes_no", "negated")
+PLACE_KINDS = (*KINDS, "where", "where", "describe", "list", "list")
 
 COLOR_QUESTIONS = ("what color is the {}?", "what is the color of the {}?")
 SHAPE_QUESTIONS = ("what shape is in the image?", "what shape is present?", "what shape does the image contain?")
@@ -65,15 +66,24 @@ class Example:
         questions: Questions with answers.
         classes: `(num_visual_tokens,)` colour x shape of the object a visual token shows.
         characters: `(num_visual_tokens,)` the letter on that object, `IGNORE` in the thumbnail.
+        owners: `(num_visual_tokens,)` the index of that object, -1 for the background.
     """
 
     image: Image.Image
     questions: tuple[Question, ...]
     classes: np.ndarray
     characters: np.ndarray
+    owners: np.ndarray
 
 
-def example(source: str, seed: int, index: int, num_questions: int, negation: bool = True) -> Example:
+def example(
+    source: str,
+    seed: int,
+    index: int,
+    num_questions: int,
+    negation: float = 0.5,
+    kinds: Sequence[str] = SCENE_KINDS,
+) -> Example:
     """Makes one training example.
 
     Args:
@@ -81,19 +91,20 @@ def example(source: str, seed: int, index: int, num_questions: int, negation: bo
         seed: Seed of the run.
         index: Number of the example.
         num_questions: Questions to ask.
-        negation: Whether to ask negated questions too. Whether a thing is there and whether the question is negated
-            tell nothing about the answer one by one, only together; without negation there is something to start from.
+        negation: The fraction of yes/no questions to negate. With a half, neither what the picture shows nor the
+            negation tells anything about the answer by itself; with less, there is something to start from.
+        kinds: The kinds of question to ask about scenes, as often as they are named.
 
     Returns:
         The example.
     """
     if source == "shape":
         return shape_example(np.random.default_rng([SOURCES[source], seed, index]), num_questions, negation)
-    kinds = SCENE_KINDS if negation else [kind for kind in SCENE_KINDS if kind != "negated"]
+    with_negated = np.random.default_rng([SOURCES[source], seed, index]).random() < 2 * negation
+    kinds = kinds if with_negated else [kind for kind in kinds if kind != "negated"]
     size = TILE if source == "mini" else 2 * TILE
     scene = Scenes("train", seed, size=size, questions_per_scene=num_questions, kinds=kinds)[index]
-    classes, characters = dense_labels(scene.objects, scene.image.width)
-    return Example(scene.image, scene.questions, classes, characters)
+    return Example(scene.image, scene.questions, *dense_labels(scene.objects, scene.image.width))
 
 
 def scene_examples(split: str, seed: int, count: int) -> list[Example]:
@@ -111,13 +122,13 @@ def tile_example(seed: int, index: int) -> Example:
         scene = Scenes("train", seed, size=TILE, objects=(0, 4) if kind == 2 else (2, 4), questions_per_scene=0)[index]
         return Example(scene.image, (), *dense_labels(scene.objects, TILE))
     scene = Scenes("train", seed, questions_per_scene=0)[index]
-    classes, characters = dense_labels(scene.objects, scene.image.width)
+    labels = dense_labels(scene.objects, scene.image.width)
     thumbnail = scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC)
     tokens = (TILE // PATCH) ** 2
-    return Example(thumbnail, (), classes[-tokens:], characters[-tokens:])
+    return Example(thumbnail, (), *(label[-tokens:] for label in labels))
 
 
-def shape_example(rng: np.random.Generator, num_questions: int, negation: bool = True) -> Example:
+def shape_example(rng: np.random.Generator, num_questions: int, negation: float = 0.5) -> Example:
     """Draws one shape of easy-VQA's sizes, and asks about it in easy-VQA's words."""
     shape, color = SHAPES[rng.integers(len(SHAPES))], tuple(COLORS)[rng.integers(len(COLORS))]
     width, height = rng.uniform(8.5, 34.5, 2)
@@ -132,28 +143,29 @@ def shape_example(rng: np.random.Generator, num_questions: int, negation: bool =
     return Example(image, questions, *dense_labels([item], TILE))
 
 
-def ask_about_shape(shape: str, color: str, rng: np.random.Generator, yes_no: bool, negation: bool) -> Question:
+def ask_about_shape(shape: str, color: str, rng: np.random.Generator, yes_no: bool, negation: float) -> Question:
     """Draws one of easy-VQA's questions; a yes/no question is as often answered yes as no."""
 
     def pick(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
 
     if yes_no:
-        present, negated = rng.random() < 0.5, negation and rng.random() < 0.5
+        present, negated = rng.random() < 0.5, rng.random() < negation
         if rng.random() < 0.6:
             name = f"{color if present else pick([c for c in COLORS if c != color])} shape"
         else:
             name = shape if present else pick([s for s in SHAPES if s != shape])
         template = pick(NEGATIVE_QUESTIONS if negated else POSITIVE_QUESTIONS)
         kind, answer = "easy_negated" if negated else "easy_yes_no", "yes" if present != negated else "no"
-        return Question(kind, template.format(name), answer)
+        return Question(kind, template.format(name), answer, (0,) if present else ())
     what = int(rng.integers(3))
     if what == 0:
-        return Question("easy_other", pick(COLOR_QUESTIONS).format(pick([shape, "shape"])), color)
-    return Question("easy_other", f"what is the {color} shape?" if what == 1 else pick(SHAPE_QUESTIONS), shape)
+        return Question("easy_other", pick(COLOR_QUESTIONS).format(pick([shape, "shape"])), color, (0,))
+    text = f"what is the {color} shape?" if what == 1 else pick(SHAPE_QUESTIONS)
+    return Question("easy_other", text, shape, (0,))
 
 
-def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray, np.ndarray]:
+def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tells what each visual token shows, in the order in which the processor makes them.
 
     Args:
@@ -161,7 +173,7 @@ def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray,
         size: Side of the picture in pixels, 64 (one tile) or 128 (four tiles and the thumbnail).
 
     Returns:
-        `(num_visual_tokens,)` classes and `(num_visual_tokens,)` characters.
+        Classes, characters and owners, `(num_visual_tokens,)` each.
     """
     colors = tuple(COLORS)
     classes = [SHAPES.index(item.shape) * len(colors) + colors.index(item.color) for item in objects]
@@ -174,12 +186,13 @@ def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray,
     patches = patch_objects(object_map, len(objects), PATCH, 0.15)
     tiles = patches.reshape(side, TILE // PATCH, side, TILE // PATCH).transpose(0, 2, 1, 3).reshape(-1)
     if side == 1:
-        return class_of[tiles], character_of[tiles]
+        return class_of[tiles], character_of[tiles], tiles
     thumbnail = patch_objects(object_map, len(objects), PATCH * side, 0.15).reshape(-1)
     hidden = np.full(thumbnail.shape, IGNORE)
     return (
         np.concatenate([class_of[tiles], class_of[thumbnail]]),
         np.concatenate([character_of[tiles], hidden]),
+        np.concatenate([tiles, thumbnail]),
     )
 
 

@@ -11,7 +11,8 @@ No pretrained weights and no downloaded data are involved; pictures, questions a
 2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about scenes
    of five tiles. The picture is what costs, so a row holds one picture and a dozen independent questions: each
    question attends to the picture and to itself, and counts its positions from the picture on, as if it stood alone.
-   The dense labels stay in the loss at half weight. The learning rate is constant, then falls to zero.
+   The dense labels stay in the loss at half weight. In the first phases two attention heads of one layer are told
+   which object each question is about; the last phase goes without. The learning rate is constant, then falls to zero.
 3. `export`: writes both checkpoints, measures them on test scenes and on easy-VQA's test questions by greedy
    `generate`, and records what was measured in `training.json`.
 
@@ -36,12 +37,15 @@ from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tiny_pair_data import (
     IGNORE,
     NUM_CHARACTERS,
     NUM_CLASSES,
+    PLACE_KINDS,
+    SCENE_KINDS,
     Example,
     corpus,
     example,
@@ -53,11 +57,13 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     AutoModelForImageTextToText,
     AutoProcessor,
     InternVLForConditionalGeneration,
     InternVLProcessor,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from transformers_sgl.evaluation.easy_vqa import load_easy_vqa, question_only_prior
@@ -65,70 +71,101 @@ from transformers_sgl.evaluation.scenes import Question, Scenes
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a schedule.
+
+    Attributes:
+        steps: How long it lasts.
+        sources: How often each source of data is drawn.
+        negation: The fraction of yes/no questions that are negated.
+        hints: Weight of the attention hints.
+        kinds: The kinds of question about scenes, as often as they are named.
+    """
+
+    steps: int
+    sources: dict[str, float]
+    negation: float = 0.5
+    hints: float = 0.0
+    kinds: tuple[str, ...] = SCENE_KINDS
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How one stage trains.
 
     Attributes:
-        phases: Steps, how often each source of data is drawn, and whether negated questions are asked.
+        phases: What is trained on, one after another.
         batch: Pictures per step, by source.
         questions: Questions per picture, by source.
         matrix_lr: Learning rate of Muon, which trains the weight matrices.
         other_lr: Learning rate of AdamW, which trains everything else.
+        hinted_layer: Index of the decoder layer that attention hints go to.
         warmup: Steps until the full learning rate.
         decay: The fraction of steps, at the end, over which the learning rate falls to zero.
     """
 
-    phases: tuple[tuple[int, dict[str, float], bool], ...]
+    phases: tuple[Phase, ...]
     batch: dict[str, int]
     questions: dict[str, int]
     matrix_lr: float
     other_lr: float
+    hinted_layer: int = -1
     warmup: int = 100
     decay: float = 0.25
 
     @property
     def steps(self) -> int:
         """All steps of the stage."""
-        return sum(steps for steps, _, _ in self.phases)
+        return sum(phase.steps for phase in self.phases)
 
     def factor(self, step: int) -> float:
         """The fraction of the learning rate at a step."""
         return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
 
-    def source(self, step: int, seed: int) -> tuple[str, bool]:
-        """The source of data at a step, and whether negated questions are asked."""
+    def phase(self, step: int) -> Phase:
+        """The phase that a step belongs to."""
+        ends = accumulate(phase.steps for phase in self.phases)
+        return next(phase for end, phase in zip(ends, self.phases, strict=True) if step < end)
+
+    def source(self, step: int, seed: int) -> str:
+        """The source of data at a step."""
+        weights = self.phase(step).sources
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        ends = accumulate(steps for steps, _, _ in self.phases)
-        _, weights, negation = next(phase for end, phase in zip(ends, self.phases, strict=True) if step < end)
         index = torch.multinomial(torch.tensor(list(weights.values())), 1, generator=generator).item()
-        return list(weights)[index], negation
+        return list(weights)[index]
 
 
 SCHEDULES = {
     "tower": Schedule(
-        phases=((1350, {"tile": 1.0}, False),), batch={"tile": 64}, questions={}, matrix_lr=0.02, other_lr=3e-3
+        phases=(Phase(1350, {"tile": 1.0}),), batch={"tile": 64}, questions={}, matrix_lr=0.02, other_lr=3e-3
     ),
     "small": Schedule(
         phases=(
-            (500, {"shape": 0.4, "mini": 0.6}, False),
-            (500, {"shape": 0.4, "mini": 0.4, "scene": 0.2}, True),
-            (2000, {"shape": 0.2, "mini": 0.2, "scene": 0.6}, True),
+            Phase(400, {"shape": 0.4, "mini": 0.6}, negation=0.1, hints=0.3),
+            Phase(300, {"shape": 0.3, "mini": 0.7}, negation=0.1, hints=1.0),
+            Phase(800, {"shape": 0.2, "mini": 0.4, "scene": 0.4}, negation=0.3, hints=1.0),
+            Phase(400, {"shape": 0.2, "mini": 0.2, "scene": 0.6}),
         ),
         batch={"shape": 24, "mini": 24, "scene": 10},
         questions={"shape": 12, "mini": 14, "scene": 18},
         matrix_lr=0.01,
         other_lr=3e-3,
+        hinted_layer=2,
     ),
     "large": Schedule(
         phases=(
-            (300, {"shape": 0.3, "mini": 0.7}, False),
-            (300, {"shape": 0.3, "mini": 0.4, "scene": 0.3}, True),
-            (800, {"shape": 0.1, "mini": 0.2, "scene": 0.7}, True),
+            Phase(200, {"shape": 0.3, "mini": 0.7}, negation=0.1, hints=0.3),
+            Phase(200, {"shape": 0.2, "mini": 0.8}, negation=0.1, hints=1.0),
+            Phase(300, {"shape": 0.2, "mini": 0.4, "scene": 0.4}, negation=0.3, hints=1.0),
+            Phase(100, {"shape": 0.1, "mini": 0.2, "scene": 0.7}),
+            Phase(800, {"shape": 0.05, "mini": 0.2, "scene": 0.75}, kinds=PLACE_KINDS),
         ),
         batch={"shape": 16, "mini": 16, "scene": 6},
         questions={"shape": 12, "mini": 14, "scene": 18},
         matrix_lr=0.01,
         other_lr=2e-3,
+        hinted_layer=4,
+        decay=0.5,
     ),
 }
 
@@ -180,6 +217,53 @@ class DenseHeads(nn.Module):
         return loss, accuracies
 
 
+class AttentionHints:
+    """Tells two heads of one decoder layer where to look: the loss is how little they look there.
+
+    The hint goes to the last token of each question, from which its answer starts. It should look at the visual tokens
+    of the objects that the question is about, or at the first token of the row where there is no such object.
+
+    Args:
+        rows: `(num_questions,)` the row of each question.
+        queries: `(num_questions,)` the position of its last token.
+        wanted: `(num_questions, length)` the positions to look at.
+        layer: Index of the decoder layer.
+    """
+
+    num_heads = 2
+
+    def __init__(self, rows: torch.Tensor, queries: torch.Tensor, wanted: torch.Tensor, layer: int) -> None:
+        self.rows, self.queries, self.wanted, self.layer = rows, queries, wanted, layer
+        self.loss = torch.zeros(())
+
+    def look(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
+        """Computes the loss from a layer's queries and keys, `(batch, heads, length, head_dim)` each."""
+        key = key[:, :1]  # the first two heads share the first key
+        scores = torch.einsum("nhd,nktd->nht", query[self.rows, : self.num_heads, self.queries], key[self.rows])
+        scores = scores * scaling + mask[self.rows, :, self.queries]
+        seen = scores.softmax(-1).masked_fill(~self.wanted[:, None], 0.0).sum(-1)  # (num_questions, num_heads)
+        self.loss = -(seen + 1e-6).log().mean()
+
+
+def hinted_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    hints: AttentionHints | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Stock scaled-dot-product attention, with hints where they are given."""
+    if hints is not None and module.layer_idx == hints.layer:
+        hints.look(query, key, attention_mask, scaling)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("hinted", hinted_attention)
+
+
 # Batches
 
 
@@ -195,6 +279,7 @@ class Packed:
         kinds: The kind of each question.
         classes: `(num_visual_tokens,)` dense labels of the batch.
         characters: `(num_visual_tokens,)` dense labels of the batch.
+        hints: Which positions each question is about: row, position of its last token, positions to look at.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -204,6 +289,7 @@ class Packed:
     kinds: list[str]
     classes: torch.Tensor
     characters: torch.Tensor
+    hints: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Packer:
@@ -243,7 +329,8 @@ class Packer:
         picture = f"{processor.start_image_token}{processor.image_token * num_visual}{processor.end_image_token}"
         prefix = self.encode(f"<|im_start|>user\n{picture}\n")
         rows, starts, targets = [], [], []
-        question_of, kinds = [], []
+        question_of, kinds, asked, wanted = [], [], [], []
+        first_visual = prefix.index(processor.image_token_id)
         for row, item in enumerate(examples):
             ids, segments, positions = list(prefix), [0] * len(prefix), list(range(len(prefix)))
             for number, question in enumerate(item.questions, start=1):
@@ -254,6 +341,9 @@ class Packer:
                 targets += answer
                 question_of += [len(kinds)] * len(answer)
                 kinds.append(question.kind)
+                asked.append((row, first))
+                about = np.flatnonzero(np.isin(item.owners, question.objects)) + first_visual
+                wanted.append(about if len(about) else [0])
                 segment = prompt + answer[:-1]  # nothing is predicted after the last token
                 ids += segment
                 segments += [number] * len(segment)
@@ -268,6 +358,9 @@ class Packer:
         in_prefix = (segments == 0)[:, None, :]
         allowed = (own | in_prefix) & torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+        look_at = torch.zeros(len(wanted), length, dtype=torch.bool)
+        for number, places in enumerate(wanted):
+            look_at[number, torch.as_tensor(places)] = True
         classes, characters = self.dense(examples)
         return Packed(
             inputs={
@@ -282,20 +375,24 @@ class Packer:
             kinds=kinds,
             classes=classes,
             characters=characters,
+            hints=(*torch.tensor(asked).T.to(self.device), look_at.to(self.device)),
         )
 
 
-def answer_logits(model: InternVLForConditionalGeneration, batch: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_logits(
+    model: InternVLForConditionalGeneration, batch: Packed, hints: AttentionHints | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a packed batch.
 
     Args:
         model: The model.
         batch: The batch.
+        hints: Gets the loss of the attention hints where it is given.
 
     Returns:
         `(num_targets, vocab_size)` logits of the answers, and `(num_visual_tokens, width)` projected visual tokens.
     """
-    outputs = model.model(**batch.inputs, use_cache=False)
+    outputs = model.model(**batch.inputs, use_cache=False, **({"hints": hints} if hints else {}))
     hidden = outputs.last_hidden_state[batch.positions[0], batch.positions[1]]
     return model.lm_head(hidden), outputs.image_hidden_states.flatten(0, 1)
 
@@ -386,7 +483,7 @@ class Trainer:
         """Trains to the end of the schedule.
 
         Args:
-            loss_of: `(source, first_index, negation) -> (loss, measurements, num_pictures, num_questions)`.
+            loss_of: `(source, first_index, phase) -> (loss, measurements, num_pictures, num_questions)`.
             check: `() -> dict` of held-out measurements.
             check_every: Steps between checks; a checkpoint is written with each.
         """
@@ -397,9 +494,9 @@ class Trainer:
             for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
                 optimizer.param_groups[0]["lr"] = lr * self.schedule.factor(step)
                 optimizer.zero_grad(set_to_none=True)
-            source, negation = self.schedule.source(step, self.seed)
+            source = self.schedule.source(step, self.seed)
             seen = self.state["pictures"].get(source, 0)
-            loss, measured, num_pictures, num_questions = loss_of(source, seen, negation)
+            loss, measured, num_pictures, num_questions = loss_of(source, seen, self.schedule.phase(step))
             loss.backward()
             nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
             for optimizer in self.optimizers:
@@ -445,7 +542,7 @@ def train_tower(processor: InternVLProcessor, work_dir: Path, seed: int, device:
             measured |= {f"{name}/{key}": value for key, value in {"loss": part.item(), **accuracies}.items()}
         return loss, measured
 
-    def loss_of(source: str, first: int, negation: bool) -> tuple[torch.Tensor, dict[str, float], int, int]:
+    def loss_of(source: str, first: int, phase: Phase) -> tuple[torch.Tensor, dict[str, float], int, int]:
         count = trainer.schedule.batch[source]
         return *measure(first, count, seed), count, 0
 
@@ -471,6 +568,7 @@ def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: i
     heads.load_state_dict(part(f"heads_{name}."), strict=False)
     modules = nn.ModuleDict({"model": model, "heads": heads}).to(device)
     modules.train()
+    model.set_attn_implementation({"text_config": "hinted"})
     trainer = Trainer(name, modules, work_dir, seed)
     packer = Packer(processor, device)
     schedule = trainer.schedule
@@ -480,15 +578,20 @@ def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: i
         "scene": scene_examples("test", seed + 1, 48),
     }
 
-    def loss_of(source: str, first: int, negation: bool) -> tuple[torch.Tensor, dict[str, float], int, int]:
+    def loss_of(source: str, first: int, phase: Phase) -> tuple[torch.Tensor, dict[str, float], int, int]:
         count = schedule.batch[source]
         asked = schedule.questions[source]
-        examples = [example(source, seed, first + i, asked, negation) for i in range(count)]
+        examples = [example(source, seed, first + i, asked, phase.negation, phase.kinds) for i in range(count)]
         batch = packer.pack(examples)
-        logits, features = answer_logits(model, batch)
+        hints = AttentionHints(*batch.hints, schedule.hinted_layer) if phase.hints else None
+        logits, features = answer_logits(model, batch, hints)
         answers = F.cross_entropy(logits, batch.targets)
         dense, measured = heads(features, batch.classes, batch.characters)
-        return answers + 0.5 * dense, {"loss": answers.item(), **measured}, count, len(batch.kinds)
+        loss, measured = answers + 0.5 * dense, {"loss": answers.item(), **measured}
+        if hints is not None:
+            loss = loss + phase.hints * hints.loss
+            measured["hints_loss"] = hints.loss.item()
+        return loss, measured, count, len(batch.kinds)
 
     def check() -> dict[str, dict[str, float]]:
         return {source: packed_accuracy(model, packer, examples) for source, examples in held_out.items()}
@@ -568,12 +671,9 @@ def export(output: Path, work_dir: Path, seed: int, device: torch.device, num_sc
         device: Where to measure.
         num_scenes: Test scenes to ask 9 questions each about.
     """
-    processor = AutoProcessor.from_pretrained(work_dir / "processor")
     scenes = [(scene.image, question) for scene in Scenes("test", length=num_scenes) for question in scene.questions]
-    easy_train, easy_test = load_easy_vqa("train"), load_easy_vqa("test")
-    easy_kinds = ["yes_no" if item.is_yes_no else "other" for item in easy_test]
     scene_kinds = [question.kind for _, question in scenes]
-    prior = question_only_prior(easy_train, easy_test)
+    easy_prior = question_only_prior(load_easy_vqa("train"), load_easy_vqa("test"))
     record = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": "python scripts/train_tiny_pair.py --output model_cards/sgl-tiny",
@@ -581,39 +681,61 @@ def export(output: Path, work_dir: Path, seed: int, device: torch.device, num_sc
         "machine": {"processor": processor_name(), "cores": os.cpu_count(), "device": device.type},
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "tokenizers", "pillow")},
         "schedules": {name: asdict(schedule) for name, schedule in SCHEDULES.items()},
-        "easy_vqa_questions": len(easy_test),
-        "scene_questions": len(scenes),
         "question_only_prior": {
-            "easy_vqa": {name: round(value, 4) for name, value in prior.items()},
+            "easy_vqa": {name: round(value, 4) for name, value in easy_prior.items()},
             "scenes": grouped_accuracy(scene_kinds, scene_prior(seed, [question for _, question in scenes])),
         },
         "stages": {"tower": read_log(work_dir, "tower")},
     }
     for name in ("small", "large"):
-        saved = torch.load(work_dir / f"{name}.pt", weights_only=True, map_location="cpu")
-        model = build_model(name, processor.tokenizer)
-        weights = {key.removeprefix("model."): value for key, value in saved["modules"].items()}
-        model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("heads.")})
-        model.save_pretrained(output / name)
-        processor.save_pretrained(output / name)
-        model = AutoModelForImageTextToText.from_pretrained(output / name).to(device).eval()
-        loaded = AutoProcessor.from_pretrained(output / name)
-        answers = generated_answers(
-            model, loaded, [item.image for item in easy_test], [item.question for item in easy_test]
-        )
-        easy = [answer == item.answer for answer, item in zip(answers, easy_test, strict=True)]
-        answers = generated_answers(
-            model, loaded, [image for image, _ in scenes], [question.question for _, question in scenes], rows=32
-        )
-        right = [answer == question.answer for answer, (_, question) in zip(answers, scenes, strict=True)]
-        record["stages"][name] = {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            **read_log(work_dir, name),
-            "easy_vqa": grouped_accuracy(easy_kinds, easy),
-            "scenes": grouped_accuracy(scene_kinds, right),
-        }
-        print(name, json.dumps(record["stages"][name]["easy_vqa"]), json.dumps(record["stages"][name]["scenes"]))
+        write_checkpoint(name, output / name, work_dir)
+        measured_file = work_dir / f"{name}.measured.json"
+        if not measured_file.exists():
+            measured_file.write_text(json.dumps(measure(output / name, scenes, device)))
+        record["stages"][name] = {**read_log(work_dir, name), **json.loads(measured_file.read_text())}
+        print(name, {key: record["stages"][name][key] for key in ("parameters", "easy_vqa", "scenes")})
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_checkpoint(name: str, folder: Path, work_dir: Path) -> None:
+    """Writes a trained model and the processor as an ordinary transformers checkpoint."""
+    processor = AutoProcessor.from_pretrained(work_dir / "processor")
+    saved = torch.load(work_dir / f"{name}.pt", weights_only=True, map_location="cpu")
+    weights = {
+        key.removeprefix("model."): value for key, value in saved["modules"].items() if key.startswith("model.")
+    }
+    model = build_model(name, processor.tokenizer)
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def measure(folder: Path, scenes: list[tuple[Image.Image, Question]], device: torch.device) -> dict[str, object]:
+    """Measures one checkpoint by stock greedy `generate`.
+
+    Args:
+        folder: The checkpoint.
+        scenes: Pictures and questions about test scenes.
+        device: Where to run.
+
+    Returns:
+        The number of parameters, questions, and accuracies on easy-VQA's test questions and on test scenes.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    easy = load_easy_vqa("test")
+    answers = generated_answers(model, processor, [item.image for item in easy], [item.question for item in easy])
+    easy_right = [answer == item.answer for answer, item in zip(answers, easy, strict=True)]
+    images, questions = [image for image, _ in scenes], [question for _, question in scenes]
+    answers = generated_answers(model, processor, images, [question.question for question in questions], rows=32)
+    right = [answer == question.answer for answer, question in zip(answers, questions, strict=True)]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "easy_vqa_questions": len(easy),
+        "easy_vqa": grouped_accuracy(["yes_no" if item.is_yes_no else "other" for item in easy], easy_right),
+        "scene_questions": len(scenes),
+        "scenes": grouped_accuracy([question.kind for question in questions], right),
+    }
 
 
 def read_log(work_dir: Path, stage: str) -> dict[str, object]:
