@@ -67,13 +67,14 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
     evaluate = Evaluation(model, processor, arguments.batch_size)
-    easy, scenes = easy_vqa_samples("test"), scene_samples("test", 2000)
+    # One question about each test scene, so that the samples are independent.
+    easy, scenes = easy_vqa_samples("test"), scene_samples("test", 2000, questions_per_scene=1)
     order = np.random.default_rng(arguments.seed).permutation(len(easy))
 
     both = {"large": evaluate.large_alone, "small": evaluate.small_alone}
     whole = [*easy[: arguments.limit], *scenes[: arguments.limit]]
     reading = evaluate(whole, both, "unpruned")
-    prior = guess([*easy_vqa_samples("train"), *scene_samples("train", 8000)], whole)
+    prior = guess([*easy_vqa_samples("train"), *scene_samples("train", 2000, questions_per_scene=9)], whole)
 
     some = [easy[i] for i in order[:1000]][: arguments.limit] + scenes[:1000][: arguments.limit]
     methods = {**both, **evaluate.pruned(range(arguments.random_seeds))}
@@ -82,6 +83,7 @@ def main() -> None:
     record = {
         **measurement_record(arguments.seed, torch.device(arguments.device)),
         "tables": {
+            "sgl-tiny-models": models_table(model),
             "sgl-tiny-accuracy": accuracy_table(whole, reading, prior),
             "sgl-tiny-pruning": pruning_table(some, pruning, evaluate.num_layers, arguments.seed),
         },
@@ -101,12 +103,13 @@ def easy_vqa_samples(split: str) -> list[Sample]:
     ]
 
 
-def scene_samples(split: str, number: int) -> list[Sample]:
-    """One question about each of so many scenes, so that the samples are independent."""
+def scene_samples(split: str, num_scenes: int, questions_per_scene: int) -> list[Sample]:
+    # A few scenes allow no question of some kind, so a spare question is drawn.
+    scenes = Scenes(split, questions_per_scene=questions_per_scene + 1, length=num_scenes)
     return [
         Sample("scenes", question.kind.replace("_", "/"), scene.image, question.question, question.answer)
-        for scene in tqdm(Scenes(split, questions_per_scene=2, length=number), desc=f"scenes {split}", leave=False)
-        for question in scene.questions[:1]
+        for scene in tqdm(scenes, desc=f"scenes {split}", leave=False)
+        for question in scene.questions[:questions_per_scene]
     ]
 
 
@@ -229,6 +232,20 @@ def accuracy_table(samples: Sequence[Sample], right: dict[str, list[bool]], prio
         "rows": rows,
         "caption": "Exact match in percent, unpruned, greedy; easy-VQA is its whole test split, scenes are held out.",
     }
+
+
+def models_table(model: Any) -> dict[str, Any]:
+    rows = [
+        [
+            f"`{name}/`",
+            f"{sum(parameter.numel() for parameter in part.parameters()):,}",
+            len(decoder_layers(part)),
+            part.config.get_text_config().hidden_size,
+        ]
+        for name, part in (("large", model.large), ("small", model.small))
+    ]
+    columns = ["model", "parameters", "decoder layers", "width"]
+    return {"columns": columns, "rows": rows, "caption": "Counted in the checkpoints."}
 
 
 def pruning_table(

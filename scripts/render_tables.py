@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     tables = {"presets": presets_table(), **read_tables(arguments.root / "benchmarks")}
+    for path in arguments.root.glob("model_cards/*/training.json"):
+        tables[f"{path.parent.name}-training"] = training_table(json.loads(path.read_text(encoding="utf-8")))
     stale = []
     for path in [arguments.root / "README.md", *sorted(arguments.root.glob("model_cards/*/README.md"))]:
         text = path.read_text(encoding="utf-8")
@@ -75,6 +77,26 @@ def presets_table() -> str:
         rows.append([f'`"{name}"`', f"{preset['retention_ratio']:g}", f"{layer}/{PAPER_NUM_LAYERS}", f"{share:.0%}"])
     columns = ["preset", "`retention_ratio`", "`prune_layer`", "average retention"]
     return _markdown(columns, rows, f"Average retention is that of a large model of {PAPER_NUM_LAYERS} layers.")
+
+
+def training_table(record: dict[str, Any]) -> str:
+    """What a pair's training script wrote down about its stages."""
+    rows = [
+        [
+            stage,
+            f"{sum(log['pictures'].values()):,}",
+            f"{log['questions']:,}" if log["questions"] else "dense labels only",
+            round(log["seconds"] / 60),
+        ]
+        for stage, log in record["stages"].items()
+    ]
+    machine = record["machine"]
+    where = f"one of {machine['cores']} cores of {machine['processor']} for each stage, shared with other work"
+    if machine["device"] != "cpu":
+        where = machine["device"]
+    versions = ", ".join(_words(record["versions"]))
+    caption = f"On {where}; {versions}; seed {record['seed']}; {record['date']}; `training.json`"
+    return _markdown(["stage", "pictures seen", "questions answered", "minutes"], rows, caption)
 
 
 def fill(text: str, tables: dict[str, str]) -> str:

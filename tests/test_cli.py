@@ -9,7 +9,7 @@ from PIL import Image
 
 from transformers_sgl.cli import main
 
-QUESTION = "how many objects are there?"
+QUESTION = "describe the red triangle."
 
 
 @pytest.fixture(scope="module")

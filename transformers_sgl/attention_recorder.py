@@ -63,7 +63,7 @@ class AttentionRecorder:
         >>> processor = AutoProcessor.from_pretrained(folder)
         >>> chat = [{"role": "user", "content": [
         ...     {"type": "image", "path": str(embedded_pair() / "example.png")},
-        ...     {"type": "text", "text": "how many objects are there?"},
+        ...     {"type": "text", "text": "describe the red triangle."},
         ... ]}]
         >>> inputs = processor.apply_chat_template(
         ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

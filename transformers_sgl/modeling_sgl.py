@@ -55,7 +55,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         >>> processor = AutoProcessor.from_pretrained(embedded_pair())
         >>> chat = [{"role": "user", "content": [
         ...     {"type": "image", "path": str(embedded_pair() / "example.png")},
-        ...     {"type": "text", "text": "how many objects are there?"},
+        ...     {"type": "text", "text": "describe the red triangle."},
         ... ]}]
         >>> inputs = processor.apply_chat_template(
         ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -129,11 +129,15 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: If an architecture is not supported.
 
         Example:
-            ```python no-run
+            ```python
+            >>> from transformers_sgl import SGLForConditionalGeneration
+            >>> from transformers_sgl.hub import embedded_pair
+
             >>> model = SGLForConditionalGeneration.from_large_small_pretrained(
-            ...     "OpenGVLab/InternVL3-38B-hf", "OpenGVLab/InternVL3-1B-hf", dtype="auto", device_map="auto"
+            ...     embedded_pair() / "large", embedded_pair() / "small", dtype="auto"
             ... )
-            >>> model.save_pretrained("my-pair")
+            >>> len(model.large.get_decoder().layers), len(model.small.get_decoder().layers)
+            (10, 4)
 
             ```
         """
