@@ -661,7 +661,9 @@ def scene_prior(seed: int, questions: list[Question], num_scenes: int = 4000) ->
     ]
 
 
-def export(output: Path, work_dir: Path, seed: int, device: torch.device, num_scenes: int = 250) -> None:
+def export(
+    output: Path, work_dir: Path, seed: int, device: torch.device, note: str = "", num_scenes: int = 250
+) -> None:
     """Stage 3: writes both checkpoints, measures them as a user would load them, records it all.
 
     Args:
@@ -669,6 +671,7 @@ def export(output: Path, work_dir: Path, seed: int, device: torch.device, num_sc
         work_dir: Where the trained stages are.
         seed: Seed of the run.
         device: Where to measure.
+        note: A remark to keep beside the measurements.
         num_scenes: Test scenes to ask 9 questions each about.
     """
     scenes = [(scene.image, question) for scene in Scenes("test", length=num_scenes) for question in scene.questions]
@@ -678,7 +681,13 @@ def export(output: Path, work_dir: Path, seed: int, device: torch.device, num_sc
         "date": datetime.now(timezone.utc).date().isoformat(),
         "command": "python scripts/train_tiny_pair.py --output model_cards/sgl-tiny",
         "seed": seed,
-        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "device": device.type},
+        "note": note,
+        "machine": {
+            "processor": processor_name(),
+            "cores": os.cpu_count(),
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+        },
         "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "tokenizers", "pillow")},
         "schedules": {name: asdict(schedule) for name, schedule in SCHEDULES.items()},
         "question_only_prior": {
@@ -706,8 +715,11 @@ def write_checkpoint(name: str, folder: Path, work_dir: Path) -> None:
     }
     model = build_model(name, processor.tokenizer)
     model.load_state_dict(weights)
+    for key in ("is_local", "local_files_only"):  # where the tokenizer was loaded from is nobody's business
+        processor.tokenizer.init_kwargs.pop(key, None)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def measure(folder: Path, scenes: list[tuple[Image.Image, Question]], device: torch.device) -> dict[str, object]:
@@ -777,6 +789,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processor", type=Path, help="take the tokenizer from this folder instead of training it")
+    parser.add_argument("--note", default="", help="a remark to keep in training.json")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -787,7 +801,11 @@ def main() -> None:
 
     processor_dir = arguments.work_dir / "processor"
     if not processor_dir.exists():
-        build_processor(build_tokenizer(corpus(arguments.seed))).save_pretrained(processor_dir)
+        if arguments.processor:
+            tokenizer = AutoProcessor.from_pretrained(arguments.processor).tokenizer
+        else:
+            tokenizer = build_tokenizer(corpus(arguments.seed))
+        build_processor(tokenizer).save_pretrained(processor_dir)
     processor = AutoProcessor.from_pretrained(processor_dir)
 
     stages = STAGES if arguments.stage == "all" else (arguments.stage,)
@@ -795,7 +813,7 @@ def main() -> None:
         if stage == "tower":
             train_tower(processor, arguments.work_dir, arguments.seed, device)
         elif stage == "export":
-            export(arguments.output, arguments.work_dir, arguments.seed, device)
+            export(arguments.output, arguments.work_dir, arguments.seed, device, arguments.note)
         else:
             train_model(stage, processor, arguments.work_dir, arguments.seed, device)
 
