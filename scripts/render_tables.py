@@ -90,12 +90,9 @@ def training_table(record: dict[str, Any]) -> str:
         ]
         for stage, log in record["stages"].items()
     ]
-    machine = record["machine"]
-    where = f"one of {machine['cores']} cores of {machine['processor']} for each stage, shared with other work"
-    if machine["device"] != "cpu":
-        where = machine["device"]
     versions = ", ".join(_words(record["versions"]))
-    caption = f"On {where}; {versions}; seed {record['seed']}; {record['date']}; `training.json`"
+    caption = f"On {record['machine']}, one core for each stage; {versions}; seed {record['seed']}; {record['date']}; "
+    caption += f"`training.json`. {record['note']}"
     return _markdown(["stage", "pictures seen", "questions answered", "minutes"], rows, caption)
 
 

@@ -13,8 +13,7 @@ No pretrained weights and no downloaded data are involved; pictures, questions a
    question attends to the picture and to itself, and counts its positions from the picture on, as if it stood alone.
    The dense labels stay in the loss at half weight. In the first phases two attention heads of one layer are told
    which object each question is about; the last phase goes without. The learning rate is constant, then falls to zero.
-3. `export`: writes both checkpoints, measures them on test scenes and on easy-VQA's test questions by greedy
-   `generate`, and records what was measured in `training.json`.
+3. `export`: writes the bundle, and in `training.json` what its training was. `evaluate_tiny_pair.py` measures it.
 
 Greedy decoding gives exactly the right answer if and only if the most likely token is right at every position of the
 answer when the answer itself is fed in; the progress checks use that and never decode.
@@ -27,19 +26,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tiny_pair_data import (
     IGNORE,
     NUM_CHARACTERS,
@@ -58,7 +52,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
-    AutoModelForImageTextToText,
     AutoProcessor,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -66,8 +59,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from transformers_sgl.evaluation.easy_vqa import load_easy_vqa, question_only_prior
-from transformers_sgl.evaluation.scenes import Question, Scenes
+from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
+from transformers_sgl.evaluation.records import measurement_record
 
 
 @dataclass(frozen=True)
@@ -142,9 +135,10 @@ SCHEDULES = {
     "small": Schedule(
         phases=(
             Phase(400, {"shape": 0.4, "mini": 0.6}, negation=0.1, hints=0.3),
-            Phase(300, {"shape": 0.3, "mini": 0.7}, negation=0.1, hints=1.0),
-            Phase(800, {"shape": 0.2, "mini": 0.4, "scene": 0.4}, negation=0.3, hints=1.0),
-            Phase(400, {"shape": 0.2, "mini": 0.2, "scene": 0.6}),
+            Phase(300, {"mini": 1.0}, negation=0.1, hints=1.0),
+            Phase(100, {"mini": 0.6, "scene": 0.4}, negation=0.3, hints=1.0),
+            Phase(500, {"shape": 0.05, "mini": 0.55, "scene": 0.4}, negation=0.3, hints=1.0),
+            Phase(400, {"mini": 0.3, "scene": 0.7}),
         ),
         batch={"shape": 24, "mini": 24, "scene": 10},
         questions={"shape": 12, "mini": 14, "scene": 18},
@@ -599,155 +593,44 @@ def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: i
     trainer.run(loss_of, check)
 
 
-# Measuring and writing
+# Writing
 
 
-@torch.no_grad()
-def generated_answers(
-    model: InternVLForConditionalGeneration,
-    processor: InternVLProcessor,
-    images: list[Image.Image],
-    questions: list[str],
-    rows: int = 64,
-) -> list[str]:
-    """Answers questions the way a user would: chat template, stock greedy `generate`.
+def export(output: Path, work_dir: Path, seed: int, device: torch.device, note: str = "") -> None:
+    """Stage 3: writes the pair as a bundle, and what its training was.
 
     Args:
-        model: The model.
-        processor: Its processor.
-        images: One picture per question.
-        questions: The questions.
-        rows: Questions at a time.
-
-    Returns:
-        The answers.
-    """
-    answers = []
-    for start in tqdm(range(0, len(questions), rows), desc="generate", mininterval=10):
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-            for image, question in zip(images[start : start + rows], questions[start : start + rows], strict=True)
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=40)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
-
-
-def grouped_accuracy(kinds: list[str], right: list[bool]) -> dict[str, float]:
-    """The fraction of right answers by kind, and of all as `"all"`."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for kind, hit in zip(kinds, right, strict=True):
-        groups["all"].append(hit)
-        groups[kind].append(hit)
-    return {kind: round(sum(hits) / len(hits), 4) for kind, hits in sorted(groups.items())}
-
-
-def scene_prior(seed: int, questions: list[Question], num_scenes: int = 4000) -> list[bool]:
-    """Which questions are answered by the answer that their wording has most often in training scenes."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for scene in Scenes("train", seed, length=num_scenes):
-        for question in scene.questions:
-            counts[question.question][question.answer] += 1
-    return [
-        bool(counts[item.question]) and counts[item.question].most_common(1)[0][0] == item.answer for item in questions
-    ]
-
-
-def export(
-    output: Path, work_dir: Path, seed: int, device: torch.device, note: str = "", num_scenes: int = 250
-) -> None:
-    """Stage 3: writes both checkpoints, measures them as a user would load them, records it all.
-
-    Args:
-        output: Where `large/`, `small/` and `training.json` go.
+        output: Where the bundle and `training.json` go.
         work_dir: Where the trained stages are.
         seed: Seed of the run.
-        device: Where to measure.
-        note: A remark to keep beside the measurements.
-        num_scenes: Test scenes to ask 9 questions each about.
+        device: Where the stages were trained.
+        note: A remark to keep.
     """
-    scenes = [(scene.image, question) for scene in Scenes("test", length=num_scenes) for question in scene.questions]
-    scene_kinds = [question.kind for _, question in scenes]
-    easy_prior = question_only_prior(load_easy_vqa("train"), load_easy_vqa("test"))
+    processor = AutoProcessor.from_pretrained(work_dir / "processor")
+    for key in ("is_local", "local_files_only"):  # where the tokenizer was loaded from is nobody's business
+        processor.tokenizer.init_kwargs.pop(key, None)
+    models = {name: trained_model(name, processor, work_dir) for name in ("large", "small")}
+    SGLForConditionalGeneration(**models).save_pretrained(output)
+    SGLProcessor(processor, processor).save_pretrained(output)
     record = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        **measurement_record(seed, device),
         "command": "python scripts/train_tiny_pair.py --output model_cards/sgl-tiny",
-        "seed": seed,
         "note": note,
-        "machine": {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-        },
-        "versions": {name: version(name) for name in ("torch", "torchvision", "transformers", "tokenizers", "pillow")},
         "schedules": {name: asdict(schedule) for name, schedule in SCHEDULES.items()},
-        "question_only_prior": {
-            "easy_vqa": {name: round(value, 4) for name, value in easy_prior.items()},
-            "scenes": grouped_accuracy(scene_kinds, scene_prior(seed, [question for _, question in scenes])),
-        },
-        "stages": {"tower": read_log(work_dir, "tower")},
+        "stages": {stage: read_log(work_dir, stage) for stage in STAGES if stage != "export"},
     }
-    for name in ("small", "large"):
-        write_checkpoint(name, output / name, work_dir)
-        measured_file = work_dir / f"{name}.measured.json"
-        if not measured_file.exists():
-            measured_file.write_text(json.dumps(measure(output / name, scenes, device)))
-        record["stages"][name] = {**read_log(work_dir, name), **json.loads(measured_file.read_text())}
-        print(name, {key: record["stages"][name][key] for key in ("parameters", "easy_vqa", "scenes")})
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def write_checkpoint(name: str, folder: Path, work_dir: Path) -> None:
-    """Writes a trained model and the processor as an ordinary transformers checkpoint."""
-    processor = AutoProcessor.from_pretrained(work_dir / "processor")
+def trained_model(name: str, processor: InternVLProcessor, work_dir: Path) -> InternVLForConditionalGeneration:
+    """The model of a finished stage, without the heads that only trained it."""
     saved = torch.load(work_dir / f"{name}.pt", weights_only=True, map_location="cpu")
     weights = {
         key.removeprefix("model."): value for key, value in saved["modules"].items() if key.startswith("model.")
     }
     model = build_model(name, processor.tokenizer)
     model.load_state_dict(weights)
-    for key in ("is_local", "local_files_only"):  # where the tokenizer was loaded from is nobody's business
-        processor.tokenizer.init_kwargs.pop(key, None)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-
-
-def measure(folder: Path, scenes: list[tuple[Image.Image, Question]], device: torch.device) -> dict[str, object]:
-    """Measures one checkpoint by stock greedy `generate`.
-
-    Args:
-        folder: The checkpoint.
-        scenes: Pictures and questions about test scenes.
-        device: Where to run.
-
-    Returns:
-        The number of parameters, questions, and accuracies on easy-VQA's test questions and on test scenes.
-    """
-    model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    easy = load_easy_vqa("test")
-    answers = generated_answers(model, processor, [item.image for item in easy], [item.question for item in easy])
-    easy_right = [answer == item.answer for answer, item in zip(answers, easy, strict=True)]
-    images, questions = [image for image, _ in scenes], [question for _, question in scenes]
-    answers = generated_answers(model, processor, images, [question.question for question in questions], rows=32)
-    right = [answer == question.answer for answer, question in zip(answers, questions, strict=True)]
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "easy_vqa_questions": len(easy),
-        "easy_vqa": grouped_accuracy(["yes_no" if item.is_yes_no else "other" for item in easy], easy_right),
-        "scene_questions": len(scenes),
-        "scenes": grouped_accuracy([question.kind for question in questions], right),
-    }
+    return model
 
 
 def read_log(work_dir: Path, stage: str) -> dict[str, object]:
@@ -766,16 +649,6 @@ def read_log(work_dir: Path, stage: str) -> dict[str, object]:
         ],
         "held_out": lines[-1].get("held_out"),
     }
-
-
-def processor_name() -> str:
-    """The processor's model name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 STAGES = ("tower", "small", "large", "export")
