@@ -1,4 +1,3 @@
-import threading
 from contextlib import ExitStack
 
 import pytest
@@ -10,6 +9,7 @@ from tiny_models import (
     PAD,
     answers,
     find_visual_tokens,
+    in_threads,
     prompts,
     samples,
     state,
@@ -192,31 +192,16 @@ def test_flash_attention_finds_its_kernel_under_its_own_name(monkeypatch: pytest
 
 def test_two_threads_with_two_models_do_not_disturb_each_other() -> None:
     pairs = [(tiny_internvl(seed=seed), prompts(seed=seed)) for seed in range(2)]
-    expected = []
-    for model, inputs in pairs:
+
+    def record(number: int) -> Tensor:
+        model, inputs = pairs[number]
         with AttentionRecorder(model, find_visual_tokens(inputs)) as recorder:
             model.generate(**inputs, do_sample=False, max_new_tokens=8)
-        expected.append(recorder.importance)
+        return recorder.importance
 
-    found: dict[int, list[Tensor]] = {0: [], 1: []}
-    barrier = threading.Barrier(2)
-
-    def work(number: int) -> None:
-        model, inputs = pairs[number]
-        barrier.wait()
-        for _ in range(4):
-            with AttentionRecorder(model, find_visual_tokens(inputs)) as recorder:
-                model.generate(**inputs, do_sample=False, max_new_tokens=8)
-            found[number].append(recorder.importance)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(2):
-        assert len(found[number]) == 4
-        for importance in found[number]:
+    expected = [record(number) for number in range(2)]
+    for number, found in enumerate(in_threads(2, record)):
+        for importance in found:
             torch.testing.assert_close(importance, expected[number])
 
 

@@ -1,11 +1,10 @@
 import math
-import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import EOS, IMAGE, IMAGES, answers, find_visual_tokens, prompts, samples, state, tiny_internvl
+from tiny_models import IMAGE, IMAGES, answers, find_visual_tokens, in_threads, prompts, samples, state, tiny_internvl
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -401,43 +400,14 @@ class TestRefusals:
         self.pair.generate(**self.inputs, **GREEDY, retention_ratio=0.2)
 
 
-def test_two_threads_with_two_pairs_do_not_disturb_each_other() -> None:
-    pairs = [(tiny_pair(seed=seed), prompts(seed=seed)) for seed in range(2)]
-    options = {**GREEDY, "retention_ratio": 0.2, "eos_token_id": EOS}
-    expected = [pair.generate(**inputs, **options) for pair, inputs in pairs]
-    found: dict[int, list[Tensor]] = {0: [], 1: []}
-    barrier = threading.Barrier(2)
+@pytest.mark.parametrize("shared", [False, True], ids=["two pairs", "one pair"])
+def test_threads_do_not_disturb_each_other(shared: bool) -> None:
+    batches = [prompts(seed=seed) for seed in range(2)]
+    pairs = [tiny_pair()] * 2 if shared else [tiny_pair(seed=seed) for seed in range(2)]
 
-    def work(number: int) -> None:
-        pair, inputs = pairs[number]
-        barrier.wait()
-        found[number] += [pair.generate(**inputs, **options) for _ in range(4)]
+    def write(number: int) -> Tensor:
+        return pairs[number].generate(**batches[number], **GREEDY, retention_ratio=0.2)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(2):
-        assert len(found[number]) == 4
-        assert all(torch.equal(sequences, expected[number]) for sequences in found[number])
-
-
-def test_threads_that_share_a_pair_take_turns() -> None:
-    pair = tiny_pair()
-    batches = [prompts(seed=seed) for seed in range(3)]
-    options = {**GREEDY, "retention_ratio": 0.2}
-    expected = [pair.generate(**inputs, **options) for inputs in batches]
-    found: dict[int, list[Tensor]] = {number: [] for number in range(3)}
-
-    def work(number: int) -> None:
-        found[number] += [pair.generate(**batches[number], **options) for _ in range(3)]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(3):
-        assert len(found[number]) == 3
-        assert all(torch.equal(sequences, expected[number]) for sequences in found[number])
+    expected = [write(number) for number in range(2)]
+    for number, found in enumerate(in_threads(2, write)):
+        assert all(torch.equal(sequences, expected[number]) for sequences in found)

@@ -1,11 +1,10 @@
-import threading
-
 import pytest
 import torch
 from tiny_models import (
     FLASH_STAND_IN,
     answers,
     find_visual_tokens,
+    in_threads,
     prompts,
     samples,
     state,
@@ -222,22 +221,8 @@ def test_two_threads_with_two_models_do_not_disturb_each_other() -> None:
             return model.generate(**inputs, do_sample=False, max_new_tokens=8)
 
     expected = [write(number) for number in range(2)]
-    found: dict[int, list[Tensor]] = {0: [], 1: []}
-    barrier = threading.Barrier(2)
-
-    def work(number: int) -> None:
-        barrier.wait()
-        for _ in range(4):
-            found[number].append(write(number))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(2):
-        assert len(found[number]) == 4
-        assert all(torch.equal(sequences, expected[number]) for sequences in found[number])
+    for number, found in enumerate(in_threads(2, write)):
+        assert all(torch.equal(sequences, expected[number]) for sequences in found)
 
 
 class TestRefusals:

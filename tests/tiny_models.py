@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -122,6 +125,18 @@ def answers(sequences: Tensor, prompt_length: int) -> list[list[int]]:
         end = next((index for index, token in enumerate(row) if token in (EOS, PAD)), len(row))
         written.append(row[:end])
     return written
+
+
+def in_threads(number: int, work: Callable[[int], Any], times: int = 4) -> list[list[Any]]:
+    """What `work(thread)` returns each time, in so many threads that start together."""
+    barrier = threading.Barrier(number)
+
+    def repeat(thread: int) -> list[Any]:
+        barrier.wait()
+        return [work(thread) for _ in range(times)]
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(repeat, range(number)))
 
 
 def state(model: PreTrainedModel) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_sgl.architectures import attention_implementation, attention_modules, decoder
+from transformers_sgl.hook_context import HookContext
 from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = ["AttentionRecorder"]
@@ -32,7 +32,7 @@ _PREFIX = "sgl_recording_"
 _MAX_BLOCK_ELEMENTS = 1 << 24
 
 
-class AttentionRecorder:
+class AttentionRecorder(HookContext):
     """Sums the attention that each visual token receives while a model reads and writes (paper, section 3.2).
 
     The importance of visual token `v` is the sum over all layers and heads of the attention that it gets from the
@@ -89,8 +89,6 @@ class AttentionRecorder:
         self._attention_modules = attention_modules(model)
         self._config = decoder(model).config
         attention_implementation(model)  # raises if it cannot be recorded
-        self._exit_stack = ExitStack()
-        self._is_active = False
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
         self.prompt_importance: Tensor = zeros  # (batch, num_visual_tokens)
@@ -112,26 +110,12 @@ class AttentionRecorder:
         """What has been recorded so far: `(batch, num_visual_tokens)` in float32, 0 where a sample has fewer."""
         return self.prompt_importance + self.generated_importance
 
-    def __enter__(self) -> AttentionRecorder:
-        """Registers the hooks and puts the recording attention function in place."""
-        if self._is_active:
-            raise ValueError("This recorder is already active: use a new one for each `with`.")
-        with ExitStack() as stack:  # undoes everything if one step fails
-            stack.callback(self._restore_attention)  # comes last, after the hooks are gone
-            stack.callback(self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True).remove)
-            for module in self._attention_modules:
-                stack.callback(module.register_forward_pre_hook(self._hand_over, with_kwargs=True).remove)
-            self._config._attn_implementation = _recording_implementation(attention_implementation(self.model))
-            self._exit_stack = stack.pop_all()
-        self._is_active = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Removes every hook and puts the model's own attention function back."""
-        self._is_active = False
-        self._exit_stack.close()
+    def _register(self, stack: ExitStack) -> None:
+        stack.callback(self._restore_attention)  # comes last, after the hooks are gone
+        stack.callback(self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True).remove)
+        for module in self._attention_modules:
+            stack.callback(module.register_forward_pre_hook(self._hand_over, with_kwargs=True).remove)
+        self._config._attn_implementation = _recording_implementation(attention_implementation(self.model))
 
     def _restore_attention(self) -> None:
         """Puts the model's own attention function back, unless another recorder still needs the recording one."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,11 +28,12 @@ from transformers import Cache, PreTrainedModel
 
 from transformers_sgl.architectures import attention_implementation, decoder, decoder_layers
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
+from transformers_sgl.hook_context import HookContext
 
 __all__ = ["VisualTokenPruner"]
 
 
-class VisualTokenPruner:
+class VisualTokenPruner(HookContext):
     """Lets a model's upper decoder layers see only some of the prompt's tokens (paper, section 3.2).
 
     It works on any supported transformers model, alone, for `generate` and for `forward` (without `labels`, because
@@ -80,31 +80,15 @@ class VisualTokenPruner:
         self._needs_mask = attention_implementation(model).endswith("eager")
         self._kept = _KeptTokens.from_mask(keep_mask)
         self._cuts: dict[torch.device, _Cut] = {}  # of the forward pass that is running, by device
-        self._exit_stack = ExitStack()
-        self._is_active = False
 
-    def __enter__(self) -> VisualTokenPruner:
-        """Registers the hooks."""
-        if self._is_active:
-            raise ValueError("This pruner is already active: use a new one for each `with`.")
-        with ExitStack() as stack:  # undoes everything if one step fails
-            if self.prune_layer == 0:
-                hook = self._decoder.register_forward_pre_hook(self._prune_decoder_inputs, with_kwargs=True)
-                stack.callback(hook.remove)
-            for layer in self._pruned_layers:
-                prune = _withhold_position_ids if self.prune_layer == 0 else self._prune_layer_inputs
-                stack.callback(layer.register_forward_pre_hook(prune, with_kwargs=True).remove)
-            self._exit_stack = stack.pop_all()
-        self._is_active = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Removes the hooks."""
-        self._is_active = False
-        self._exit_stack.close()
-        self._cuts.clear()
+    def _register(self, stack: ExitStack) -> None:
+        stack.callback(self._cuts.clear)
+        if self.prune_layer == 0:
+            hook = self._decoder.register_forward_pre_hook(self._prune_decoder_inputs, with_kwargs=True)
+            stack.callback(hook.remove)
+        for layer in self._pruned_layers:
+            prune = _withhold_position_ids if self.prune_layer == 0 else self._prune_layer_inputs
+            stack.callback(layer.register_forward_pre_hook(prune, with_kwargs=True).remove)
 
     def _prune_layer_inputs(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
