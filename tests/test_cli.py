@@ -128,9 +128,13 @@ class TestErrors:
     def test_no_new_tokens(self, capsys, example):
         self.check(capsys, "max_new_tokens", example, QUESTION, "--max-new-tokens", "0")
 
-    @pytest.mark.parametrize("model", ["no-such-folder", "./no/such/folder", "no-such-organisation/no-such-pair"])
+    @pytest.mark.parametrize("model", ["no-such-folder", "no-such-organisation/no-such-pair"])
     def test_unknown_model(self, capsys, example, model):
         self.check(capsys, f"No pair can be loaded from '{model}'", example, QUESTION, "--model", model)
+
+    @pytest.mark.parametrize("model", ["/no/such/folder", "./no/such/folder", "no/such/folder"])
+    def test_a_folder_that_is_not_there(self, capsys, example, model):
+        self.check(capsys, f"There is no folder '{model}': name a saved pair", example, QUESTION, "--model", model)
 
     def test_a_folder_without_a_model(self, capsys, example, tmp_path):
         self.check(capsys, "it is not a folder with a config.json", example, QUESTION, "--model", str(tmp_path))

@@ -179,6 +179,8 @@ def _load_pair(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     path = Path(name) if name else embedded_pair()
     if path.exists() and not (path / "config.json").is_file():
         raise OSError(f"{str(path)!r} is not a saved pair: it is not a folder with a config.json.")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".")):
+        raise OSError(f"There is no folder {name!r}: name a saved pair, or a repository such as org/name.")
     source = str(path) if path.exists() else str(name)
     try:
         config = AutoConfig.from_pretrained(source)
