@@ -93,6 +93,12 @@ def test_a_text_only_prompt_runs_the_large_model_alone(monkeypatch: pytest.Monke
     assert output.draft_sequences is None
 
 
+def test_a_text_only_prompt_may_use_what_pruning_may_not() -> None:
+    pair, inputs = tiny_pair(), prompts(images=[[]], text=[4])
+    expected = pair.large.generate(**inputs, **GREEDY, cache_implementation="static")
+    assert torch.equal(pair.generate(**inputs, **GREEDY, cache_implementation="static"), expected)
+
+
 def test_a_text_only_sample_beside_others_is_left_alone() -> None:
     pair = tiny_pair()
     inputs = prompts(images=[[1], []], text=[5, 8])

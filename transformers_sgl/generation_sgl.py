@@ -116,22 +116,24 @@ def generate(
     settings = {"generation_config": generation_config, **generate_kwargs}
     found: dict[str, Any] = {}
 
-    # 1. Refuse what cannot be pruned, before anything has run.
-    processors = _processor_list(importance_processor, generation_config.retention_ratio)
+    # 1. Find the visual tokens. Without any, or where all are kept, the large model runs alone and untouched.
     prune_layer = resolve_prune_layer(generation_config.prune_layer, len(decoder_layers(large)))
-    prompts = large_inputs.get("input_ids")
-    if processors:
-        check_supported(small.config)
-        _check_prunable(large_inputs, generation_config, generate_kwargs)
-        large_inputs, small_inputs = _left_padded(large_inputs), _left_padded(small_inputs)
-
-    # 2. Find the visual tokens. Without any, or where all are kept, the large model runs alone and untouched.
+    processors = _processor_list(importance_processor, generation_config.retention_ratio)
     visual_tokens = _find_visual_tokens(large, large_inputs)
     if visual_tokens is not None:
         found["num_visual_tokens"] = visual_tokens.counts
-    if visual_tokens is None or visual_tokens.num_visual_tokens == 0 or not processors:
+    if not processors or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
         with _one_at_a_time(large):
-            return _result(large.generate(**large_inputs, **settings), found, clock, prompts)
+            return _result(large.generate(**large_inputs, **settings), found, clock)
+
+    # 2. Refuse what cannot be pruned, before anything has run.
+    check_supported(small.config)
+    _check_prunable(large_inputs, generation_config, generate_kwargs)
+    prompts = large_inputs["input_ids"]
+    large_inputs, small_inputs = _left_padded(large_inputs), _left_padded(small_inputs)
+    visual_tokens = VisualTokens.from_input_ids(
+        large_inputs["input_ids"], visual_token_ids(large.config), large_inputs.get("attention_mask")
+    )
 
     # 3. The small model answers first; where it looks ranks the visual tokens.
     max_new_tokens = _max_new_tokens(generation_config, visual_tokens.prompt_length)
