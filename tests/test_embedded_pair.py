@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 from tiny_models import state
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
 
 from transformers_sgl import RetentionRatioProcessor, SGLForConditionalGeneration, VisualTokenPruner, VisualTokens
 from transformers_sgl.evaluation import Scenes, load_easy_vqa
@@ -75,6 +81,15 @@ def scenes(processor: Any) -> tuple[dict[str, Tensor], list[str], Tensor]:
 
 
 # The thresholds lie below the measured accuracies (see the card) by about three standard errors of these subsets.
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
+def test_every_auto_class_loads_the_pair_and_it_answers(
+    embedded_pair_path: Path, processor: Any, auto_class: Any
+) -> None:
+    inputs = prepare(processor, [(Image.open(embedded_pair_path / "example.png"), "describe the red triangle.")])
+    sequences = auto_class.from_pretrained(embedded_pair_path).generate(**inputs, **SETTINGS)
+    assert accuracy(processor, sequences, inputs, ["a red triangle labelled B in the bottom left"]) == 1
 
 
 def test_both_models_read_easy_vqa(pair: SGLForConditionalGeneration, processor: Any, easy: tuple) -> None:
