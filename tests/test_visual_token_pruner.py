@@ -142,6 +142,28 @@ def test_caches_are_as_long_as_what_was_kept(prune_layer: int) -> None:
     assert lengths == [full] * prune_layer + [pruned] * (4 - prune_layer)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_no_query_is_left_without_a_key(implementation: str) -> None:
+    """A softmax over nothing is NaN in some kernels, and one NaN among the keys spoils every later token."""
+    model, inputs = tiny_internvl(attn_implementation=implementation), prompts()
+    masks = []
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        masks.append(kwargs["attention_mask"])
+
+    hooks = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in model.get_decoder().layers]
+    with VisualTokenPruner(model, random_choice(inputs), 1):
+        model.generate(**inputs, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    for hook in hooks:
+        hook.remove()
+
+    pruned = [mask for index, mask in enumerate(masks) if index % 4 >= 1]
+    assert len(pruned) == 9
+    for mask in pruned:
+        allowed = mask if mask.dtype == torch.bool else mask >= 0
+        assert allowed.any(dim=-1).all()
+
+
 @pytest.mark.parametrize("prune_layer", LAYERS)
 def test_several_tokens_at_once_after_the_prompt(prune_layer: int) -> None:
     model, inputs = tiny_internvl(), prompts()

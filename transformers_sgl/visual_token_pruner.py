@@ -304,8 +304,9 @@ class _Cut:
         """Lets a filling row attend to itself, because a softmax over nothing is NaN in some kernels."""
         if self.key_valid is None:
             return None
-        diagonal = torch.eye(self.key_positions.shape[1], dtype=torch.bool, device=self.key_positions.device)
-        return (diagonal & ~self.key_valid[:, :, None])[:, None, self.rows]
+        order = torch.arange(self.key_positions.shape[1], device=self.key_positions.device)
+        itself = order == order[self.rows, None]  # (num_queries, num_keys)
+        return (itself & ~self.key_valid[:, self.rows, None])[:, None]
 
 
 def _in_form(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
