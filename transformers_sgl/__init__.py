@@ -13,6 +13,7 @@ from transformers import (
 
 from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.configuration_sgl import SGLConfig
+from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput
 from transformers_sgl.importance_process import (
@@ -31,6 +32,7 @@ __all__ = [
     "PRESETS",
     "AttentionMassProcessor",
     "AttentionRecorder",
+    "DraftVerifier",
     "ImportanceProcessor",
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",

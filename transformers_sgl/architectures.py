@@ -31,11 +31,13 @@ class Architecture:
         visual_token_attributes (`tuple` of `str`): The configuration's attributes that hold the ids of visual tokens.
         layers_attribute (`str`): The attribute of `model.get_decoder()` that holds the decoder layers.
         attention_attribute (`str`): The attribute of a decoder layer that holds its self-attention.
+        per_tile_inputs (`tuple` of `str`): Model inputs that hold one row for each image tile of the whole batch.
     """
 
     visual_token_attributes: tuple[str, ...] = ("image_token_id",)
     layers_attribute: str = "layers"
     attention_attribute: str = "self_attn"
+    per_tile_inputs: tuple[str, ...] = ("pixel_values",)
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -110,6 +110,14 @@ class AttentionRecorder(HookContext):
         """What has been recorded so far: `(batch, num_visual_tokens)` in float32, 0 where a sample has fewer."""
         return self.prompt_importance + self.generated_importance
 
+    def finish(self, finished: Tensor) -> None:
+        """Stops counting samples that have finished otherwise than by their model's own end of sequence.
+
+        Args:
+            finished (`Tensor` of shape `(batch,)`): `True` where the tokens from here on do not count.
+        """
+        self._unfinished = self._unfinished & ~finished.to(self._unfinished.device)
+
     def _register(self, stack: ExitStack) -> None:
         stack.callback(self._restore_attention)  # comes last, after the hooks are gone
         stack.callback(self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True).remove)

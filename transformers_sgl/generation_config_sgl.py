@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, float]] = {
 
 _DEFAULT_PRESET = "balanced"
 _GUIDANCE_QUERIES = ("prompt", "generated", "both")
+_CONSISTENCY_REDUCTIONS = ("product", "geometric_mean")
 
 
 def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
@@ -97,6 +98,17 @@ class SGLGenerationConfig(GenerationConfig):
             `"both"` (paper, section 3.2).
         guidance_max_new_tokens (`int`, *optional*): The most tokens the small model may write; by default as many as
             the large model.
+        early_exit_threshold (`float`, *optional*): The decision score, 0 or more, from which on the small model's
+            answer is returned and the large model not called (paper, section 3.3). Scores lie between 0 and 1: with 0
+            the large model is never called, with `None` or above 1 always.
+        consistency_retention_ratio (`float`, *optional*, defaults to 0.05): The fraction of visual tokens, in
+            `(0, 1]`, that the small model sees when its answer's consistency is scored.
+        consistency_reduction (`str`, *optional*, defaults to `"product"`): How the probabilities of an answer's tokens
+            become one consistency: their `"product"`, as in the paper, or their `"geometric_mean"`, which does not
+            punish long answers.
+        verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
+            goes on behind what it agrees with. What it writes stays the same. By default wherever the small model has
+            answered; with `True` it answers for this even where nothing is pruned; with `False` never.
         **kwargs: Every field of `GenerationConfig`.
 
     Raises:
@@ -168,7 +180,15 @@ class SGLGenerationConfig(GenerationConfig):
     @staticmethod
     def _sgl_defaults() -> dict[str, Any]:
         """The fields that this class adds, with the values they take where nobody set them."""
-        return {**PRESETS[_DEFAULT_PRESET], "guidance_queries": "both", "guidance_max_new_tokens": None}
+        return {
+            **PRESETS[_DEFAULT_PRESET],
+            "guidance_queries": "both",
+            "guidance_max_new_tokens": None,
+            "early_exit_threshold": None,
+            "consistency_retention_ratio": 0.05,
+            "consistency_reduction": "product",
+            "verify_draft": None,
+        }
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
@@ -223,18 +243,30 @@ class SGLGenerationConfig(GenerationConfig):
             ValueError: If a field has a value that is not allowed.
         """
         super().validate(*args, **kwargs)
-        if self.retention_ratio is not None and not _is_number(self.retention_ratio, above=0, up_to=1):
-            raise ValueError(
-                f"`retention_ratio` is {self.retention_ratio!r}, but it is the fraction of visual tokens that are "
-                "kept: pass a number above 0 and up to 1, where 1 keeps all."
-            )
+        for name in ("retention_ratio", "consistency_retention_ratio"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                raise ValueError(
+                    f"`{name}` is {value!r}, but it is the fraction of visual tokens that are kept: pass a number "
+                    "above 0 and up to 1, where 1 keeps all."
+                )
         if self.prune_layer is not None:
             _check_prune_layer(self.prune_layer)
-        if self.guidance_queries is not None and self.guidance_queries not in _GUIDANCE_QUERIES:
+        for name, choices in (
+            ("guidance_queries", _GUIDANCE_QUERIES),
+            ("consistency_reduction", _CONSISTENCY_REDUCTIONS),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
+        threshold = self.early_exit_threshold
+        if threshold is not None and not (_is_number(threshold) and threshold >= 0):
             raise ValueError(
-                f"`guidance_queries` is {self.guidance_queries!r}: choose one of "
-                f"{', '.join(map(repr, _GUIDANCE_QUERIES))}."
+                f"`early_exit_threshold` is {threshold!r}, but it is compared with scores between 0 and 1: pass a "
+                "number of 0 or more, or None never to exit early."
             )
+        if self.verify_draft is not None and not isinstance(self.verify_draft, bool):
+            raise ValueError(f"`verify_draft` is {self.verify_draft!r}: pass True, False or None.")
         if self.guidance_max_new_tokens is not None and not _is_count(self.guidance_max_new_tokens):
             raise ValueError(
                 f"`guidance_max_new_tokens` is {self.guidance_max_new_tokens!r}: pass a whole number of 1 or more, or "
@@ -253,8 +285,8 @@ def _check_prune_layer(prune_layer: Any) -> None:
         )
 
 
-def _is_number(value: Any, above: float, up_to: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= up_to
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # NaN is no number
 
 
 def _is_count(value: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from threading import Lock, RLock
 from typing import Any
@@ -14,12 +15,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
 from transformers_sgl.architectures import check_supported, decoder_layers, visual_token_ids
+from transformers_sgl.batching import WholeBatchStreamer, left_padded, merge_answers, pad_rows, select_samples
+from transformers_sgl.draft_verification import DraftVerifier
+from transformers_sgl.early_exit import exits_early
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import guide
+from transformers_sgl.guidance import Guidance, check_same_visual_tokens, guide
 from transformers_sgl.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
@@ -27,16 +31,21 @@ from transformers_sgl.importance_process import (
 )
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
+from transformers_sgl.vocabulary import Vocabularies
 
 __all__ = ["SGLGenerateOutput", "generate"]
 
 _SMALL_PREFIX = "small_"
 # Plain inputs that are an object of one model.
 _LARGE_ONLY = ("past_key_values",)
-# Caches whose layers may differ in length.
-_PRUNABLE_CACHES = (None, "dynamic", "offloaded")
+# Caches whose layers may differ in length, and that can be cut back.
+_DYNAMIC_CACHES = (None, "dynamic", "offloaded")
 # What `generate` writes at the most where nobody said, as in transformers.
 _DEFAULT_MAX_NEW_TOKENS = 20
+# Settings that shape an answer, and so the draft, too: in any vocabulary, and where both models share one.
+_SHAPING_SETTINGS = ("max_time", "no_repeat_ngram_size", "repetition_penalty")
+_SHAPING_SETTINGS_BY_ID = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
+_SHAPING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
 
 
 @dataclass
@@ -51,15 +60,25 @@ class SGLGenerateOutput(ModelOutput):
         importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention that each visual token
             received in the small model, in float32.
         keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the visual tokens that the
-            large model kept.
+            large model kept: none of a sample that exited early.
         num_visual_tokens (`Tensor` of shape `(batch,)`, *optional*): How many visual tokens each prompt has.
         prune_layer (`int`, *optional*): The first decoder layer of the large model that saw only the kept tokens.
         draft_sequences (`Tensor` of shape `(batch, draft_length)`, *optional*): The small model's own answers, in the
             small model's vocabulary.
+        exited_early (`Tensor` of shape `(batch,)`, *optional*): `True` where the small model's answer was returned and
+            the large model not called.
+        confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was of its answer.
+        consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays when it sees only the
+            most important visual tokens.
+        decision_score (`Tensor` of shape `(batch,)`, *optional*): The mean of both, to which `early_exit_threshold` is
+            compared.
+        num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): How many tokens of each draft the large
+            model confirmed.
+        num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
         timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` (0 where the small model did not run),
-            `large_ms` and `total_ms`.
+            `large_ms` (0 where the large one did not) and `total_ms`.
         scores (`tuple` of `Tensor`, *optional*): This field and those below: as the large model's `generate` returns
-            them.
+            them, for the samples that it was called for.
         logits (`tuple` of `Tensor`, *optional*): As above.
         attentions (`tuple`, *optional*): As above; pruned layers have smaller matrices.
         hidden_states (`tuple`, *optional*): As above; pruned layers have shorter states.
@@ -74,6 +93,12 @@ class SGLGenerateOutput(ModelOutput):
     num_visual_tokens: Tensor | None = None
     prune_layer: int | None = None
     draft_sequences: Tensor | None = None
+    exited_early: Tensor | None = None
+    confidence: Tensor | None = None
+    consistency: Tensor | None = None
+    decision_score: Tensor | None = None
+    num_draft_tokens_accepted: Tensor | None = None
+    num_large_forward_passes: int | None = None
     timings: dict[str, float] | None = None
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
@@ -89,10 +114,11 @@ def generate(
     small: PreTrainedModel,
     inputs: dict[str, Any],
     generation_config: SGLGenerationConfig,
+    vocabularies: Vocabularies,
     importance_processor: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
     **generate_kwargs: Any,
 ) -> SGLGenerateOutput | Tensor:
-    """Lets the large model write, guided by the small one.
+    """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
 
     Args:
         large (`PreTrainedModel`): The large model.
@@ -100,6 +126,7 @@ def generate(
         inputs (`dict`): The large model's inputs, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys
             replace or extend them for the small model.
         generation_config (`SGLGenerationConfig`): The resolved settings.
+        vocabularies (`Vocabularies`): Whether the small model's tokens mean the same to the large one.
         importance_processor ([`ImportanceProcessor`] or several, *optional*): The user's own; they run before the
             fixed ratio of `generation_config.retention_ratio`.
         **generate_kwargs: Arguments of the large model's `generate`: `streamer`, `logits_processor`, ...
@@ -113,45 +140,99 @@ def generate(
     """
     clock = _Clock(large.device, small.device)
     large_inputs, small_inputs = _split(inputs)
-    settings = {"generation_config": generation_config, **generate_kwargs}
+    generate_kwargs["generation_config"] = generation_config
+    # What the large model's `generate` makes of it: where nothing is set, its checkpoint's own settings hold.
+    settings = generation_config.resolved(large.generation_config)
     found: dict[str, Any] = {}
 
-    # 1. Find the visual tokens. Without any, or where all are kept, the large model runs alone and untouched.
-    prune_layer = resolve_prune_layer(generation_config.prune_layer, len(decoder_layers(large)))
-    processors = _processor_list(importance_processor, generation_config.retention_ratio)
+    # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
+    prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
+    processors = _processor_list(importance_processor, settings.retention_ratio)
+    may_exit = settings.early_exit_threshold is not None and settings.early_exit_threshold <= 1
     visual_tokens = _find_visual_tokens(large, large_inputs)
     if visual_tokens is not None:
         found["num_visual_tokens"] = visual_tokens.counts
-    if not processors or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
+    is_guided = bool(processors) or may_exit or _wants_draft_alone(large_inputs, settings, generate_kwargs)
+    if not is_guided or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
         with _one_at_a_time(large):
-            return _result(large.generate(**large_inputs, **settings), found, clock)
+            output = large.generate(**large_inputs, **generate_kwargs)
+        clock.lap("large_ms")
+        sequences = output if isinstance(output, Tensor) else output["sequences"]
+        return _result(sequences, output, found, settings, clock)
 
-    # 2. Refuse what cannot be pruned, before anything has run.
+    # 2. Refuse what cannot be done, before anything has run.
     check_supported(small.config)
-    _check_prunable(large_inputs, generation_config, generate_kwargs)
+    _check_guidable(large_inputs)
+    if processors:
+        _check_prunable(large_inputs, settings, generate_kwargs)
+    if may_exit:
+        _check_exits(settings, generate_kwargs, vocabularies)
     prompts = large_inputs["input_ids"]
-    large_inputs, small_inputs = _left_padded(large_inputs), _left_padded(small_inputs)
-    visual_tokens = VisualTokens.from_input_ids(
-        large_inputs["input_ids"], visual_token_ids(large.config), large_inputs.get("attention_mask")
-    )
+    large_inputs, visual_tokens = _prepared(large, large_inputs)
+    small_inputs, small_tokens = _prepared(small, small_inputs)
+    if processors:
+        check_same_visual_tokens(visual_tokens, small_tokens)
 
-    # 3. The small model answers first; where it looks ranks the visual tokens.
-    max_new_tokens = _max_new_tokens(generation_config, visual_tokens.prompt_length)
+    # 3. The small model answers first: a draft, how far to trust it, and where it looked.
+    limits = _length_limits(settings, prompts.shape[1])
+    draft_settings = _draft_settings(settings, small, limits, vocabularies, generate_kwargs, may_exit)
     with _one_at_a_time(small):
-        guidance = guide(small, small_inputs, visual_tokens, generation_config, max_new_tokens)
-    found["prune_layer"] = prune_layer
-    found["draft_sequences"] = guidance.draft_sequences
-    importance = found["importance"] = guidance.importance.to(visual_tokens.valid.device)
+        guidance = guide(
+            small,
+            small_inputs,
+            small_tokens,
+            settings,
+            ranks=bool(processors),
+            scores=may_exit or bool(settings.return_dict_in_generate),
+            **draft_settings,
+        ).to(prompts.device)
+    for name in ("draft_sequences", "importance", "confidence", "consistency", "decision_score"):
+        found[name] = getattr(guidance, name)
     clock.lap("guidance_ms")
 
-    # 4. The ranking becomes a choice.
-    keep_mask = found["keep_mask"] = processors.keep_mask(visual_tokens, importance)
+    # 4. Where the draft can be trusted, it is the answer.
+    draft, draft_mask = _in_large_vocabulary(guidance, settings, vocabularies)
+    exits = found["exited_early"] = _exits(guidance, draft_mask, settings, limits, may_exit)
+    early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
+    streamer = generate_kwargs.get("streamer")
+    if streamer is not None and exits.any():
+        streamer = WholeBatchStreamer(streamer, prompts, early, exits, _pad_token_id(settings))
+        generate_kwargs["streamer"] = streamer
 
-    # 5. The large model reads everything, keeps what matters, and writes.
-    prompt_keep_mask = visual_tokens.prompt_keep_mask(keep_mask)
-    with _one_at_a_time(large), VisualTokenPruner(large, prompt_keep_mask, prune_layer):
-        output = large.generate(**large_inputs, **settings)
-    return _result(output, found, clock, prompts)
+    # 5. The other samples go on as a smaller batch. The ranking becomes a choice of tokens, and the large model reads
+    # the prompt and the draft, keeps what matters, and writes.
+    rest, output, late = ~exits, None, None
+    verifier = DraftVerifier(large)
+    if rest.any():
+        if exits.any():
+            per_tile = check_supported(large.config).per_tile_inputs
+            large_inputs = select_samples(large_inputs, rest, visual_tokens.counts, per_tile)
+            large_inputs, visual_tokens = _prepared(large, large_inputs)
+        if settings.verify_draft is not False:
+            verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
+        with ExitStack() as stack:
+            stack.enter_context(_one_at_a_time(large))
+            if guidance.importance is not None and visual_tokens.num_visual_tokens > 0:
+                importance = guidance.importance[rest, : visual_tokens.num_visual_tokens]
+                keep_mask = processors.keep_mask(visual_tokens, importance)
+                stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
+                found["prune_layer"] = prune_layer
+                found["keep_mask"] = _scatter(keep_mask, rest, guidance.importance.shape[1])
+            output = verifier.generate(**large_inputs, **generate_kwargs)
+        sequences = output if isinstance(output, Tensor) else output["sequences"]
+        late = sequences[:, large_inputs["input_ids"].shape[1] :]
+    elif streamer is not None:
+        streamer.end()
+    found["num_large_forward_passes"] = verifier.num_forward_passes
+    if verifier.num_accepted is not None:
+        found["num_draft_tokens_accepted"] = torch.zeros_like(rest, dtype=torch.long)
+        found["num_draft_tokens_accepted"][rest] = verifier.num_accepted.to(rest.device)
+    clock.lap("large_ms")
+
+    # 6. The whole batch again, with the prompts as they were passed.
+    answers = merge_answers(early, late, exits, _pad_token_id(settings))
+    prompts = prompts.repeat_interleave(answers.shape[0] // prompts.shape[0], dim=0)
+    return _result(torch.cat([prompts, answers], dim=1), output, found, settings, clock)
 
 
 # The hooks of a call sit on the models, so threads that share a model take turns.
@@ -195,24 +276,71 @@ def _processor_list(
     return processors
 
 
+def _is_greedy(settings: GenerationConfig) -> bool:
+    return not settings.do_sample and settings.num_beams in (None, 1) and settings.num_return_sequences in (None, 1)
+
+
+def _wants_draft_alone(inputs: dict[str, Any], settings: SGLGenerationConfig, generate_kwargs: dict[str, Any]) -> bool:
+    """Whether the small model shall run for its draft alone, and the large one can make use of it."""
+    return (
+        settings.verify_draft is True
+        and _is_greedy(settings)
+        and inputs.get("input_ids") is not None
+        and inputs.get("past_key_values") is None
+        and settings.cache_implementation in _DYNAMIC_CACHES
+        and not any(generate_kwargs.get(name) for name in ("assistant_model", "custom_generate"))
+    )
+
+
+def _check_guidable(inputs: dict[str, Any]) -> None:
+    """Raises if the small model cannot be asked about these inputs."""
+    cache = inputs.get("past_key_values")
+    if inputs.get("input_ids") is None:
+        raise ValueError(
+            "The small model's guidance needs visual tokens, which are found by their ids, but there are no "
+            "`input_ids`: pass them, or set `retention_ratio=1.0` and no `early_exit_threshold` to run the large "
+            "model alone."
+        )
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"The small model's guidance starts with the prompt, but `past_key_values` already holds "
+            f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
+        )
+
+
+def _check_exits(settings: SGLGenerationConfig, generate_kwargs: dict[str, Any], vocabularies: Vocabularies) -> None:
+    """Raises if the small model's answer cannot stand for the large one's."""
+    cure = "or set `early_exit_threshold` above 1, which never exits."
+    if not _is_greedy(settings):
+        raise ValueError(
+            "An early exit returns the small model's one greedy answer, but sampling, beams or several answers were "
+            f"asked for: set do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
+        )
+    if vocabularies.shared is None:
+        raise ValueError(
+            "An early exit returns the small model's tokens, but nothing tells whether they mean the same to the "
+            f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
+        )
+    own = [name for name in _SHAPING_ARGUMENTS if generate_kwargs.get(name) is not None]
+    own += [name for name in _SHAPING_SETTINGS_BY_ID if getattr(settings, name) is not None]
+    if own and not vocabularies.shared:
+        raise ValueError(
+            f"An early exit cannot obey {', '.join(f'`{name}`' for name in own)}, because the small model writes in "
+            f"another vocabulary: leave it out, {cure}"
+        )
+
+
 def _check_prunable(
     inputs: dict[str, Any], generation_config: SGLGenerationConfig, generate_kwargs: dict[str, Any]
 ) -> None:
     """Raises if a setting of stock `generate` does not go together with pruning."""
     cure = "or set `retention_ratio=1.0` to run the large model unpruned."
     cache = inputs.get("past_key_values")
-    if inputs.get("input_ids") is None:
-        raise ValueError(f"Pruning finds visual tokens by their ids, but there are no `input_ids`: pass them, {cure}")
-    if generation_config.cache_implementation not in _PRUNABLE_CACHES or (cache is not None and cache.is_compileable):
+    if generation_config.cache_implementation not in _DYNAMIC_CACHES or (cache is not None and cache.is_compileable):
         raise ValueError(
             "Pruning needs a cache whose layers may differ in length, which a "
             f"{generation_config.cache_implementation or 'static'} cache cannot do: leave `cache_implementation` "
             f"unset, {cure}"
-        )
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"Pruning starts with the prompt, but `past_key_values` already holds {cache.get_seq_length()} tokens: "
-            "pass the whole conversation without a cache."
         )
     assisted = generate_kwargs.get("assistant_model") is not None or generation_config.prompt_lookup_num_tokens
     guided = (
@@ -227,38 +355,120 @@ def _check_prunable(
             raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
 
 
-def _left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs with all padding on the left, where `generate` needs it to continue a prompt."""
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.shape != inputs["input_ids"].shape or bool(mask[:, -1].all()):
-        return inputs
-    order = torch.argsort(mask.long(), dim=1, stable=True)
-    per_token = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == mask.shape]
-    return {**inputs, **{name: inputs[name].gather(1, order.to(inputs[name].device)) for name in per_token}}
+def _prepared(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], VisualTokens]:
+    """A model's inputs, padded on the left, and where their visual tokens stand."""
+    inputs = left_padded(inputs)
+    return inputs, VisualTokens.from_input_ids(
+        inputs["input_ids"], visual_token_ids(model.config), inputs.get("attention_mask")
+    )
 
 
-def _max_new_tokens(generation_config: SGLGenerationConfig, prompt_length: int) -> int:
-    """The most tokens that the large model may write under these settings."""
-    if generation_config.max_new_tokens is not None:
-        return generation_config.max_new_tokens
-    if generation_config.max_length is not None:
-        return max(1, generation_config.max_length - prompt_length)
-    return _DEFAULT_MAX_NEW_TOKENS
+def _length_limits(settings: GenerationConfig, prompt_length: int) -> tuple[int, int]:
+    """The fewest and the most tokens that an answer may have."""
+    at_least = max(settings.min_new_tokens or 0, (settings.min_length or 0) - prompt_length)
+    if settings.max_new_tokens is not None:
+        return at_least, settings.max_new_tokens
+    if settings.max_length is not None:
+        return at_least, max(1, settings.max_length - prompt_length)
+    return at_least, _DEFAULT_MAX_NEW_TOKENS
+
+
+def _draft_settings(
+    settings: SGLGenerationConfig,
+    small: PreTrainedModel,
+    limits: tuple[int, int],
+    vocabularies: Vocabularies,
+    generate_kwargs: dict[str, Any],
+    may_exit: bool,
+) -> dict[str, Any]:
+    """What the draft must obey so that it can stand for an answer: arguments of the small model's `generate`."""
+    names = [*_SHAPING_SETTINGS, *(_SHAPING_SETTINGS_BY_ID if vocabularies.shared else ())]
+    shaping = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    shaping["max_new_tokens"] = settings.guidance_max_new_tokens or limits[1]
+    if limits[0] > 0:
+        shaping["min_new_tokens"] = min(limits[0], shaping["max_new_tokens"])
+    # The small model stops where the large one would, and where it was trained to.
+    eos = [*_eos_token_ids(small.generation_config), *(_eos_token_ids(settings) if vocabularies.shared else ())]
+    if eos:
+        shaping["eos_token_id"] = list(dict.fromkeys(eos))
+
+    criteria = StoppingCriteriaList()
+    if settings.stop_strings is not None:
+        tokenizer = generate_kwargs.get("tokenizer")
+        if tokenizer is None:
+            raise ValueError("`stop_strings` are found in the text: pass `tokenizer=processor.tokenizer` as well.")
+        if not vocabularies.shared and vocabularies.tokenizers is not None:
+            tokenizer = vocabularies.tokenizers[1]
+        criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
+    # The user's own objects may keep a state, so the draft has to obey them only where it may become the answer.
+    if may_exit:
+        criteria += generate_kwargs.get("stopping_criteria") or []
+        for name in ("logits_processor", "prefix_allowed_tokens_fn"):
+            if generate_kwargs.get(name) is not None:
+                shaping[name] = generate_kwargs[name]
+    return {**shaping, "stopping_criteria": criteria}
+
+
+def _in_large_vocabulary(
+    guidance: Guidance, settings: GenerationConfig, vocabularies: Vocabularies
+) -> tuple[Tensor, Tensor]:
+    """The drafts as the large model would have written them; `(batch, draft_length)` each, ids and mask."""
+    draft, mask = guidance.draft_sequences, guidance.draft_mask
+    eos = _eos_token_ids(settings)
+    if vocabularies.shared is False:
+        rows = vocabularies.to_large(draft, mask, guidance.ended_with_eos, eos[0] if eos else None)
+        ids, mask = (tensor.to(draft.device) for tensor in pad_rows(rows, _pad_token_id(settings)))
+        return ids, mask
+    draft = draft.masked_fill(~mask, _pad_token_id(settings))
+    if eos:  # whatever ended the small model's answer, it is the large one's end that follows it
+        last = (mask.sum(dim=1) - 1)[:, None]
+        foreign = guidance.ended_with_eos & ~torch.isin(draft.gather(1, last)[:, 0], draft.new_tensor(eos))
+        draft = draft.scatter(1, last, torch.where(foreign[:, None], eos[0], draft.gather(1, last)))
+    return draft, mask
+
+
+def _exits(
+    guidance: Guidance, draft_mask: Tensor, settings: SGLGenerationConfig, limits: tuple[int, int], may_exit: bool
+) -> Tensor:
+    """Which samples need no large model; `(batch,)`."""
+    if not may_exit or guidance.decision_score is None or settings.early_exit_threshold is None:
+        return torch.zeros_like(guidance.ended)
+    # An answer that was cut off is whole only if the large model's would be cut off there, too.
+    lengths = draft_mask.sum(dim=1)
+    complete = torch.where(guidance.ended, lengths <= limits[1], lengths == limits[1]) & (lengths >= limits[0])
+    return exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
+
+
+def _eos_token_ids(settings: GenerationConfig) -> list[int]:
+    ids = settings.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _pad_token_id(settings: GenerationConfig) -> int:
+    """What `generate` fills up finished answers with."""
+    return settings.pad_token_id if settings.pad_token_id is not None else [*_eos_token_ids(settings), 0][0]
+
+
+def _scatter(values: Tensor, chosen: Tensor, width: int) -> Tensor:
+    """Rows of the chosen samples in a whole batch; `(batch, width)`, `False` elsewhere."""
+    whole = values.new_zeros(chosen.shape[0], width)
+    whole[chosen, : values.shape[1]] = values
+    return whole
 
 
 def _result(
-    output: ModelOutput | Tensor, found: dict[str, Any], clock: _Clock, prompts: Tensor | None = None
+    sequences: Tensor,
+    output: ModelOutput | Tensor | None,
+    found: dict[str, Any],
+    settings: GenerationConfig,
+    clock: _Clock,
 ) -> SGLGenerateOutput | Tensor:
-    """What the large model returned, with the prompts as they were passed and what was found on the way."""
-    clock.lap("large_ms")
-    sequences = output if isinstance(output, Tensor) else output["sequences"]
-    if prompts is not None:
-        repeats = sequences.shape[0] // prompts.shape[0]
-        sequences = sequences.clone()
-        sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(repeats, dim=0)
-    if isinstance(output, Tensor):
+    """The sequences, or beside them what the large model returned and what was found on the way."""
+    if not settings.return_dict_in_generate:
         return sequences
-    passed_on = {field.name: output[field.name] for field in fields(SGLGenerateOutput) if field.name in output}
+    passed_on = {}
+    if output is not None and not isinstance(output, Tensor):
+        passed_on = {field.name: output[field.name] for field in fields(SGLGenerateOutput) if field.name in output}
     return SGLGenerateOutput(**{**passed_on, **found, "sequences": sequences, "timings": clock.timings})
 
 
@@ -268,7 +478,7 @@ class _Clock:
     def __init__(self, *devices: torch.device) -> None:
         self._devices = {device for device in devices if device.type == "cuda"}
         self._started = self._last = self._now()
-        self._laps: dict[str, float] = {"guidance_ms": 0.0}
+        self._laps = {"guidance_ms": 0.0, "large_ms": 0.0}
 
     def lap(self, name: str) -> None:
         """Names the time since the last lap."""

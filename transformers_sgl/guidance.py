@@ -1,23 +1,30 @@
 """Running the small model: its answer is the draft, its attention the importance of the visual tokens.
 
-Floor 2.
+Floor 2. One `generate` call of the small model gives the draft, the importance and the confidence. The consistency
+costs one more pass of its decoder, which reads the prompt's embeddings a second time with most visual tokens dropped;
+the vision encoder does not run again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from transformers_sgl.architectures import visual_token_ids
+from transformers_sgl import early_exit
+from transformers_sgl.architectures import decoder
 from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.hook_context import HookContext
+from transformers_sgl.importance_process import ImportanceProcessorList, RetentionRatioProcessor
+from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 
-__all__ = ["Guidance", "guide"]
+__all__ = ["Guidance", "check_same_visual_tokens", "guide"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +32,44 @@ class Guidance:
     """What the small model tells about a batch of prompts.
 
     Attributes:
-        importance (`Tensor` of shape `(batch, num_visual_tokens)`): The attention each visual token received, in
-            float32; 0 where a sample has fewer tokens than the batch's maximum.
         draft_sequences (`Tensor` of shape `(batch, draft_length)`): The small model's answers in its own vocabulary,
             without the prompts.
+        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for an answer's tokens, its end of sequence
+            included, `False` for what follows.
+        ended (`Tensor` of shape `(batch,)`): `True` where an answer came to its end, `False` where it was cut off.
+        ended_with_eos (`Tensor` of shape `(batch,)`): `True` where that end is an end-of-sequence token.
+        importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention each visual token
+            received, in float32; 0 where a sample has fewer tokens than the batch's maximum.
+        confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was.
+        consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays with few visual tokens.
     """
 
-    importance: Tensor
     draft_sequences: Tensor
+    draft_mask: Tensor
+    ended: Tensor
+    ended_with_eos: Tensor
+    importance: Tensor | None = None
+    confidence: Tensor | None = None
+    consistency: Tensor | None = None
+
+    @property
+    def decision_score(self) -> Tensor | None:
+        """The mean of both scores, of shape `(batch,)`; `None` where they were not computed."""
+        if self.confidence is None or self.consistency is None:
+            return None
+        return early_exit.decision_score(self.confidence, self.consistency)
+
+    def to(self, device: torch.device) -> Guidance:
+        """The same on another device.
+
+        Args:
+            device (`torch.device`): Where the tensors shall be.
+
+        Returns:
+            `Guidance`: A copy.
+        """
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
 
 def guide(
@@ -40,7 +77,11 @@ def guide(
     inputs: dict[str, Any],
     visual_tokens: VisualTokens,
     generation_config: SGLGenerationConfig,
-    max_new_tokens: int,
+    ranks: bool = True,
+    scores: bool = False,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **settings: Any,
 ) -> Guidance:
     """Lets the small model answer first, greedily, and watches where it looks (paper, section 3.2).
 
@@ -48,57 +89,68 @@ def guide(
         small (`PreTrainedModel`): The small model.
         inputs (`dict`): Its inputs: `input_ids` of shape `(batch, small_prompt_length)`, `attention_mask`,
             `pixel_values` and whatever else its `generate` takes, settings included.
-        visual_tokens (`VisualTokens`): The visual tokens of the large model's prompts, whose importance is wanted.
+        visual_tokens (`VisualTokens`): The visual tokens of these inputs.
         generation_config (`SGLGenerationConfig`): The resolved settings.
-        max_new_tokens (`int`): The most tokens the large model may write.
+        ranks (`bool`, defaults to `True`): Whether the importance is wanted.
+        scores (`bool`, defaults to `False`): Whether confidence and consistency are wanted.
+        logits_processor (`LogitsProcessorList`, *optional*): What the small model's answer has to obey, too.
+        stopping_criteria (`StoppingCriteriaList`, *optional*): What ends the small model's answer, too.
+        **settings: Further settings of the small model's `generate`; those in `inputs` win.
 
     Returns:
-        `Guidance`: Importance and draft, on the small model's device.
+        `Guidance`: The draft and what was asked for, on the small model's device.
 
     Raises:
-        ValueError: If the small model sees another number of visual tokens than the large one, or a sample has no
-            token whose attention could rank them.
+        ValueError: If a sample has no token whose attention could rank its visual tokens.
     """
     inputs = {name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    own_tokens = VisualTokens.from_input_ids(
-        inputs["input_ids"], visual_token_ids(small.config), inputs.get("attention_mask")
-    )
-    check_same_visual_tokens(visual_tokens, own_tokens)
-
+    visual_tokens = visual_tokens.to(small.device)
     settings = {
-        "max_new_tokens": generation_config.guidance_max_new_tokens or max_new_tokens,
         # Greedy whatever the large model does: the draft is the small model's best guess, and reproducible.
         "do_sample": False,
         "num_beams": 1,
         "num_return_sequences": 1,
         "cache_implementation": "dynamic",
+        **settings,
         **inputs,
         "return_dict_in_generate": False,
     }
-    with AttentionRecorder(small, own_tokens) as recorder:
-        sequences = small.generate(**settings)
-    importance = _of_queries(recorder, generation_config.guidance_queries)
-    return Guidance(importance, sequences[:, own_tokens.prompt_length :])
-
-
-def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
-    """The importance that the wanted queries give; `(batch, num_visual_tokens)`.
-
-    Where a sample has no such queries, it is ranked by the others: an answer of a single token is never read again, so
-    it has no generated queries, and a prompt that ends with its image has no prompt queries.
-    """
-    wanted = {
-        "prompt": recorder.prompt_importance,
-        "generated": recorder.generated_importance,
-        "both": recorder.importance,
-    }[queries]
-    importance = torch.where(wanted.any(dim=1, keepdim=True), wanted, recorder.importance)
-    if (recorder.visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
-        raise ValueError(
-            "Nothing ranks the visual tokens of a sample: its prompt ends with the image and the small model wrote a "
-            "single token, so put the question behind the image or allow a longer answer."
+    with ExitStack() as stack:
+        recorder = stack.enter_context(AttentionRecorder(small, visual_tokens)) if ranks or scores else None
+        draft = stack.enter_context(_DraftRecorder(small)) if scores else None
+        watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
+        watch.recorder = recorder
+        sequences = small.generate(
+            **settings,
+            logits_processor=LogitsProcessorList([*(logits_processor or ()), *([draft] if draft else ())]),
+            stopping_criteria=StoppingCriteriaList([watch]),
         )
-    return importance
+    draft_sequences = sequences[:, visual_tokens.prompt_length :]
+    draft_mask = watch.mask(draft_sequences)
+
+    importance = confidence = consistency = None
+    if recorder is not None:
+        importance = _of_queries(recorder, generation_config.guidance_queries)
+        if ranks and (visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
+            raise ValueError(
+                "Nothing ranks the visual tokens of a sample: its prompt ends with the image and the small model "
+                "wrote a single token, so put the question behind the image or allow a longer answer."
+            )
+    if draft is not None and importance is not None:
+        confidence = early_exit.confidence(draft.log_probs, draft_mask)
+        log_probs = _log_probs_when_pruned(
+            small, draft, draft_sequences, visual_tokens, importance, generation_config.consistency_retention_ratio
+        )
+        consistency = early_exit.consistency(log_probs, draft_mask, generation_config.consistency_reduction)
+    return Guidance(
+        draft_sequences,
+        draft_mask,
+        watch.ended,
+        watch.ended_with_eos,
+        importance if ranks else None,
+        confidence,
+        consistency,
+    )
 
 
 def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:
@@ -118,3 +170,135 @@ def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:
             "models of one family whose processors cut an image into the same tiles, and prepare their inputs with "
             "the pair's own processor."
         )
+
+
+def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
+    """The importance that the wanted queries give; `(batch, num_visual_tokens)`.
+
+    Where a sample has no such queries, it is ranked by the others: an answer of a single token is never read again, so
+    it has no generated queries, and a prompt that ends with its image has no prompt queries.
+    """
+    wanted = {
+        "prompt": recorder.prompt_importance,
+        "generated": recorder.generated_importance,
+        "both": recorder.importance,
+    }[queries]
+    return torch.where(wanted.any(dim=1, keepdim=True), wanted, recorder.importance)
+
+
+def _log_probs_when_pruned(
+    small: PreTrainedModel,
+    draft: _DraftRecorder,
+    draft_sequences: Tensor,
+    visual_tokens: VisualTokens,
+    importance: Tensor,
+    retention_ratio: float,
+) -> Tensor:
+    """The log-probabilities of the draft where only the most important visual tokens are seen (paper, section 3.3).
+
+    Returns:
+        `Tensor` of shape `(batch, draft_length)`: One teacher-forced pass, pruned at layer 0.
+    """
+    keep_mask = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(
+        visual_tokens, importance
+    )
+    prompt_mask = visual_tokens.prompt_mask
+    length = draft_sequences.shape[1]
+    embeddings = small.get_input_embeddings()(draft_sequences).to(draft.prompt_embeddings)
+    attention_mask = torch.cat([prompt_mask, torch.ones_like(draft_sequences).bool()], dim=1).long()
+    steps = torch.arange(1, length + 1, device=prompt_mask.device)
+    position_ids = torch.cat([draft.prompt_positions, draft.prompt_positions[..., -1:] + steps], dim=-1)
+    with VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
+        logits = small(
+            inputs_embeds=torch.cat([draft.prompt_embeddings, embeddings], dim=1),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            logits_to_keep=length + 1,
+        ).logits
+    return early_exit.token_log_probs(logits[:, :-1], draft_sequences.to(logits.device)).to(draft_sequences.device)
+
+
+class _DraftRecorder(HookContext, LogitsProcessor):
+    """Notes, while the small model writes, what scoring its draft needs.
+
+    Attributes:
+        prompt_embeddings (`Tensor` of shape `(batch, small_prompt_length, width)`): What its decoder read, visual
+            features in their places.
+        prompt_positions (`Tensor` of shape `(batch or 1, small_prompt_length)`): At which positions.
+    """
+
+    prompt_embeddings: Tensor
+    prompt_positions: Tensor
+
+    def __init__(self, small: PreTrainedModel) -> None:
+        self._small = small
+        self._log_probs: list[Tensor] = []  # one of shape (batch,) for each step
+        self._logits: Tensor | None = None  # (batch, vocab_size), of the step that is running
+        self._has_prompt = False
+
+    @property
+    def log_probs(self) -> Tensor:
+        """How probable each token was when it was written; `(batch, draft_length)`."""
+        return torch.stack(self._log_probs, dim=1)
+
+    def _register(self, stack: ExitStack) -> None:
+        stack.callback(decoder(self._small).register_forward_pre_hook(self._note_prompt, with_kwargs=True).remove)
+        stack.callback(self._small.register_forward_hook(self._note_logits).remove)
+
+    def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._has_prompt:
+            self.prompt_embeddings, self.prompt_positions = kwargs["inputs_embeds"], kwargs["position_ids"]
+            self._has_prompt = True
+
+    def _note_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._logits = output.logits[:, -1]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The last of the logits processors: it sees what is chosen, and changes nothing.
+
+        The probability is the model's own, before processors reshaped it: a token that was forced upon the model
+        counts with the little trust that the model has in it.
+        """
+        assert self._logits is not None
+        self._log_probs.append(early_exit.token_log_probs(self._logits.to(scores.device), scores.argmax(dim=-1)))
+        return scores
+
+
+class _EndWatch(StoppingCriteria):
+    """Ends an answer where it has to end, and remembers where that was.
+
+    Attributes:
+        recorder ([`AttentionRecorder`], *optional*): Who is told, so that padding behind an answer does not count.
+        ended (`Tensor` of shape `(batch,)`): Which answers have ended.
+        ended_with_eos (`Tensor` of shape `(batch,)`): Which of them with an end-of-sequence token.
+    """
+
+    ended: Tensor
+    ended_with_eos: Tensor
+    recorder: AttentionRecorder | None = None
+
+    def __init__(self, eos_token_id: int | list[int] | None, criteria: StoppingCriteriaList | None) -> None:
+        self._eos = torch.tensor([] if eos_token_id is None else eos_token_id).reshape(-1)
+        self._criteria = StoppingCriteriaList(criteria or ())
+        self._lengths: Tensor | None = None  # (batch,)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which samples end with this token; `(batch,)`."""
+        is_eos = torch.isin(input_ids[:, -1], self._eos.to(input_ids.device))
+        ends = is_eos | self._criteria(input_ids, scores, **kwargs) if self._criteria else is_eos
+        if self._lengths is None:
+            self.ended, self._lengths = torch.zeros_like(ends), torch.zeros_like(ends, dtype=torch.long)
+            self.ended_with_eos = self.ended
+        self._lengths += ~self.ended
+        self.ended_with_eos = self.ended_with_eos | (is_eos & ~self.ended)
+        self.ended = self.ended | ends
+        if self.recorder is not None:
+            self.recorder.finish(self.ended)
+        return ends
+
+    def mask(self, draft_sequences: Tensor) -> Tensor:
+        """`True` for the tokens that belong to an answer; `(batch, draft_length)`."""
+        position = torch.arange(draft_sequences.shape[1], device=draft_sequences.device)
+        assert self._lengths is not None
+        return position < self._lengths[:, None]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from transformers_sgl.architectures import check_supported
@@ -20,6 +20,7 @@ from transformers_sgl.configuration_sgl import PARTS, SGLConfig, locate
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
+from transformers_sgl.vocabulary import Vocabularies
 
 __all__ = ["SGLForConditionalGeneration"]
 
@@ -100,6 +101,8 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.large = large
         self.small = small
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
+        self._tokenizer_sources: dict[str, dict[str, Any]] = {}
+        self._known_vocabularies: Vocabularies | None = None
         self.training = large.training or small.training
         self.post_init()
 
@@ -148,7 +151,10 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             else AutoModelForImageTextToText.from_pretrained(model, **options[name])
             for name, model in zip(PARTS, (large, small), strict=True)
         }
-        return cls(**loaded)
+        pair = cls(**loaded)
+        for name in PARTS:
+            pair._tokenizer_sources[name] = _hub_kwargs(options[name], "subfolder")
+        return pair
 
     @classmethod
     def from_pretrained(
@@ -169,7 +175,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         root = kwargs.pop("subfolder", None)
         path, subfolder = locate(pretrained_model_name_or_path, root)
-        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if kwargs.get(name) is not None}
+        hub_kwargs = _hub_kwargs(kwargs)
         config = kwargs.pop("config", None)
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
@@ -179,7 +185,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
 
         options = _split_kwargs(kwargs)
-        models, loading_info = {}, {}
+        models, loading_info, tokenizer_sources = {}, {}, {}
         for name in PARTS:
             part, part_subfolder = locate(pretrained_model_name_or_path, root, name)
             # The pair's configuration wins over the part's own: what was changed in it, `attn_implementation` too,
@@ -188,7 +194,9 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             models[name], loading_info[name] = AutoModelForImageTextToText.from_pretrained(
                 part, **{**own, **options[name]}, **part_subfolder
             )
+            tokenizer_sources[name] = {**hub_kwargs, **part_subfolder}
         model = cls(config, **models)
+        model._tokenizer_sources = tokenizer_sources
         # transformers' own `from_pretrained` restores plain `GenerationConfig`; the extension is ours to load.
         with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
             generation_config = generation_config or SGLGenerationConfig.from_pretrained(
@@ -242,9 +250,10 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         importance_processor: ImportanceProcessor | ImportanceProcessorList | list[ImportanceProcessor] | None = None,
+        small_tokenizer: Any = None,
         **kwargs: Any,
     ) -> SGLGenerateOutput | Tensor:
-        """Writes answers with the large model, guided by the small one.
+        """Writes answers: the small model's where it can be trusted, else the large one's, guided by the small one.
 
         Args:
             inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
@@ -252,6 +261,8 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 method too. What is not set comes from `model.generation_config`.
             importance_processor ([`ImportanceProcessor`] or several, *optional*): Your own steps between the small
                 model's attention and the choice of tokens; they run before the fixed ratio.
+            small_tokenizer (`PreTrainedTokenizerBase`, *optional*): The small model's tokenizer, as `tokenizer` is the
+                large model's; both are read from the checkpoints if not given.
             **kwargs: Model inputs (`input_ids`, `attention_mask`, `pixel_values`, ..., and `small_*` for the small
                 model's own), settings (`retention_ratio=0.2`, `max_new_tokens=64`, ...) and arguments of stock
                 `generate` (`streamer`, `logits_processor`, ...).
@@ -273,9 +284,33 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.small,
             kwargs,
             settings.resolved(self.generation_config),
+            self._vocabularies(generate_kwargs.get("tokenizer"), small_tokenizer),
             importance_processor,
             **generate_kwargs,
         )
+
+    def _vocabularies(self, tokenizer: Any = None, small_tokenizer: Any = None) -> Vocabularies:
+        """What is known about the models' tokenizers: those given, or those beside the checkpoints."""
+        if tokenizer is not None and small_tokenizer is not None:
+            return Vocabularies(lambda: (tokenizer, small_tokenizer), self._vocabulary_sizes)
+        if self._known_vocabularies is None:
+            self._known_vocabularies = Vocabularies(self._load_tokenizers, self._vocabulary_sizes)
+        return self._known_vocabularies
+
+    @property
+    def _vocabulary_sizes(self) -> tuple[int, int]:
+        large, small = (getattr(self, name).config.get_text_config(decoder=True).vocab_size for name in PARTS)
+        return large, small
+
+    def _load_tokenizers(self) -> list[Any]:
+        """Both models' tokenizers, from where the models came from."""
+        paths = [getattr(self, name).name_or_path for name in PARTS]
+        if not all(paths):
+            raise OSError("A model that was not loaded has no tokenizer beside it.")
+        return [
+            AutoTokenizer.from_pretrained(path, **self._tokenizer_sources.get(name, {}))
+            for name, path in zip(PARTS, paths, strict=True)
+        ]
 
     def get_decoder(self) -> nn.Module:
         """The large model's text decoder."""
@@ -305,6 +340,11 @@ _GENERATE_ARGUMENTS = (
     "tokenizer",
     "trust_remote_code",
 )
+
+
+def _hub_kwargs(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
+    """Those arguments that say where a checkpoint is to be found."""
+    return {name: kwargs[name] for name in (*_HUB_KWARGS, *more) if kwargs.get(name) is not None}
 
 
 def _split_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:

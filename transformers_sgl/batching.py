@@ -1,0 +1,194 @@
+"""A batch's samples: padded on the left, picked out, and put together again.
+
+Floor 0: pure tensors. Samples that exit early leave the batch before the large model runs; whoever called `generate`,
+and whoever listens to its stream, gets the whole batch all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["WholeBatchStreamer", "left_padded", "merge_answers", "pad_rows", "select_samples"]
+
+
+def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with all padding on the left, where `generate` needs it to continue a prompt.
+
+    Args:
+        inputs (`dict`): Model inputs with `input_ids` of shape `(batch, prompt_length)`; every tensor of the shape of
+            `attention_mask` is taken for one value per token.
+
+    Returns:
+        `dict`: The inputs, unchanged where nothing had to move.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != inputs["input_ids"].shape or bool(mask[:, -1].all()):
+        return inputs
+    order = torch.argsort(mask.long(), dim=1, stable=True)
+    return {**inputs, **{name: inputs[name].gather(1, order.to(inputs[name].device)) for name in _per_token(inputs)}}
+
+
+def select_samples(
+    inputs: dict[str, Any], chosen: Tensor, visual_counts: Tensor, per_tile: Sequence[str]
+) -> dict[str, Any]:
+    """The inputs of some samples, without the padding that only the others needed.
+
+    Args:
+        inputs (`dict`): Model inputs, padded on the left.
+        chosen (`Tensor` of shape `(batch,)`): `True` for the samples that are wanted.
+        visual_counts (`Tensor` of shape `(batch,)`): How many visual tokens each sample has.
+        per_tile (sequence of `str`): Names of inputs that hold one row for each image tile, in the order of the
+            samples; every tile gives the same number of visual tokens.
+
+    Returns:
+        `dict`: The inputs of the chosen samples, in their order.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl.batching import select_samples
+
+        >>> inputs = {"input_ids": torch.tensor([[1, 9, 9], [9, 9, 9]]), "pixel_values": torch.rand(5, 3, 8, 8)}
+        >>> some = select_samples(inputs, torch.tensor([False, True]), torch.tensor([2, 3]), ["pixel_values"])
+        >>> some["input_ids"].tolist(), some["pixel_values"].shape[0]
+        ([[9, 9, 9]], 3)
+
+        ```
+    """
+    per_token = _per_token(inputs)
+    mask = inputs.get("attention_mask")
+    first = 0 if mask is None else int(mask[chosen.to(mask.device)].long().argmax(dim=1).min())
+    selected = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            selected[name] = value
+        elif name in per_token:
+            selected[name] = value[chosen.to(value.device)][:, first:]
+        elif name in per_tile:
+            owner = _owners(value.shape[0], visual_counts)
+            rows = chosen.to(owner.device)[owner].to(value.device)
+            if rows.any():
+                selected[name] = value[rows]
+        else:
+            selected[name] = value[chosen.to(value.device)] if value.shape[:1] == chosen.shape else value
+    return selected
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one tensor, filled up on the right.
+
+    Args:
+        rows (sequence of sequences of `int`): The rows.
+        pad_token_id (`int`): What fills up.
+
+    Returns:
+        `tuple` of two `Tensor` of shape `(batch, length)`: The ids, and `True` where they are not filling.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_token_id)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return ids, mask
+
+
+def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_token_id: int) -> Tensor:
+    """The answers of a whole batch, from those that exited early and those of the others.
+
+    Args:
+        early (`Tensor` of shape `(batch, early_length)`): Answers, read where `is_early`.
+        late (`Tensor` of shape `(num_late, late_length)`, *optional*): Answers of the other samples, in their order.
+        is_early (`Tensor` of shape `(batch,)`): Where the early answers count.
+        pad_token_id (`int`): What fills up the shorter ones.
+
+    Returns:
+        `Tensor` of shape `(batch, answer_length)`: One answer for each sample.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl.batching import merge_answers
+
+        >>> early, late = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 4, 5]])
+        >>> merge_answers(early, late, torch.tensor([True, False]), pad_token_id=0).tolist()
+        [[1, 2, 0], [3, 4, 5]]
+
+        ```
+    """
+    if late is not None and not is_early.any():
+        return late  # several answers to one prompt, perhaps
+    length = max(early.shape[1], 0 if late is None else late.shape[1])
+    answers = early.new_full((early.shape[0], length), pad_token_id)
+    answers[is_early, : early.shape[1]] = early[is_early]
+    if late is not None:
+        answers[~is_early, : late.shape[1]] = late.to(answers.device)
+    return answers
+
+
+class WholeBatchStreamer(BaseStreamer):
+    """Lets a streamer hear the whole batch, of which the large model runs only a part.
+
+    Args:
+        streamer (`BaseStreamer`): The listener.
+        prompts (`Tensor` of shape `(batch, prompt_length)`): All prompts, as they were passed.
+        early (`Tensor` of shape `(batch, early_length)`): The answers of the samples that exited early.
+        is_early (`Tensor` of shape `(batch,)`): Which those are.
+        pad_token_id (`int`): What stands behind the end of an answer.
+    """
+
+    def __init__(
+        self, streamer: BaseStreamer, prompts: Tensor, early: Tensor, is_early: Tensor, pad_token_id: int
+    ) -> None:
+        self._streamer = streamer
+        self._early = early.cpu()
+        self._is_early = is_early.cpu()
+        self._pad_token_id = pad_token_id
+        self._step = -1  # the large model's first value are its prompts
+        streamer.put(prompts.cpu())
+
+    def put(self, value: Tensor) -> None:
+        """Passes on one token of every sample.
+
+        Args:
+            value (`Tensor` of shape `(num_late,)`): The tokens of the samples that the large model runs.
+        """
+        if self._step >= 0:
+            self._streamer.put(self._column(value))
+        self._step += 1
+
+    def end(self) -> None:
+        """Passes on what is left of the early answers, and the end."""
+        nothing = torch.full((int((~self._is_early).sum()),), self._pad_token_id)
+        self._step = max(self._step, 0)
+        while self._step < self._early.shape[1]:
+            self.put(nothing)
+        self._streamer.end()
+
+    def _column(self, late: Tensor) -> Tensor:
+        column = torch.full(self._is_early.shape, self._pad_token_id)
+        column[~self._is_early] = late.cpu()
+        if self._step < self._early.shape[1]:
+            column[self._is_early] = self._early[self._is_early, self._step]
+        return column
+
+
+def _per_token(inputs: dict[str, Any]) -> list[str]:
+    """The names of the inputs that hold one value per prompt token."""
+    shape = inputs["input_ids"].shape
+    return [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == shape]
+
+
+def _owners(num_tiles: int, visual_counts: Tensor) -> Tensor:
+    """Which sample each tile belongs to; `(num_tiles,)`."""
+    total = int(visual_counts.sum())
+    if num_tiles == 0 or total % num_tiles or bool((visual_counts * num_tiles % max(total, 1)).any()):
+        raise ValueError(
+            f"The prompts have {visual_counts.tolist()} visual tokens, which {num_tiles} image tiles cannot give: "
+            "pass the images that the prompts speak of."
+        )
+    tiles = visual_counts * num_tiles // max(total, 1)
+    return torch.arange(len(visual_counts), device=visual_counts.device).repeat_interleave(tiles)

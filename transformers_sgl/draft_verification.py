@@ -1,0 +1,285 @@
+"""Running the large model on prompt and draft.
+
+Floor 2. Stock `generate` asks its model for the next token's logits, step by step. Here it asks a view of the large
+model, which reads the prompt *and* the draft at the first call and so knows the logits of every step in which the
+answer follows the draft. Those it hands out without running the model again. Where a token is chosen that is not the
+draft's, the cache is cut back to what is right, and the model runs as ever; what is left of the draft goes along with
+the next token for as long as that saves a step.
+
+Logits processors, stopping criteria, streamers and the choice of tokens stay with `generate`, which does not notice:
+so the draft changes how often the model runs, and not what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+__all__ = ["DraftVerifier"]
+
+
+class DraftVerifier:
+    """Lets a model check a draft in its prefill and go on behind what it agrees with.
+
+    Greedy search only: with sampling, beams, a static cache, or where attentions or hidden states are asked for, the
+    model writes as if there were no draft. A batch goes on together: up to the first token at which one of its samples
+    that have not finished leaves its draft.
+
+    The output is the model's own, token for token, within the limits of its arithmetic: reading several tokens in one
+    pass rounds otherwise than reading them one by one, which can turn a tie, as in any assisted generation.
+
+    Args:
+        model (`PreTrainedModel`): The model; it is not changed.
+        draft (`Tensor` of shape `(batch, draft_length)`): Drafts in the model's vocabulary, without the prompts.
+        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft, its end of sequence
+            included, `False` for the padding behind it.
+
+    Attributes:
+        num_forward_passes (`int`): How often the model has run.
+        num_accepted (`Tensor` of shape `(batch,)`, *optional*): How many tokens of each draft were confirmed; `None`
+            where the draft was not used.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModelForImageTextToText
+        >>> from transformers_sgl import DraftVerifier
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> large = AutoModelForImageTextToText.from_pretrained(embedded_pair() / "large")
+        >>> prompt = torch.arange(20, 32)[None]  # any twelve tokens
+        >>> answer = large.generate(input_ids=prompt, max_new_tokens=8)
+        >>> draft = answer[:, 12:]
+        >>> verifier = DraftVerifier(large, draft, torch.ones_like(draft).bool())
+        >>> torch.equal(verifier.generate(input_ids=prompt, max_new_tokens=8), answer), verifier.num_forward_passes
+        (True, 1)
+
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel, draft: Tensor | None = None, draft_mask: Tensor | None = None) -> None:
+        if (draft is None) != (draft_mask is None) or (
+            draft is not None and draft_mask is not None and (draft.dim() != 2 or draft.shape != draft_mask.shape)
+        ):
+            raise ValueError(
+                "`draft` and `draft_mask` must both have the shape (batch, draft_length), but they have "
+                f"{None if draft is None else tuple(draft.shape)} and "
+                f"{None if draft_mask is None else tuple(draft_mask.shape)}."
+            )
+        self.num_forward_passes = 0
+        self.num_accepted: Tensor | None = None
+        self._model = model
+        self._draft = draft
+        self._draft_mask = draft_mask
+        self._run: _Run | None = None
+
+    def generate(self, **kwargs: Any) -> Any:
+        """Stock `generate` of the model, with the draft.
+
+        Args:
+            **kwargs: Arguments of the model's `generate`.
+
+        Returns:
+            `ModelOutput` or `Tensor`: As from the model's `generate`.
+        """
+        return _view_of(self._model, self).generate(**kwargs)
+
+    def sample(self, view: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
+        """Takes the place of the model's decoding loop for greedy search and sampling, in order to run it.
+
+        Args:
+            view (`PreTrainedModel`): The view of the model.
+            input_ids (`Tensor` of shape `(batch, prompt_length)`): The prompts.
+            stopping_criteria (`StoppingCriteriaList`): The prepared criteria.
+            **kwargs: The loop's other arguments.
+
+        Returns:
+            `ModelOutput` or `Tensor`: What the loop returns.
+        """
+        loop = type(self._model)._sample
+        config, past = kwargs["generation_config"], kwargs.get("past_key_values")
+        if past is not None and past.is_compileable:
+            # What is compiled stays on the model: it must be compiled from the model, not from a view of it.
+            return loop(self._model, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+        if self._draft is None or self._draft_mask is None or not self._can_verify(view, input_ids, kwargs):
+            return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+        eos = [
+            criterion.eos_token_id.reshape(-1) for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")
+        ]
+        max_new_tokens = config.max_length - input_ids.shape[1]
+        self._run = run = _Run(
+            self._draft, self._draft_mask, past, torch.cat([*eos, input_ids.new_empty(0)]), max_new_tokens
+        )
+        try:
+            criteria = _WatchedCriteria(stopping_criteria, run.note)
+            output = loop(view, input_ids=input_ids, stopping_criteria=criteria, **kwargs)
+            run.cut_back(run.num_chosen - 1)
+            self.num_accepted = run.num_accepted
+        finally:
+            self._run = None
+        return output
+
+    def forward(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Takes the place of a call of the model, in order to make it, or not.
+
+        Args:
+            forward (`Callable`): The call of the model.
+            extend (`Callable`): The model's own way to lengthen its inputs by new tokens.
+            inputs (`dict`): The arguments of the call.
+
+        Returns:
+            `ModelOutput`: Whose last logits are those of the next token.
+        """
+        run = self._run
+        if run is None:
+            self.num_forward_passes += 1
+            return forward(**inputs)
+        if not run.knows_next():
+            self.num_forward_passes += 1
+            run.cut_back(run.num_chosen - 1)
+            draft = run.rest()
+            if draft.shape[1]:
+                inputs = extend({}, inputs, num_new_tokens=draft.shape[1])
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], draft.to(inputs["input_ids"].device)], dim=1)
+                inputs["logits_to_keep"] = draft.shape[1] + 1
+            run.learn(forward(**inputs).logits, draft.shape[1])
+        return run.next_output()
+
+    def _can_verify(self, view: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the loop asks for nothing that only a pass of its own can give."""
+        config, past = kwargs["generation_config"], kwargs.get("past_key_values")
+        return (
+            not config.do_sample
+            and isinstance(past, DynamicCache)
+            and past.get_seq_length() == 0
+            and kwargs.get("logits_to_keep") == 1
+            and not (config.output_attentions or config.output_hidden_states)
+            and config.guidance_scale in (None, 1)
+            and config.prefill_chunk_size is None
+            and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
+            and self._draft is not None
+            and self._draft.shape[0] == input_ids.shape[0]
+        )
+
+
+class _Run:
+    """One batch of answers that is being written along its drafts.
+
+    Step `k` chooses the answers' token `k`. A pass that reads the answers up to their token `k - 1`, and the drafts
+    behind that, knows the logits of step `k` and of the steps after it, for as long as the answers follow the drafts.
+    """
+
+    def __init__(
+        self, draft: Tensor, draft_mask: Tensor, past: DynamicCache, eos: Tensor, max_new_tokens: int
+    ) -> None:
+        self.num_chosen = 0  # tokens of the answers
+        self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
+        self._past = past
+        # The bookkeeping of single tokens stays on the CPU, where `generate` looks at every one of them anyway.
+        self._draft, self._draft_mask = draft.cpu(), draft_mask.cpu()
+        # How many tokens of each draft are worth reading: nothing follows its end of sequence, nor the last token.
+        readable = (self._draft_mask & ~torch.isin(self._draft, eos.cpu())).sum(dim=1)
+        self._readable = readable.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
+        self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
+        self._follows = True  # whether every token that was chosen since the last pass is the draft's
+        self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
+        self._first_step = 0
+        self._num_read = 0  # the answers' columns in the cache, be they right or not
+
+    def note(self, tokens: Tensor, finished: Tensor) -> None:
+        """A token was chosen for every sample, `(batch,)`; some have finished with it, `(batch,)`."""
+        step = self.num_chosen
+        agrees = torch.zeros_like(self._unfinished)
+        if step < self._draft.shape[1]:
+            agrees = (tokens.cpu() == self._draft[:, step]) & self._draft_mask[:, step]
+        # Once the drafts are no longer read along, an equal token is a coincidence that saves nothing.
+        if self._knew_more() or step == 0:
+            self.num_accepted += agrees & self._unfinished
+        self._unfinished = self._unfinished & ~finished.cpu()
+        self._follows = bool((agrees | ~self._unfinished).all())
+        self.num_chosen += 1
+
+    def knows_next(self) -> bool:
+        """Whether the logits of the next step are known already."""
+        known = 0 if self._logits is None else self._logits.shape[1]
+        return self._follows and self.num_chosen - self._first_step < known
+
+    def next_output(self) -> CausalLMOutputWithPast:
+        """The logits of the next step."""
+        assert self._logits is not None
+        step = self.num_chosen - self._first_step
+        return CausalLMOutputWithPast(logits=self._logits[:, step : step + 1], past_key_values=self._past)
+
+    def rest(self) -> Tensor:
+        """What of the drafts the next pass shall read; `(batch, columns)`.
+
+        A pass that saved no step shows that a draft no longer fits, or not at this place: then nothing.
+        """
+        saved = self._logits is None or self.num_chosen - self._first_step > 1
+        end = int(self._readable[self._unfinished].max()) if saved else 0
+        return self._draft[:, self.num_chosen : end]
+
+    def learn(self, logits: Tensor, num_draft_tokens: int) -> None:
+        """A pass was made; its logits have the shape `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
+        self._logits = logits[:, -1 - num_draft_tokens :]
+        self._first_step = self.num_chosen
+        self._num_read = self.num_chosen + num_draft_tokens
+
+    def cut_back(self, length: int) -> None:
+        """Removes from the cache what lies behind the answers' first `length` tokens."""
+        excess = self._num_read - max(length, 0)
+        if excess > 0:
+            self._past.crop(-excess)
+            self._num_read -= excess
+
+    def _knew_more(self) -> bool:
+        """Whether the last pass read more than the answers."""
+        return self._logits is not None and self._logits.shape[1] > 1
+
+
+class _WatchedCriteria(StoppingCriteriaList):
+    """The stopping criteria of a loop, whose verdicts somebody else hears, too."""
+
+    def __init__(self, criteria: StoppingCriteriaList, note: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__(criteria)
+        self._note = note
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        finished = super().__call__(input_ids, scores, **kwargs)
+        self._note(input_ids[:, -1], finished)
+        return finished
+
+
+@cache
+def _view_class(model_class: Any) -> Any:
+    """A class whose instances share a model's whole state and leave every call to a verifier."""
+
+    class View(model_class):
+        # A slot lies on the view itself, while everything in `__dict__` belongs to the model.
+        __slots__ = ("verifier",)
+
+        def __call__(self, **inputs: Any) -> Any:
+            return self.verifier.forward(super().__call__, self._update_model_kwargs_for_generation, inputs)
+
+        def _sample(self, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
+            return self.verifier.sample(self, input_ids, stopping_criteria, **kwargs)
+
+    # transformers looks things up under a model class's name.
+    View.__name__, View.__qualname__ = model_class.__name__, model_class.__qualname__
+    View.__module__ = model_class.__module__
+    return View
+
+
+def _view_of(model: PreTrainedModel, verifier: DraftVerifier) -> Any:
+    """A view of a model: the same weights, hooks and settings, another object."""
+    model_class: Any = type(model)
+    view: Any = object.__new__(_view_class(model_class))
+    object.__setattr__(view, "__dict__", model.__dict__)
+    object.__setattr__(view, "verifier", verifier)
+    return view
