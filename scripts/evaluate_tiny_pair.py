@@ -138,9 +138,9 @@ class Evaluation:
     def __call__(self, samples: Sequence[Sample], methods: dict[str, Method], title: str) -> dict[str, list[bool]]:
         """Whether each answer is right, by method, in the order of the samples."""
         right: dict[str, list[bool]] = {name: [] for name in methods}
-        for indices in tqdm(list(self._batches(samples)), desc=title):
+        for indices in tqdm(list(self.batches(samples)), desc=title):
             batch = [samples[index] for index in indices]
-            inputs = self._inputs(batch)
+            inputs = self.inputs(batch)
             for name, method in methods.items():
                 sequences = method(inputs, indices)[:, inputs["input_ids"].shape[1] :]
                 answers = self.processor.batch_decode(sequences, skip_special_tokens=True)
@@ -188,7 +188,7 @@ class Evaluation:
 
         return run
 
-    def _batches(self, samples: Sequence[Sample]) -> Iterator[range]:
+    def batches(self, samples: Sequence[Sample]) -> Iterator[range]:
         """Neighbouring samples; a batch does not mix data sets, whose images differ in size."""
         start = 0
         while start < len(samples):
@@ -197,7 +197,7 @@ class Evaluation:
             yield range(start, stop)
             start = stop
 
-    def _inputs(self, batch: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def inputs(self, batch: Sequence[Sample]) -> dict[str, torch.Tensor]:
         chats = [
             [
                 {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from string import ascii_letters, digits
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -15,6 +18,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -174,3 +178,29 @@ def _flash_stand_in(
 
 AttentionInterface.register(FLASH_STAND_IN, _flash_stand_in)
 AttentionMaskInterface.register(FLASH_STAND_IN, flash_attention_mask)
+
+
+def near_copy(model: PreTrainedModel, noise: float, seed: int = 0) -> PreTrainedModel:
+    """A model that mostly says the same: the weights with some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.get_decoder().parameters():
+            parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return copied
+
+
+def tiny_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
+    """A tokenizer for these models: every token is a letter or a digit; another `order` gives them other ids."""
+    special = {"<image>": IMAGE, "<eos>": EOS, "<pad>": PAD, "<unk>": PAD + 1}
+    letters = {letter: index * order % IMAGE for index, letter in enumerate((ascii_letters + digits)[:IMAGE])}
+    backend = Tokenizer(models.WordLevel({**letters, **special}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=["<image>"],
+    )

@@ -4,7 +4,7 @@ Floor 2. Stock `generate` asks its model for the next token's logits, step by st
 model, which reads the prompt *and* the draft at the first call and so knows the logits of every step in which the
 answer follows the draft. Those it hands out without running the model again. Where a token is chosen that is not the
 draft's, the cache is cut back to what is right, and the model runs as ever; what is left of the draft goes along with
-the next token for as long as that saves a step.
+the next token where that may save a step.
 
 Logits processors, stopping criteria, streamers and the choice of tokens stay with `generate`, which does not notice:
 so the draft changes how often the model runs, and not what is written.
@@ -187,7 +187,7 @@ class _Run:
         readable = (self._draft_mask & ~torch.isin(self._draft, eos.cpu())).sum(dim=1)
         self._readable = readable.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
         self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
-        self._follows = True  # whether every token that was chosen since the last pass is the draft's
+        self._follows = True  # whether every sample's newest token is the draft's
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
         self._first_step = 0
         self._num_read = 0  # the answers' columns in the cache, be they right or not
@@ -219,10 +219,11 @@ class _Run:
     def rest(self) -> Tensor:
         """What of the drafts the next pass shall read; `(batch, columns)`.
 
-        A pass that saved no step shows that a draft no longer fits, or not at this place: then nothing.
+        A pass that saved no step shows that a draft does not fit here. Then nothing is read along, until every sample
+        that has not finished has come to a token of its draft again.
         """
-        saved = self._logits is None or self.num_chosen - self._first_step > 1
-        end = int(self._readable[self._unfinished].max()) if saved else 0
+        fits = self._follows or self.num_chosen - self._first_step > 1
+        end = int(self._readable[self._unfinished].max()) if fits else 0
         return self._draft[:, self.num_chosen : end]
 
     def learn(self, logits: Tensor, num_draft_tokens: int) -> None:

@@ -152,7 +152,7 @@ def generate(
     visual_tokens = _find_visual_tokens(large, large_inputs)
     if visual_tokens is not None:
         found["num_visual_tokens"] = visual_tokens.counts
-    is_guided = bool(processors) or may_exit or _wants_draft_alone(large_inputs, settings, generate_kwargs)
+    is_guided = bool(processors) or may_exit or _can_use_draft(large_inputs, settings, generate_kwargs, vocabularies)
     if not is_guided or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
         with _one_at_a_time(large):
             output = large.generate(**large_inputs, **generate_kwargs)
@@ -208,7 +208,7 @@ def generate(
             per_tile = check_supported(large.config).per_tile_inputs
             large_inputs = select_samples(large_inputs, rest, visual_tokens.counts, per_tile)
             large_inputs, visual_tokens = _prepared(large, large_inputs)
-        if settings.verify_draft is not False:
+        if settings.verify_draft is not False and vocabularies.shared is not None:
             verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
         with ExitStack() as stack:
             stack.enter_context(_one_at_a_time(large))
@@ -280,8 +280,13 @@ def _is_greedy(settings: GenerationConfig) -> bool:
     return not settings.do_sample and settings.num_beams in (None, 1) and settings.num_return_sequences in (None, 1)
 
 
-def _wants_draft_alone(inputs: dict[str, Any], settings: SGLGenerationConfig, generate_kwargs: dict[str, Any]) -> bool:
-    """Whether the small model shall run for its draft alone, and the large one can make use of it."""
+def _can_use_draft(
+    inputs: dict[str, Any],
+    settings: SGLGenerationConfig,
+    generate_kwargs: dict[str, Any],
+    vocabularies: Vocabularies,
+) -> bool:
+    """Whether the small model shall run even for its draft alone, and the large one can make use of it."""
     return (
         settings.verify_draft is True
         and _is_greedy(settings)
@@ -289,6 +294,7 @@ def _wants_draft_alone(inputs: dict[str, Any], settings: SGLGenerationConfig, ge
         and inputs.get("past_key_values") is None
         and settings.cache_implementation in _DYNAMIC_CACHES
         and not any(generate_kwargs.get(name) for name in ("assistant_model", "custom_generate"))
+        and vocabularies.shared is not None
     )
 
 

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import IMAGE, find_visual_tokens, prompts, samples
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_sgl.batching import WholeBatchStreamer, left_padded, merge_answers, pad_rows, select_samples
+
+pytestmark = pytest.mark.mechanics
+
+layouts = st.lists(st.lists(st.integers(1, 2), max_size=2), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(images=layouts, seed=st.integers(0, 99), data=st.data())
+def test_selected_samples_are_those_of_a_batch_of_their_own(images: list, seed: int, data) -> None:
+    chosen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(images), max_size=len(images))))
+    if not chosen.any():
+        chosen[0] = True
+    text = [(3 * number + seed) % 7 + 1 for number in range(len(images))]
+    inputs = left_padded(prompts(images, text, seed, padding_side=data.draw(st.sampled_from(["left", "right"]))))
+    inputs["position_ids"] = inputs["attention_mask"].cumsum(1)
+    inputs["flag"] = True
+    selected = select_samples(inputs, chosen, find_visual_tokens(inputs).counts, ["pixel_values"])
+    assert selected["flag"] is True
+    lengths = inputs["attention_mask"].sum(1)[chosen]
+    assert selected["input_ids"].shape == (int(chosen.sum()), int(lengths.max()))
+    tiles = torch.split(inputs.get("pixel_values", torch.empty(0, 3, 16, 16)), [sum(numbers) for numbers in images])
+    wanted = [pixels for pixels, is_chosen in zip(tiles, chosen.tolist(), strict=True) if is_chosen and len(pixels)]
+    assert ("pixel_values" in selected) == bool(wanted)
+    if wanted:
+        assert torch.equal(selected["pixel_values"], torch.cat(wanted))
+    for row, number in enumerate(chosen.nonzero()[:, 0].tolist()):
+        mask, own = inputs["attention_mask"][number].bool(), selected["attention_mask"][row].bool()
+        for name in ("input_ids", "position_ids"):
+            assert torch.equal(selected[name][row][own], inputs[name][number][mask])
+        assert bool(own[-1])
+
+
+def test_all_samples_without_padding_are_the_inputs_themselves() -> None:
+    inputs = samples(prompts())[0]
+    del inputs["attention_mask"]
+    counts = (inputs["input_ids"] == IMAGE).sum(1)
+    selected = select_samples(inputs, torch.tensor([True]), counts, ["pixel_values"])
+    assert all(torch.equal(selected[name], inputs[name]) for name in inputs)
+
+
+def test_tiles_that_cannot_be_the_prompts_are_refused() -> None:
+    inputs = left_padded(prompts())
+    inputs["pixel_values"] = inputs["pixel_values"][:3]
+    with pytest.raises(ValueError, match=r"visual tokens, which 3 image tiles cannot give: pass the images"):
+        select_samples(inputs, torch.tensor([True, False, True]), find_visual_tokens(inputs).counts, ["pixel_values"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans()), min_size=1))
+def test_merged_answers_are_each_samples_own(rows: list[tuple[list[int], bool]]) -> None:
+    is_early = torch.tensor([early for _, early in rows])
+    early, _ = pad_rows([row if is_early else [] for row, is_early in rows], 0)
+    late = [row for row, is_early in rows if not is_early]
+    merged = merge_answers(early, pad_rows(late, 0)[0] if late else None, is_early, 0)
+    assert merged.shape == (len(rows), max(len(row) for row, _ in rows))
+    for found, (row, _) in zip(merged.tolist(), rows, strict=True):
+        assert found == row + [0] * (len(found) - len(row))
+
+
+def test_a_listener_hears_the_whole_batch_in_step() -> None:
+    class Listener(BaseStreamer):
+        def __init__(self) -> None:
+            self.heard: list = []
+
+        def put(self, value: Tensor) -> None:
+            self.heard.append(value.tolist())
+
+        def end(self) -> None:
+            self.heard.append("end")
+
+    listener = Listener()
+    early = torch.tensor([[0, 0, 0], [5, 6, 7], [0, 0, 0]])
+    whole = WholeBatchStreamer(listener, torch.tensor([[1], [2], [3]]), early, torch.tensor([False, True, False]), 9)
+    whole.put(torch.tensor([[1], [3]]))
+    whole.put(torch.tensor([10, 30]))
+    whole.put(torch.tensor([11, 31]))
+    whole.end()
+    assert listener.heard == [[[1], [2], [3]], [10, 5, 30], [11, 6, 31], [9, 7, 9], "end"]
