@@ -2,10 +2,10 @@
 
     python scripts/evaluate_early_exit.py
 
-1. On 2,000 easy-VQA test questions and 2,000 questions about held-out scenes: the small model's answers and scores, and
-   the answers of the large model, guided and alone. With them every threshold is known: who would have been asked, and
-   what the accuracy would have been; for the decision score, for each of its two halves alone, and for routing at
-   random, in expectation, at the same rate.
+1. On 2,000 easy-VQA test questions and 2,000 questions about held-out scenes: the small model's answers and scores,
+   and the answers of the large model, guided and alone. With them every threshold is known: who would have been
+   asked, and what the accuracy would have been; for the decision score, for each of its two halves alone, and for
+   routing at random, in expectation, at the same rate.
 2. Seconds, one question at a time, on some of them: the large model alone, an early exit, the whole with and without
    scores, in turn, medians of several rounds; written down only relative to the large model alone.
 3. How often a calibrated threshold keeps its promise on questions it has not seen, over 100 splits.
@@ -200,8 +200,8 @@ def thresholds_table(answers: dict[str, Answers], seconds: dict[str, Answers]) -
         "data", "score", "threshold", "large-call rate", "accuracy", "random routing", "time / large alone",
     ]  # fmt: skip
     without = "; ".join(
-        f"{name}: large alone, unpruned {percent(known['alone_right'])}, large, guided {percent(known['large_right'])}, "
-        f"small {percent(known['draft_right'])}"
+        f"{name}: large alone, unpruned {percent(known['alone_right'])}, large, guided "
+        f"{percent(known['large_right'])}, small {percent(known['draft_right'])}"
         for name, known in answers.items()
     )
     timed = len(next(iter(seconds.values()))["alone"])
@@ -240,9 +240,9 @@ def scores_table(answers: dict[str, Answers], seed: int) -> dict[str, Any]:
 def gain_per_sample(known: Answers, score: str) -> np.ndarray:
     """Each question's share in the area between the curve and random routing.
 
-    At the rate r the questions with the lowest scores are called. A question of rank u (0 the lowest, 1 the highest) is
-    called at all rates above u, so that over all rates it gains 1 - u of what the large model gains on it; at random it
-    is one half.
+    At the rate r the questions with the lowest scores are called. A question of rank u (0 the lowest, 1 the highest)
+    is called at all rates above u, so that over all rates it gains 1 - u of what the large model gains on it; at
+    random it is one half.
     """
     values = score_of(known, score)
     order = np.argsort(np.random.default_rng(0).permutation(len(values)))  # ties are broken at random

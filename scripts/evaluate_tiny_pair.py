@@ -198,6 +198,7 @@ class Evaluation:
             start = stop
 
     def inputs(self, batch: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Both models' inputs for a batch of samples."""
         chats = [
             [
                 {

@@ -20,7 +20,16 @@ pytestmark = pytest.mark.mechanics
 # No deadline: how long an example takes says more about the machine than about the code.
 RANDOMLY = settings(max_examples=40, deadline=None)
 
-SGL_FIELDS = ("retention_ratio", "prune_layer", "guidance_queries", "guidance_max_new_tokens")
+SGL_FIELDS = (
+    "retention_ratio",
+    "prune_layer",
+    "guidance_queries",
+    "guidance_max_new_tokens",
+    "early_exit_threshold",
+    "consistency_retention_ratio",
+    "consistency_reduction",
+    "verify_draft",
+)
 
 
 # --- presets and average retention ---
@@ -109,7 +118,7 @@ def test_an_index_past_the_last_layer_is_refused(prune_layer):
 def test_nothing_is_set_until_someone_sets_it():
     settings = SGLGenerationConfig()
 
-    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * 4
+    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * 8
 
 
 def test_resolved_prefers_the_users_value_then_the_models_then_the_default():
@@ -122,6 +131,16 @@ def test_resolved_prefers_the_users_value_then_the_models_then_the_default():
     assert resolved.guidance_queries == "prompt"
     assert resolved.prune_layer == 9 / 48
     assert resolved.guidance_max_new_tokens is None
+    assert (resolved.consistency_retention_ratio, resolved.consistency_reduction) == (0.05, "product")
+
+
+@pytest.mark.parametrize(("field", "models"), [("early_exit_threshold", 0.8), ("verify_draft", True)])
+def test_zero_and_false_are_set_values(field: str, models: float):
+    users = type(models)(0)
+    assert (
+        getattr(SGLGenerationConfig(**{field: users}).resolved(SGLGenerationConfig(**{field: models})), field) == users
+    )
+    assert getattr(SGLGenerationConfig().resolved(SGLGenerationConfig(**{field: users})), field) == users
 
 
 def test_resolved_inherits_stock_fields_but_invents_none():
@@ -202,13 +221,22 @@ def test_update_takes_what_it_knows_and_returns_the_rest():
 
 
 def test_save_and_load_round_trip(tmp_path):
-    settings = SGLGenerationConfig.from_preset("fast", guidance_queries="generated", max_new_tokens=12, do_sample=True)
+    settings = SGLGenerationConfig.from_preset(
+        "fast",
+        guidance_queries="generated",
+        early_exit_threshold=0,
+        verify_draft=False,
+        max_new_tokens=12,
+        do_sample=True,
+    )
 
     settings.save_pretrained(tmp_path)
 
     assert SGLGenerationConfig.from_pretrained(tmp_path) == settings
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert saved["retention_ratio"] == 0.05
+    assert saved["early_exit_threshold"] == 0
+    assert saved["verify_draft"] is False
     assert "guidance_max_new_tokens" not in saved  # what is unset is not written
 
 
@@ -243,12 +271,19 @@ RATIO = "but it is the fraction of visual tokens that are kept: pass a number ab
 LAYER = "pass a layer index .* or a fraction of the depth"
 QUERIES = "choose one of 'prompt', 'generated', 'both'"
 COUNT = "pass a whole number of 1 or more, or None"
+THRESHOLD = "but it is compared with scores between 0 and 1: pass a number of 0 or more, or None"
+REDUCTION = "choose one of 'product', 'geometric_mean'"
+SWITCH = "pass True, False or None"
 
 BAD_VALUES = [
     *(("retention_ratio", value, RATIO) for value in (0, -0.1, 1.5, 35, True, "0.2", math.nan, torch.tensor(0.5))),
     *(("prune_layer", value, LAYER) for value in (-1, -0.5, 1.0, 2.5, True, "9", math.nan)),
     *(("guidance_queries", value, QUERIES) for value in ("answer", "", True, 1, ["both"])),
     *(("guidance_max_new_tokens", value, COUNT) for value in (0, -1, 1.5, True, "8")),
+    *(("early_exit_threshold", value, THRESHOLD) for value in (-0.1, True, "0.5", math.nan, [0.5])),
+    *(("consistency_retention_ratio", value, RATIO) for value in (0, 1.5, True, "0.05")),
+    *(("consistency_reduction", value, REDUCTION) for value in ("mean", "", 1)),
+    *(("verify_draft", value, SWITCH) for value in (0, 1, "yes")),
 ]
 
 
