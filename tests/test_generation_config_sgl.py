@@ -183,7 +183,7 @@ def test_from_generation_config_copies_stock_fields_and_leaves_the_rest_unset():
     settings = SGLGenerationConfig.from_generation_config(stock)
 
     assert (settings.do_sample, settings.top_k, settings.eos_token_id) == (True, 3, 61)
-    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * 4
+    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * 8
     assert not hasattr(stock, "retention_ratio")
 
 

@@ -220,6 +220,25 @@ def test_settings_shape_an_early_answer_as_in_stock_generate(
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"eos_token_id": [5, 17, 33]}, {"stop_strings": ["b", "L", "x"], "tokenizer": tiny_tokenizer()}],
+    ids=["ids", "strings"],
+)
+def test_what_stands_behind_an_answer_does_not_count(pair: SGLForConditionalGeneration, options: dict) -> None:
+    batch = prompts()
+    options = {**options, **GREEDY, "max_new_tokens": 9, "return_dict_in_generate": True}
+    together = pair.generate(**batch, **options)
+    ends = (together.draft_sequences != PAD).sum(1)
+    assert ends.min() < ends.max()  # somebody waits for somebody
+    for row, sample in enumerate(samples(batch)):
+        alone = pair.generate(**sample, **options)
+        width = alone.importance.shape[1]
+        assert torch.allclose(together.importance[row, :width], alone.importance[0], atol=1e-4)
+        for name in ("confidence", "consistency"):
+            assert float(together[name][row]) == pytest.approx(float(alone[name]), abs=1e-5)
+
+
 def test_a_draft_that_was_cut_off_is_no_answer(pair: SGLForConditionalGeneration) -> None:
     sample = samples(prompts())[0]
     cut = {"guidance_max_new_tokens": 2, "min_new_tokens": 4}
