@@ -244,6 +244,7 @@ def test_a_draft_that_was_cut_off_is_no_answer(pair: SGLForConditionalGeneration
     cut = {"guidance_max_new_tokens": 2, "min_new_tokens": 4}
     output = pair.generate(**sample, **GREEDY, **cut, early_exit_threshold=0, return_dict_in_generate=True)
     assert not output.exited_early.any()
+    assert output.draft_complete.tolist() == [False]
     assert output.draft_sequences.shape[1] == 2
     assert output.sequences.shape[1] - sample["input_ids"].shape[1] >= 4
 

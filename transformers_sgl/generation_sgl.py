@@ -65,6 +65,8 @@ class SGLGenerateOutput(ModelOutput):
         prune_layer (`int`, *optional*): The first decoder layer of the large model that saw only the kept tokens.
         draft_sequences (`Tensor` of shape `(batch, draft_length)`, *optional*): The small model's own answers, in the
             small model's vocabulary.
+        draft_complete (`Tensor` of shape `(batch,)`, *optional*): `True` where such an answer is whole; one that was
+            cut off, or is too short, never exits early.
         exited_early (`Tensor` of shape `(batch,)`, *optional*): `True` where the small model's answer was returned and
             the large model not called.
         confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was of its answer.
@@ -93,6 +95,7 @@ class SGLGenerateOutput(ModelOutput):
     num_visual_tokens: Tensor | None = None
     prune_layer: int | None = None
     draft_sequences: Tensor | None = None
+    draft_complete: Tensor | None = None
     exited_early: Tensor | None = None
     confidence: Tensor | None = None
     consistency: Tensor | None = None
@@ -192,7 +195,11 @@ def generate(
 
     # 4. Where the draft can be trusted, it is the answer.
     draft, draft_mask = _in_large_vocabulary(guidance, settings, vocabularies)
-    exits = found["exited_early"] = _exits(guidance, draft_mask, settings, limits, may_exit)
+    complete = found["draft_complete"] = _is_complete(guidance.ended, draft_mask.sum(dim=1), limits)
+    exits = torch.zeros_like(complete)
+    if may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
+        exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
+    found["exited_early"] = exits
     early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
     streamer = generate_kwargs.get("streamer")
     if streamer is not None and exits.any():
@@ -433,16 +440,10 @@ def _in_large_vocabulary(
     return draft, mask
 
 
-def _exits(
-    guidance: Guidance, draft_mask: Tensor, settings: SGLGenerationConfig, limits: tuple[int, int], may_exit: bool
-) -> Tensor:
-    """Which samples need no large model; `(batch,)`."""
-    if not may_exit or guidance.decision_score is None or settings.early_exit_threshold is None:
-        return torch.zeros_like(guidance.ended)
-    # An answer that was cut off is whole only if the large model's would be cut off there, too.
-    lengths = draft_mask.sum(dim=1)
-    complete = torch.where(guidance.ended, lengths <= limits[1], lengths == limits[1]) & (lengths >= limits[0])
-    return exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
+def _is_complete(ended: Tensor, lengths: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Which drafts are whole answers; `(batch,)`."""
+    # One that was cut off is whole only where the large model's answer would be cut off, too.
+    return torch.where(ended, lengths <= limits[1], lengths == limits[1]) & (lengths >= limits[0])
 
 
 def _eos_token_ids(settings: GenerationConfig) -> list[int]:
