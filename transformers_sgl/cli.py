@@ -1,13 +1,15 @@
 """The console command `transformers-sgl`.
 
 Every sub-command is a function that adds its own parser and a function that carries it out; `COMMANDS` lists the
-former. What a user got wrong leaves as one sentence on standard error and exit code 2.
+former. What a user got wrong leaves as one sentence on standard error and exit code 2; so does Ctrl-C, with exit code
+130.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): The arguments after the program's name; those of the process by default.
 
     Returns:
-        `int`: The exit code: 0, or 2 where the user has to change something.
+        `int`: The exit code: 0, 2 where the user has to change something, or 130 where the user stopped it.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"transformers-sgl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print(f"transformers-sgl: {str(stopped) or 'Stopped.'}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -51,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     for add_command in COMMANDS:
         add_command(commands)
     return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="length limit of the answer (64)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of the weights (default: as saved)",
+    )
+    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0 (default: what the machine has)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- run
@@ -75,14 +91,7 @@ def _add_run(commands: Any) -> None:
         type=_layer,
         help="first layer that sees fewer tokens: an index, or a fraction of the depth such as 0.25",
     )
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="length limit of the answer (64)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="type of the weights (default: as saved)",
-    )
-    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0 (default: what the machine has)")
+    _add_model_options(parser)
     parser.add_argument("--show", metavar="FILE", type=Path, help="write the image with its importance painted over")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(carry_out=_run)
@@ -263,4 +272,126 @@ def _overlay(image: Image, processor: Any, output: Any) -> Image:
     return importance_overlay(image, boxes, importance, keep_mask)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run,)
+# ---------------------------------------------------------------------------------------------------------- calibrate
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="choose the early-exit threshold of a pair on questions with known answers",
+        description="Chooses from which decision score on the small model's answer is returned, so that a promise "
+        "about accuracy or cost holds with the confidence asked for, and puts the threshold into the pair's settings.",
+        epilog="Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or "
+        "`answer`. A run that was stopped goes on when the same command is given again.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a saved pair: a folder, whose settings get the threshold, or a Hub repository"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", type=Path, required=True, help="questions and answers, as JSON lines"
+    )
+    promise = parser.add_mutually_exclusive_group(required=True)
+    promise.add_argument(
+        "--keep-accuracy",
+        metavar="A",
+        type=float,
+        help="fraction of the large model's right answers that stay right, such as 0.99",
+    )
+    promise.add_argument(
+        "--large-call-budget",
+        metavar="B",
+        type=float,
+        help="fraction of the questions that go to the large model at the most, such as 0.5",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for records, report and curve")
+    parser.add_argument(
+        "--confidence", metavar="P", type=float, default=0.95, help="probability with which the promise holds (0.95)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="what the split is drawn from (0)")
+    parser.add_argument(
+        "--held-out",
+        metavar="H",
+        type=float,
+        default=0.5,
+        help="fraction of the images to measure on, not to choose on (0.5)",
+    )
+    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="questions answered at once (8)")
+    _add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(carry_out=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from transformers_sgl.evaluation import calibration
+    from transformers_sgl.evaluation.records import measurement_record
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+    # 1. What can be wrong is looked at before the models are loaded.
+    if arguments.keep_accuracy is not None:
+        promise: calibration.Promise = calibration.KeepAccuracy(arguments.keep_accuracy)
+    else:
+        promise = calibration.LargeCallBudget(arguments.large_call_budget)
+    SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
+    if arguments.batch_size < 1:
+        raise ValueError(f"`batch_size` is {arguments.batch_size}: pass a whole number of 1 or more.")
+    if arguments.seed < 0:
+        raise ValueError(f"`seed` is {arguments.seed}: pass a whole number of 0 or more.")
+    calibration.check_packages()
+    pair = Path(arguments.model) if Path(arguments.model).is_dir() else None
+    for folder in (arguments.out, pair):
+        _check_writable_folder(folder)
+    samples = calibration.read_samples(arguments.data)
+    images = [sample.image.resolve() for sample in samples]
+    split = {"confidence": arguments.confidence, "held_out": arguments.held_out, "seed": arguments.seed}
+    calibration.check_feasible(promise, images, **split)
+    model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
+
+    # 2. Both models answer everything; what an earlier call has done is not done again.
+    facts = calibration.run_facts(model, arguments.model, arguments.data, arguments.max_new_tokens)
+    options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+    records = calibration.run_samples(model, processor, samples, arguments.out, facts, **options)
+
+    # 3. The threshold, and what it gives. The pair's own settings are the last thing that is written.
+    measurement = measurement_record(arguments.seed, model.device)
+    report = calibration.calibrate(records, images, promise, **split, measurement=measurement)
+    written = calibration.write_results(report, arguments.out, model.generation_config, pair)
+    print(
+        json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
+        if arguments.json
+        else _calibration_as_text(report, written)
+    )
+
+
+def _check_writable_folder(path: Path | None) -> None:
+    """Raises unless files can be written into the folder, which may be made for that."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise OSError(f"{str(path)!r} is a file, but a folder is needed: give another name.")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(
+            f"Nothing can be written into {str(path)!r}: change its permissions, or copy it or name another."
+        )
+
+
+def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
+    held = "kept" if report.promise_held else "NOT kept"
+    lines = [
+        f"threshold    {report.threshold:.6g}",
+        f"promise      {report.guarantee}",
+        f"calibration  {report.num_calibration} samples count, {report.calibration_failures} fail "
+        f"({report.allowed_failures} may)",
+        f"held out     promise {held}: {report.num_held_out} samples count, {report.held_out_failures} fail "
+        f"({report.breaking_failures - 1} may)",
+        f"accuracy     {report.routed_accuracy}, large model {report.large_accuracy}, "
+        f"small model {report.small_accuracy}",
+        f"large calls  {report.large_call_rate}",
+        f"written      {', '.join(map(str, written))}",
+    ]
+    if report.kept_right is not None:
+        lines.insert(5, f"kept right   {report.kept_right} of the large model's right answers")
+    return "\n".join(lines)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate)
