@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
-    EOS,
     FLASH_STAND_IN,
+    answers,
     find_visual_tokens,
     near_copy,
     prompts,
@@ -159,20 +159,20 @@ def test_a_wrong_draft_costs_no_pass_more_than_none() -> None:
 
 
 def test_a_sample_that_has_finished_holds_nobody_up() -> None:
-    seed = next(
-        seed for seed in range(100)
-        if 1 < (LARGE.generate(**prompts(seed=seed), max_new_tokens=12, do_sample=False) == EOS).any(1).sum() < 3
-    )  # fmt: skip
-    inputs = prompts(seed=seed)
-    length = inputs["input_ids"].shape[1]
+    def answer_lengths(seed: int) -> list[int]:
+        inputs = prompts(seed=seed)
+        sequences = LARGE.generate(**inputs, max_new_tokens=12, do_sample=False)
+        return [len(row) for row in answers(sequences, inputs["input_ids"].shape[1])]
+
+    seed = next(seed for seed in range(200) if min(answer_lengths(seed)) <= 2 and max(answer_lengths(seed)) >= 8)
+    inputs, ends = prompts(seed=seed), answer_lengths(seed)
     expected = LARGE.generate(**inputs, max_new_tokens=12, do_sample=False)
-    ends = (expected[:, length:] == EOS).int().argmax(dim=1) + 12 * ~(expected[:, length:] == EOS).any(1)
-    draft = expected[:, length:].clone()
-    first = int(ends.argmin())
+    draft = expected[:, inputs["input_ids"].shape[1] :].clone()
+    first = ends.index(min(ends))
     draft[first] = (draft[first] + 1) % 50  # the one that finishes first leaves its draft at once
     found, verifier = verified(inputs, draft, max_new_tokens=12)
     assert torch.equal(found, expected)
-    assert verifier.num_forward_passes <= int(ends.min()) + 3
+    assert verifier.num_forward_passes <= min(ends) + 2
 
 
 @settings(max_examples=60, deadline=None)
