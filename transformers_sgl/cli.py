@@ -322,7 +322,7 @@ def _add_calibrate(commands: Any) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from transformers_sgl.evaluation import calibration
+    from transformers_sgl.evaluation import calibration, calibration_run
     from transformers_sgl.evaluation.records import measurement_record
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
@@ -340,16 +340,16 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     pair = Path(arguments.model) if Path(arguments.model).is_dir() else None
     for folder in (arguments.out, pair):
         _check_writable_folder(folder)
-    samples = calibration.read_samples(arguments.data)
+    samples = calibration_run.read_samples(arguments.data)
     images = [sample.image.resolve() for sample in samples]
     split = {"confidence": arguments.confidence, "held_out": arguments.held_out, "seed": arguments.seed}
     calibration.check_feasible(promise, images, **split)
     model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
 
     # 2. Both models answer everything; what an earlier call has done is not done again.
-    facts = calibration.run_facts(model, arguments.model, arguments.data, arguments.max_new_tokens)
+    facts = calibration_run.run_facts(model, arguments.model, arguments.data, arguments.max_new_tokens)
     options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
-    records = calibration.run_samples(model, processor, samples, arguments.out, facts, **options)
+    records = calibration_run.run_samples(model, processor, samples, arguments.out, facts, **options)
 
     # 3. The threshold, and what it gives. The pair's own settings are the last thing that is written.
     measurement = measurement_record(arguments.seed, model.device)

@@ -1,0 +1,419 @@
+"""The run behind a calibration: both models answer questions whose answers are known.
+
+Read top to bottom: the data comes from a file of JSON lines; each batch is one `generate` call; what came of it is on
+disk before the next one begins, so that a run that was cut off goes on where it was. What the answers tell about
+thresholds is told in `calibration`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from transformers_sgl import __version__
+from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+__all__ = ["Record", "Sample", "is_right", "read_samples", "run_facts", "run_samples", "write_atomically"]
+
+# Decision scores end at 1. A threshold above that never exits; unlike None it is not replaced by one that the pair
+# already has.
+_NEVER_EXIT = 2.0
+_FINGERPRINT_BYTES = 2**20
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about an image, with the answers that count as right.
+
+    Attributes:
+        image: The image file.
+        question: The question.
+        answers: The right answers.
+        where: The line it was read from, in the words of an error message.
+    """
+
+    image: Path
+    question: str
+    answers: tuple[str, ...]
+    where: str = ""
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
+    """Reads questions, one JSON object a line: `image`, `question`, and `answers` (a list) or `answer`.
+
+    Args:
+        path (`str` or `os.PathLike`): The file. Images are named by absolute paths or from the file's folder.
+
+    Returns:
+        `list[Sample]`: The samples, in the order of the lines; blank lines are passed over.
+
+    Raises:
+        OSError: If the file or an image is not there or is no image.
+        ValueError: If a line is not what it should be; the sentence names the line and the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"There is no data file {str(path)!r}: name one with a JSON object on each line.")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The data file {str(path)!r} is not UTF-8 text ({error}): save it as such.") from error
+    samples = [
+        _read_sample(line, path.parent, f"{str(path)!r}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not samples:
+        raise ValueError(f"The data file {str(path)!r} is empty: write a JSON object on each line.")
+    wheres = {sample.image: sample.where for sample in reversed(samples)}
+    for image, where in wheres.items():
+        _check_image(image, where)
+    return samples
+
+
+def is_right(answer: str, expected: Sequence[str]) -> bool:
+    """Whether an answer is one of the expected ones, whatever its case, white space and final full stop.
+
+    Args:
+        answer (`str`): What a model wrote.
+        expected (`Sequence[str]`): The right answers.
+
+    Returns:
+        `bool`: Whether it is right.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.evaluation.calibration_run import is_right
+
+        >>> is_right(" A red  circle.", ["a red circle", "red circle"])
+        True
+
+        ```
+    """
+    return _normalised(answer) in map(_normalised, expected)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+def _read_sample(line: str, folder: Path, where: str) -> Sample:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: this is no JSON object; write one with `image`, `question` and `answers`.")
+    if ("answers" in fields) == ("answer" in fields):
+        problem = "both `answers` and `answer` are given" if "answer" in fields else "the field `answers` is missing"
+        raise ValueError(f"{where}: {problem}; give `answers`, a list of strings, or `answer`, one string.")
+    answers = [_text(fields, "answer", where)] if "answer" in fields else fields["answers"]
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise ValueError(f"{where}: `answers` is {answers!r}; give a list of one or more strings, none of them blank.")
+    image = folder / _text(fields, "image", where)  # an absolute path stays what it is
+    return Sample(image, _text(fields, "question", where), tuple(answers), where)
+
+
+def _text(fields: dict[str, Any], name: str, where: str) -> str:
+    if name not in fields:
+        raise ValueError(f"{where}: the field `{name}` is missing; give it as a string.")
+    value = fields[name]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: `{name}` is {value!r}; give a string that is not blank.")
+    return value
+
+
+def _check_image(path: Path, where: str) -> None:
+    """Finds what is missing or no image at all; only the head of the file is read."""
+    if not path.is_file():
+        raise OSError(
+            f"{where}: `image` names {str(path)!r}, but there is no such file; give a path that is absolute or starts "
+            "from the data file's folder."
+        )
+    try:
+        with Image.open(path):
+            pass
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, where, error) from error
+
+
+def _open_image(sample: Sample) -> Image.Image:
+    try:
+        with Image.open(sample.image) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(sample.image, sample.where, error) from error
+
+
+def _unreadable(path: Path, where: str, error: Exception) -> OSError:
+    return OSError(
+        f"{where}: `image` names {str(path)!r}, which cannot be read as an image ({error}); replace it or leave the "
+        "line out."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Record:
+    """What both models made of one sample: a line of `samples.jsonl`.
+
+    Attributes:
+        index: The sample's place in the data, from 0.
+        draft: The small model's answer.
+        answer: The large model's answer.
+        draft_right: Whether the small model's answer is right.
+        large_right: Whether the large model's answer is right.
+        confidence: The draft's confidence.
+        consistency: The draft's consistency.
+        decision_score: Their mean, by which a draft is returned or not.
+        complete: Whether the draft came to its end; one that was cut off is never returned.
+    """
+
+    index: int
+    draft: str
+    answer: str
+    draft_right: bool
+    large_right: bool
+    confidence: float
+    consistency: float
+    decision_score: float
+    complete: bool = True
+
+    @property
+    def exit_score(self) -> float:
+        """The highest threshold at which the draft is returned; no threshold is as low as that of a cut-off draft."""
+        return self.decision_score if self.complete else -math.inf
+
+    def right(self, threshold: float) -> bool:
+        """Whether the pair's answer is right if it exits early from this threshold on."""
+        return self.draft_right if self.exit_score >= threshold else self.large_right
+
+
+def run_facts(model: Any, source: str, data: str | os.PathLike[str], max_new_tokens: int) -> dict[str, Any]:
+    """Everything that the records of a run depend on, as it stands in `run.json`.
+
+    Args:
+        model ([`SGLForConditionalGeneration`]): The pair.
+        source (`str`): The folder or the Hub repository it was loaded from.
+        data (`str` or `os.PathLike`): The data file.
+        max_new_tokens (`int`): The length limit of an answer.
+
+    Returns:
+        `dict`: The facts, ready for JSON. The pair's own `early_exit_threshold` is not one of them.
+    """
+    settings = SGLGenerationConfig.from_generation_config(model.generation_config)
+    settings.early_exit_threshold = None  # what this is all for: a second calibration is not another run
+    folder = Path(source)
+    return {
+        "model": str(folder.resolve()) if folder.is_dir() else source,
+        "weights": _fingerprint(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
+        "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "max_new_tokens": max_new_tokens,
+        "dtype": [str(part.dtype) for part in (model.large, model.small)],
+        "generation_config": json.loads(settings.to_json_string(ignore_metadata=True)),
+        "transformers_sgl": __version__,
+    }
+
+
+def run_samples(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    folder: str | os.PathLike[str],
+    facts: dict[str, Any],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+) -> list[Record]:
+    """Lets both models answer every sample, and goes on where an earlier call was cut off.
+
+    Each batch is one `generate` call that never exits early. Its records are written to `folder/samples.jsonl` before
+    the next batch begins; `folder/run.json` holds `facts`, so that records of another run are never mixed in.
+
+    Args:
+        model ([`SGLForConditionalGeneration`]): The pair.
+        processor ([`SGLProcessor`]): Its processor.
+        samples (`Sequence[Sample]`): The samples.
+        folder (`str` or `os.PathLike`): Where the records are kept; made if it does not exist.
+        facts (`dict`): What the records depend on, from [`run_facts`].
+        batch_size (`int`, *optional*, defaults to 8): How many samples share a `generate` call.
+        max_new_tokens (`int`, *optional*, defaults to 64): The length limit of an answer.
+
+    Returns:
+        `list[Record]`: One record for each sample, in their order.
+
+    Raises:
+        KeyboardInterrupt: If it is stopped; the message says how far it came.
+        OSError: If the folder cannot be written, or an image cannot be read.
+        ValueError: If the folder holds the records of another run, or the pair gives no decision score.
+    """
+    folder = Path(folder)
+    file = folder / "samples.jsonl"
+    # A pair whose settings do not allow an early exit says so here, before all the work.
+    model.generate(**_inputs(model, processor, samples[:1]), max_new_tokens=1, early_exit_threshold=0.0)
+    _claim(folder, facts)
+    records = {record.index: record for record in _read_records(file, len(samples))}
+    waiting = [index for index in range(len(samples)) if index not in records]
+    try:
+        with (
+            file.open("a", encoding="utf-8") as lines,
+            tqdm(total=len(samples), initial=len(records), unit="sample", disable=None) as progress,
+        ):
+            for start in range(0, len(waiting), batch_size):
+                batch = waiting[start : start + batch_size]
+                asked = [samples[index] for index in batch]
+                done = _run_batch(model, processor, asked, batch, max_new_tokens)
+                lines.writelines(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in done)
+                lines.flush()
+                records |= {record.index: record for record in done}
+                progress.update(len(done))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped after {len(records)} of {len(samples)} samples; the same command goes on from there."
+        ) from None
+    return [records[index] for index in range(len(samples))]
+
+
+def _run_batch(
+    model: Any, processor: Any, samples: Sequence[Sample], indices: Sequence[int], max_new_tokens: int
+) -> list[Record]:
+    inputs = _inputs(model, processor, samples)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        early_exit_threshold=_NEVER_EXIT,
+        verify_draft=True,  # changes no answer, and lets the small model answer where nothing is pruned, too
+        return_dict_in_generate=True,
+    )
+    if output.draft_sequences is None or output.decision_score is None:
+        raise ValueError(
+            f"{samples[0].where}: the small model did not answer, so there is nothing to calibrate; every sample "
+            "needs an image that becomes visual tokens."
+        )
+    answers, drafts = (
+        [text.strip() for text in part.batch_decode(sequences, skip_special_tokens=True)]
+        for part, sequences in (
+            (processor, output.sequences[:, inputs["input_ids"].shape[1] :]),
+            (processor.small_processor, output.draft_sequences),
+        )
+    )
+    scores = (score.float().tolist() for score in (output.confidence, output.consistency, output.decision_score))
+    complete = output.draft_complete.tolist()
+    records = [
+        Record(index, draft, answer, is_right(draft, sample.answers), is_right(answer, sample.answers), *rest)
+        for index, sample, draft, answer, *rest in zip(
+            indices, samples, drafts, answers, *scores, complete, strict=True
+        )
+    ]
+    for record, sample in zip(records, samples, strict=True):
+        if not math.isfinite(record.decision_score):
+            raise ValueError(
+                f"{sample.where}: the decision score is {record.decision_score}, so the small model's numbers leave "
+                "the range of its type; take another --dtype, such as float32."
+            )
+    return records
+
+
+def _inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": sample.question}]}]
+        for sample, image in zip(samples, map(_open_image, samples), strict=True)
+    ]
+    return processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device, dtype=model.dtype)
+
+
+def _claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Makes the folder this run's, or raises if it is another's; nothing is touched then."""
+    cure = f"give another --out, or delete the folder {str(folder)!r}"
+    file = folder / "run.json"
+    if not file.exists():
+        if (folder / "samples.jsonl").exists():
+            raise ValueError(f"{str(folder)!r} holds records, but no run.json that says what they are of: {cure}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(facts, indent=2) + "\n")
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as the record of a run: {cure}.") from error
+    if different:
+        raise ValueError(
+            f"{str(folder)!r} holds the records of another run, which differs in {' and '.join(different)}: {cure}."
+        )
+
+
+def _read_records(file: Path, num_samples: int) -> Iterator[Record]:
+    """The records of an earlier call. A last line that was cut off is taken away; its sample is run again."""
+    if not file.exists():
+        return
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = Record(**json.loads(line))
+            if not 0 <= record.index < num_samples:
+                raise ValueError(f"there is no sample {record.index}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(file)!r}, line {number}: this is no record of a sample ({error}); delete the folder "
+                f"{str(file.parent)!r} to run all samples again."
+            ) from error
+        yield record
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that nobody, whatever happens, ever sees half of it.
+
+    Args:
+        path (`Path`): The file; replaced if it exists.
+        text (`str`): What it shall hold.
+
+    Raises:
+        OSError: If it cannot be written; the old file is then still there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
