@@ -38,9 +38,10 @@ class TestRun:
         code, out, _ = run(capsys, example, QUESTION)
         assert code == 0
         lines = dict(line.split(maxsplit=1) for line in out.splitlines())
-        assert list(lines) == ["answer", "draft", "kept", "timings"]
+        assert list(lines) == ["answer", "draft", "kept", "large", "timings"]
         assert lines["answer"]
-        assert lines["draft"].endswith("(the small model's answer)")
+        assert "(the small model's answer, score 0." in lines["draft"]
+        assert "forward pass" in lines["large"]
         assert "of 320 visual tokens from layer" in lines["kept"]
         assert all(f"{part} " in lines["timings"] for part in ("guidance", "large", "total"))
 
@@ -51,7 +52,10 @@ class TestRun:
         assert set(report) == {
             "answer",
             "average_retention",
+            "decision_score",
             "draft",
+            "exited_early",
+            "num_large_forward_passes",
             "num_layers",
             "num_visual_tokens",
             "num_visual_tokens_kept",
@@ -62,6 +66,22 @@ class TestRun:
         depth = report["num_layers"]
         assert report["average_retention"] == pytest.approx((1 + (depth - 1) * 0.25) / depth, abs=1e-4)
         assert report["timings_ms"]["total"] >= report["timings_ms"]["guidance"] > 0
+        assert 0 < report["decision_score"] < 1
+        assert report["exited_early"] is False
+
+    def test_a_draft_that_is_trusted_is_the_answer(self, capsys, example, tmp_path):
+        show = tmp_path / "overlay.png"
+        options = (example, QUESTION, "--early-exit-threshold", "0")
+        code, out, _ = run(capsys, *options, "--show", str(show))
+        assert code == 0
+        lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+        assert list(lines) == ["answer", "draft", "large", "timings", "overlay"]
+        assert lines["large"].startswith("not called")
+        assert lines["draft"].startswith(lines["answer"])
+        assert Image.open(show).size[0] > 0
+        report = json.loads(run(capsys, *options, "--json")[1])
+        assert (report["exited_early"], report["num_large_forward_passes"]) == (True, 0)
+        assert report["num_visual_tokens_kept"] is None
 
     def test_presets_keep_less_and_less(self, capsys, example):
         kept = []

@@ -76,7 +76,7 @@ def _add_run(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="answer a question about an image",
-        description="Answers a question about an image and says how many visual tokens that took.",
+        description="Answers a question about an image and says what that took.",
     )
     parser.add_argument("image", metavar="IMAGE", type=Path, help="image file")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
@@ -90,6 +90,12 @@ def _add_run(commands: Any) -> None:
         metavar="K",
         type=_layer,
         help="first layer that sees fewer tokens: an index, or a fraction of the depth such as 0.25",
+    )
+    parser.add_argument(
+        "--early-exit-threshold",
+        metavar="T",
+        type=float,
+        help="score, 0 or more, from which on the small model's answer is enough (default: the pair's own, if any)",
     )
     _add_model_options(parser)
     parser.add_argument("--show", metavar="FILE", type=Path, help="write the image with its importance painted over")
@@ -168,6 +174,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         settings["retention_ratio"] = arguments.retention
     if arguments.prune_layer is not None:
         settings["prune_layer"] = arguments.prune_layer
+    if arguments.early_exit_threshold is not None:
+        settings["early_exit_threshold"] = arguments.early_exit_threshold
     settings["max_new_tokens"] = arguments.max_new_tokens
     SGLGenerationConfig(**settings)  # refuses what no model can do
     return settings
@@ -225,51 +233,61 @@ def _report(model: Any, processor: Any, prompt_length: int, output: Any) -> dict
     pruned = output.keep_mask is not None and output.prune_layer is not None
     num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
     retention = average_retention(num_kept / num_visual_tokens, output.prune_layer, num_layers) if pruned else 1.0
-    draft = None
+    draft = score = exited_early = None
     if output.draft_sequences is not None:
         draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
+        score, exited_early = round(float(output.decision_score[0]), 4), bool(output.exited_early[0])
     return {
         "answer": processor.decode(output.sequences[0, prompt_length:], skip_special_tokens=True).strip(),
         "draft": draft,
+        "decision_score": score,
+        "exited_early": exited_early,
+        "num_large_forward_passes": output.num_large_forward_passes,
         "num_visual_tokens": num_visual_tokens,
-        "num_visual_tokens_kept": num_kept,
+        "num_visual_tokens_kept": None if exited_early else num_kept,
         "prune_layer": output.prune_layer if pruned else None,
         "num_layers": num_layers,
-        "average_retention": round(retention, 4),
+        "average_retention": None if exited_early else round(retention, 4),
         "timings_ms": {key.removesuffix("_ms"): round(value, 1) for key, value in output.timings.items()},
     }
 
 
 def _as_text(report: dict[str, Any]) -> str:
-    kept = f"{report['num_visual_tokens_kept']} of {report['num_visual_tokens']} visual tokens"
-    if report["prune_layer"] is None:
-        kept += f" in all {report['num_layers']} layers"
-    else:
-        kept += f" from layer {report['prune_layer']} of {report['num_layers']}"
-    timings = ", ".join(f"{name} {value:.0f} ms" for name, value in report["timings_ms"].items())
-    lines = [
-        f"answer   {report['answer']}",
-        f"kept     {kept} (average retention {report['average_retention']:.0%})",
-        f"timings  {timings}",
-    ]
+    lines = [f"answer   {report['answer']}"]
     if report["draft"] is not None:
-        lines.insert(1, f"draft    {report['draft']} (the small model's answer)")
-    return "\n".join(lines)
+        lines.append(f"draft    {report['draft']} (the small model's answer, score {report['decision_score']:.2f})")
+    if report["exited_early"]:
+        lines.append("large    not called: the draft is the answer")
+    else:
+        kept = f"{report['num_visual_tokens_kept']} of {report['num_visual_tokens']} visual tokens"
+        if report["prune_layer"] is None:
+            kept += f" in all {report['num_layers']} layers"
+        else:
+            kept += f" from layer {report['prune_layer']} of {report['num_layers']}"
+        kept += f" (average retention {report['average_retention']:.0%})"
+        passes = report["num_large_forward_passes"]
+        lines.append(f"kept     {kept}")
+        if passes is not None:
+            lines.append(f"large    {passes} forward pass{'' if passes == 1 else 'es'}")
+    timings = ", ".join(f"{name} {value:.0f} ms" for name, value in report["timings_ms"].items())
+    return "\n".join([*lines, f"timings  {timings}"])
 
 
 def _overlay(image: Image, processor: Any, output: Any) -> Image:
+    import torch
+
     from transformers_sgl.visualization import importance_overlay, internvl_token_boxes
 
-    if output.importance is None or output.keep_mask is None:
+    if output.importance is None:
         raise ValueError("There is no overlay: with these settings nothing is pruned, so nothing was ranked.")
+    # Where the large model was not called, nothing was dropped.
+    keep_mask = torch.ones_like(output.importance).bool() if output.keep_mask is None else output.keep_mask
     num_visual_tokens = int(output.num_visual_tokens[0])
     boxes = internvl_token_boxes(
         image.size, processor.image_processor, num_visual_tokens, getattr(processor, "image_seq_length", None)
     )
-    importance, keep_mask = (
-        values[0, :num_visual_tokens].cpu().numpy() for values in (output.importance, output.keep_mask)
-    )
-    return importance_overlay(image, boxes, importance, keep_mask)
+    importance, kept = (values[0, :num_visual_tokens].cpu().numpy() for values in (output.importance, keep_mask))
+    return importance_overlay(image, boxes, importance, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- calibrate
@@ -305,7 +323,7 @@ def _add_calibrate(commands: Any) -> None:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for records, report and curve")
     parser.add_argument(
-        "--confidence", metavar="P", type=float, default=0.95, help="probability with which the promise holds (0.95)"
+        "--confidence", metavar="P", type=float, default=0.99, help="probability with which the promise holds (0.99)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="what the split is drawn from (0)")
     parser.add_argument(

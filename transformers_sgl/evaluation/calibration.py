@@ -212,7 +212,7 @@ class LargeCallBudget(Promise):
 
 
 def allowed_failures(
-    num_calibration: int, num_held_out: int, limit: float | Fraction, confidence: float = 0.95
+    num_calibration: int, num_held_out: int, limit: float | Fraction, confidence: float = 0.99
 ) -> int | None:
     """The most failures `c` that the calibration part may show for the promise to hold elsewhere.
 
@@ -236,7 +236,7 @@ def allowed_failures(
         num_calibration (`int`): `n`, the calibration samples that count.
         num_held_out (`int`): `m`, the held-out samples that count.
         limit (`float` or `Fraction`): The greatest fraction of failures that keeps the promise, in `(0, 1)`.
-        confidence (`float`, *optional*, defaults to 0.95): The probability of each of the two statements, in `(0, 1)`.
+        confidence (`float`, *optional*, defaults to 0.99): The probability of each of the two statements, in `(0, 1)`.
 
     Returns:
         `int`, *optional*: `c`; `None` where even a calibration part without any failure would prove too little.
@@ -246,7 +246,7 @@ def allowed_failures(
         >>> from transformers_sgl.evaluation.calibration import allowed_failures
 
         >>> allowed_failures(1000, 1000, limit=0.05)
-        35
+        30
         >>> allowed_failures(50, 50, limit=0.05) is None
         True
 
@@ -270,14 +270,14 @@ def allowed_failures(
 
 
 def check_feasible(
-    promise: Promise, images: Sequence[Hashable], *, confidence: float = 0.95, held_out: float = 0.5, seed: int = 0
+    promise: Promise, images: Sequence[Hashable], *, confidence: float = 0.99, held_out: float = 0.5, seed: int = 0
 ) -> None:
     """Raises if no outcome of a run could prove the promise, so that nobody waits for it in vain.
 
     Args:
         promise ([`Promise`]): The promise.
         images (`Sequence`): Each sample's image, as for [`calibrate`].
-        confidence (`float`, *optional*, defaults to 0.95): As for [`calibrate`].
+        confidence (`float`, *optional*, defaults to 0.99): As for [`calibrate`].
         held_out (`float`, *optional*, defaults to 0.5): As for [`calibrate`].
         seed (`int`, *optional*, defaults to 0): As for [`calibrate`].
 
@@ -506,7 +506,7 @@ def calibrate(
     images: Sequence[Hashable],
     promise: Promise,
     *,
-    confidence: float = 0.95,
+    confidence: float = 0.99,
     held_out: float = 0.5,
     seed: int = 0,
     measurement: dict[str, Any] | None = None,
@@ -517,7 +517,7 @@ def calibrate(
         records (`Sequence[Record]`): What both models made of the samples.
         images (`Sequence`): Each sample's image, or whatever names it.
         promise ([`Promise`]): What the threshold has to keep.
-        confidence (`float`, *optional*, defaults to 0.95): The probability with which it has to.
+        confidence (`float`, *optional*, defaults to 0.99): The probability with which it has to.
         held_out (`float`, *optional*, defaults to 0.5): The fraction of the images that is held out.
         seed (`int`, *optional*, defaults to 0): What the split is drawn from.
         measurement (`dict`, *optional*): Machine, versions, seed and date, for the report.
