@@ -3,7 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
+    EOS,
     FLASH_STAND_IN,
+    IMAGE,
+    Banned,
+    SumIsRound,
     answers,
     find_visual_tokens,
     near_copy,
@@ -23,20 +27,6 @@ pytestmark = pytest.mark.mechanics
 
 LARGE = tiny_internvl(num_layers=3)
 LARGE.generate(**samples(prompts())[0], max_new_tokens=2)  # transformers leaves attributes on a model's first call
-
-
-class Banned(LogitsProcessor):
-    """Forbids a token that depends on the one before it."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.scatter(1, (input_ids[:, -1:] + 1) % 50, -torch.inf)
-
-
-class SumIsRound(StoppingCriteria):
-    """Ends a sample when the sum of its tokens is divisible by seven."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return input_ids.sum(dim=1) % 7 == 0
 
 
 # What shapes an answer; `tokenizer` and the like are arguments of `generate`, the rest are settings.
@@ -148,6 +138,23 @@ def test_a_right_draft_costs_one_pass_whether_it_ends_or_not() -> None:
         assert verifier.num_forward_passes == 1
 
 
+def test_nothing_is_read_behind_the_longest_answer_or_the_end_of_every_draft() -> None:
+    inputs, widths = prompts(), []
+    length = inputs["input_ids"].shape[1]
+    hook = LARGE.get_decoder().register_forward_pre_hook(
+        lambda _module, _args, kwargs: widths.append(kwargs["inputs_embeds"].shape[1] - length), with_kwargs=True
+    )
+    try:
+        draft = torch.randint(0, 50, (3, 9))
+        verified(inputs, draft, max_new_tokens=4, min_new_tokens=4)
+        assert widths[0] == 3
+        draft[:, 2], mask = EOS, torch.arange(9) < 3
+        DraftVerifier(LARGE, draft, mask.expand(3, 9)).generate(**inputs, max_new_tokens=12)
+        assert widths[4] == 2
+    finally:
+        hook.remove()
+
+
 def test_a_wrong_draft_costs_no_pass_more_than_none() -> None:
     inputs, options = prompts(), {"max_new_tokens": 12, "min_new_tokens": 12}
     expected = LARGE.generate(**inputs, do_sample=False, **options)
@@ -173,6 +180,17 @@ def test_a_sample_that_has_finished_holds_nobody_up() -> None:
     found, verifier = verified(inputs, draft, max_new_tokens=12)
     assert torch.equal(found, expected)
     assert verifier.num_forward_passes <= min(ends) + 2
+
+
+def test_a_draft_with_placeholders_of_an_image_is_read_up_to_them() -> None:
+    inputs = prompts()
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    expected = LARGE.generate(**inputs, do_sample=False, **options)
+    draft = expected[:, inputs["input_ids"].shape[1] :].clone()
+    draft[1, 3] = IMAGE
+    found, verifier = verified(inputs, draft, **options)
+    assert torch.equal(found, expected)
+    assert verifier.num_forward_passes == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -232,6 +250,22 @@ def test_the_draft_is_not_used_where_it_could_change_something(options: dict) ->
         found, expected = found.sequences, expected.sequences
     assert torch.equal(found, expected)
     assert verifier.num_accepted is None
+
+
+def test_what_is_compiled_is_compiled_from_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def get_compiled_call(model, _config):
+        compiled.append(model)
+        return model.__call__
+
+    monkeypatch.setattr(type(LARGE), "_valid_auto_compile_criteria", lambda *_args: True)
+    monkeypatch.setattr(type(LARGE), "get_compiled_call", get_compiled_call)
+    inputs = samples(prompts())[0]
+    _, verifier = verified(inputs, torch.randint(0, 50, (1, 4)), max_new_tokens=5, cache_implementation="static")
+    assert compiled
+    assert all(model is LARGE for model in compiled)
+    assert verifier.num_forward_passes == 5
 
 
 def test_sampling_with_a_pair_is_sampling_without_drafts() -> None:

@@ -5,6 +5,8 @@ import torch
 from tiny_models import (
     EOS,
     PAD,
+    Banned,
+    SumIsRound,
     answers,
     near_copy,
     prompts,
@@ -15,10 +17,8 @@ from tiny_models import (
 )
 from torch import Tensor
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerationConfig
+from transformers_sgl.generation_sgl import _is_complete
 
 pytestmark = pytest.mark.mechanics
 
@@ -145,6 +146,24 @@ def test_some_samples_exit_and_the_others_are_what_they_would_be(
         assert answers(alone, sample["input_ids"].shape[1])[0] == written[row]
 
 
+def test_the_samples_that_are_left_have_their_own_drafts_verified() -> None:
+    large = tiny_internvl(num_layers=4)
+    pair = SGLForConditionalGeneration(large=large, small=near_copy(large, 0.0)).eval()
+    batch = prompts()
+    scores = pair.generate(**batch, **GREEDY, return_dict_in_generate=True).decision_score
+    output = pair.generate(
+        **batch,
+        **GREEDY,
+        retention_ratio=1.0,
+        early_exit_threshold=float(scores.max()),
+        return_dict_in_generate=True,
+    )
+    assert int(output.exited_early.sum()) == 1
+    assert torch.equal(output.sequences, large.generate(**batch, **GREEDY))
+    assert output.num_large_forward_passes == 1
+    assert ((output.num_draft_tokens_accepted > 0) == ~output.exited_early).all()
+
+
 def test_only_samples_without_an_image_may_be_left(pair: SGLForConditionalGeneration) -> None:
     inputs = prompts(images=[[1], []], text=[5, 8])
     scores = pair.generate(**inputs, **GREEDY, return_dict_in_generate=True).decision_score
@@ -173,16 +192,6 @@ def test_the_smaller_batch_carries_no_padding_of_the_others(pair: SGLForConditio
 
 
 # --- what holds for an answer holds for an early one -----------------------------------------------------------------
-
-
-class Banned(LogitsProcessor):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.scatter(1, (input_ids[:, -1:] + 1) % 50, -torch.inf)
-
-
-class SumIsRound(StoppingCriteria):
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return input_ids.sum(dim=1) % 5 == 0
 
 
 @pytest.mark.parametrize(
@@ -247,6 +256,12 @@ def test_a_draft_that_was_cut_off_is_no_answer(pair: SGLForConditionalGeneration
     assert output.draft_complete.tolist() == [False]
     assert output.draft_sequences.shape[1] == 2
     assert output.sequences.shape[1] - sample["input_ids"].shape[1] >= 4
+
+
+def test_a_whole_answer_has_ended_or_is_cut_off_where_any_would_be() -> None:
+    ended = torch.tensor([True, True, False, False, True, True])
+    lengths = torch.tensor([3, 6, 5, 4, 1, 5])
+    assert _is_complete(ended, lengths, limits=(2, 5)).tolist() == [True, False, True, False, False, True]
 
 
 def test_streams_are_the_same_on_either_path(pair: SGLForConditionalGeneration) -> None:

@@ -17,9 +17,11 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    StoppingCriteria,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
@@ -178,6 +180,20 @@ def _flash_stand_in(
 
 AttentionInterface.register(FLASH_STAND_IN, _flash_stand_in)
 AttentionMaskInterface.register(FLASH_STAND_IN, flash_attention_mask)
+
+
+class Banned(LogitsProcessor):
+    """Forbids a token that depends on the one before it."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.scatter(1, (input_ids[:, -1:] + 1) % 50, -torch.inf)
+
+
+class SumIsRound(StoppingCriteria):
+    """Ends a sample when the sum of its tokens is divisible by five."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.sum(dim=1) % 5 == 0
 
 
 def near_copy(model: PreTrainedModel, noise: float, seed: int = 0) -> PreTrainedModel:

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from transformers_sgl.architectures import visual_token_ids
+
 __all__ = ["DraftVerifier"]
 
 
@@ -106,16 +108,16 @@ class DraftVerifier:
         config, past = kwargs["generation_config"], kwargs.get("past_key_values")
         if past is not None and past.is_compileable:
             # What is compiled stays on the model: it must be compiled from the model, not from a view of it.
-            return loop(self._model, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+            output = loop(self._model, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            self.num_forward_passes += sequences.shape[1] - input_ids.shape[1]
+            return output
         if self._draft is None or self._draft_mask is None or not self._can_verify(view, input_ids, kwargs):
             return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
-        eos = [
-            criterion.eos_token_id.reshape(-1) for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")
-        ]
+        eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
+        never_read = [*visual_token_ids(self._model.config), *(int(token) for ids in eos for token in ids.reshape(-1))]
         max_new_tokens = config.max_length - input_ids.shape[1]
-        self._run = run = _Run(
-            self._draft, self._draft_mask, past, torch.cat([*eos, input_ids.new_empty(0)]), max_new_tokens
-        )
+        self._run = run = _Run(self._draft, self._draft_mask, past, never_read, max_new_tokens)
         try:
             criteria = _WatchedCriteria(stopping_criteria, run.note)
             output = loop(view, input_ids=input_ids, stopping_criteria=criteria, **kwargs)
@@ -176,33 +178,37 @@ class _Run:
     """
 
     def __init__(
-        self, draft: Tensor, draft_mask: Tensor, past: DynamicCache, eos: Tensor, max_new_tokens: int
+        self, draft: Tensor, draft_mask: Tensor, past: DynamicCache, never_read: list[int], max_new_tokens: int
     ) -> None:
         self.num_chosen = 0  # tokens of the answers
         self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
         self._past = past
         # The bookkeeping of single tokens stays on the CPU, where `generate` looks at every one of them anyway.
         self._draft, self._draft_mask = draft.cpu(), draft_mask.cpu()
-        # How many tokens of each draft are worth reading: nothing follows its end of sequence, nor the last token.
-        readable = (self._draft_mask & ~torch.isin(self._draft, eos.cpu())).sum(dim=1)
-        self._readable = readable.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
+        # What is read of it: no end of sequence, which nothing follows, and no placeholder, behind which the model
+        # would look for an image.
+        is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor(never_read))
+        harmless = next(token for token in range(len(never_read) + 1) if token not in never_read)
+        self._to_read = self._draft.masked_fill(~is_read, harmless)
+        # How far each draft is worth reading: up to there, and no answer's last token is ever read.
+        ends = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
+        self._readable = ends.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
         self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
-        self._follows = True  # whether every sample's newest token is the draft's
+        self._follows = True  # whether every sample's newest token is what is read at its place
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
         self._first_step = 0
         self._num_read = 0  # the answers' columns in the cache, be they right or not
 
     def note(self, tokens: Tensor, finished: Tensor) -> None:
         """A token was chosen for every sample, `(batch,)`; some have finished with it, `(batch,)`."""
-        step = self.num_chosen
-        agrees = torch.zeros_like(self._unfinished)
-        if step < self._draft.shape[1]:
-            agrees = (tokens.cpu() == self._draft[:, step]) & self._draft_mask[:, step]
+        step, tokens = self.num_chosen, tokens.cpu()
+        is_drafted = step < self._draft.shape[1]
         # Once the drafts are no longer read along, an equal token is a coincidence that saves nothing.
-        if self._knew_more() or step == 0:
+        if is_drafted and (step == 0 or self._knew_more()):
+            agrees = (tokens == self._draft[:, step]) & self._draft_mask[:, step]
             self.num_accepted += agrees & self._unfinished
         self._unfinished = self._unfinished & ~finished.cpu()
-        self._follows = bool((agrees | ~self._unfinished).all())
+        self._follows = is_drafted and bool(((tokens == self._to_read[:, step]) | ~self._unfinished).all())
         self.num_chosen += 1
 
     def knows_next(self) -> bool:
@@ -224,7 +230,7 @@ class _Run:
         """
         fits = self._follows or self.num_chosen - self._first_step > 1
         end = int(self._readable[self._unfinished].max()) if fits else 0
-        return self._draft[:, self.num_chosen : end]
+        return self._to_read[:, self.num_chosen : end]
 
     def learn(self, logits: Tensor, num_draft_tokens: int) -> None:
         """A pass was made; its logits have the shape `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
