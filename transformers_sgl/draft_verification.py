@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformers_sgl.architectures import visual_token_ids
@@ -112,7 +112,7 @@ class DraftVerifier:
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.num_forward_passes += sequences.shape[1] - input_ids.shape[1]
             return output
-        if self._draft is None or self._draft_mask is None or not self._can_verify(view, input_ids, kwargs):
+        if self._draft is None or self._draft_mask is None or not _can_verify(self._draft, input_ids, **kwargs):
             return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
         eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
         never_read = [*visual_token_ids(self._model.config), *(int(token) for ids in eos for token in ids.reshape(-1))]
@@ -153,21 +153,21 @@ class DraftVerifier:
             run.learn(forward(**inputs).logits, draft.shape[1])
         return run.next_output()
 
-    def _can_verify(self, view: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether the loop asks for nothing that only a pass of its own can give."""
-        config, past = kwargs["generation_config"], kwargs.get("past_key_values")
-        return (
-            not config.do_sample
-            and isinstance(past, DynamicCache)
-            and past.get_seq_length() == 0
-            and kwargs.get("logits_to_keep") == 1
-            and not (config.output_attentions or config.output_hidden_states)
-            and config.guidance_scale in (None, 1)
-            and config.prefill_chunk_size is None
-            and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
-            and self._draft is not None
-            and self._draft.shape[0] == input_ids.shape[0]
-        )
+
+def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> bool:
+    """Whether a decoding loop with these arguments asks for nothing that only a pass of its own can give."""
+    past = kwargs.get("past_key_values")
+    return (
+        not generation_config.do_sample
+        and draft.shape[0] == input_ids.shape[0]
+        and isinstance(past, DynamicCache)
+        and past.get_seq_length() == 0
+        and kwargs.get("logits_to_keep") == 1
+        and not (generation_config.output_attentions or generation_config.output_hidden_states)
+        and generation_config.guidance_scale in (None, 1)
+        and generation_config.prefill_chunk_size is None
+        and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
+    )
 
 
 class _Run:
