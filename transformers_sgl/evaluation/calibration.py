@@ -246,7 +246,7 @@ def allowed_failures(
         >>> from transformers_sgl.evaluation.calibration import allowed_failures
 
         >>> allowed_failures(1000, 1000, limit=0.05)
-        30
+        29
         >>> allowed_failures(50, 50, limit=0.05) is None
         True
 
