@@ -30,7 +30,7 @@ from transformers.models.auto import modeling_auto
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
 from transformers_sgl.evaluation import Scenes
-from transformers_sgl.serving import PairServer, _pairs_in_its_tables, check_chat
+from transformers_sgl.serving import PairServer, _pairs_in_its_tables, check_request
 
 # The server is another one in the oldest transformers.
 pytestmark = pytest.mark.mechanics
@@ -386,6 +386,24 @@ class TestClientsThatErr:
             assert status == 400
             assert "pass an address that starts with http:// or https://" in message
 
+    def test_the_other_endpoints_are_as_careful(self, server, example, embedded_pair_path):
+        def ask(url: str, **options: Any) -> str:
+            parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": QUESTION}]
+            events = server.client.responses.create(
+                model=server.model, input=[{"role": "user", "content": parts}], stream=True, **options
+            )
+            return "".join(event.delta for event in events if event.type == "response.output_text.delta")
+
+        assert ask(data_url(example)) == ANSWER
+        for url in (str(embedded_pair_path / "example.png"), "data:image/png;base64,@@@@"):
+            with pytest.raises(openai.BadRequestError, match="image_url"):
+                ask(url)
+        with pytest.raises(openai.BadRequestError, match="retention_ratio"):
+            ask(data_url(example), extra_body={"generation_config": '{"retention_ratio": 0}'})
+        video = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "/video.mp4"}}]}]
+        with pytest.raises(openai.BadRequestError, match="a pair reads texts and images only"):
+            server.client.responses.create(model=server.model, input=video)
+
     def test_other_models_and_fields_are_refused(self, server):
         assert server.refusal(model="org/other")[0] == 400
         assert server.refusal(unknown_field=1)[0] == 422
@@ -433,7 +451,7 @@ def test_a_hundred_requests_are_answered_and_leave_nothing_behind(inside, pair, 
 
 def test_a_generation_config_may_name_every_field():
     fields = {"retention_ratio": 0.5, "prune_layer": 2, "verify_draft": True, "max_new_tokens": 8, "do_sample": False}
-    check_chat({"messages": HELLO, "generation_config": json.dumps(fields)})
+    check_request("/v1/chat/completions", {"messages": HELLO, "generation_config": json.dumps(fields)})
 
 
 class TestCommand:

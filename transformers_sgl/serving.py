@@ -25,9 +25,10 @@ from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 if TYPE_CHECKING:
     from fastapi import Request, Response
 
-__all__ = ["PairServer", "check_chat", "serve"]
+__all__ = ["PairServer", "check_request", "serve"]
 
 _CHAT = "/v1/chat/completions"
+_PATHS = (_CHAT, "/v1/completions", "/v1/responses", "/v1/systemone")
 # Fields that the server converts or iterates without looking, and what a client may put there.
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "chat_template_kwargs": ((dict,), "an object"),
@@ -35,6 +36,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "generation_config": ((str,), "the JSON text of an object"),
     "logit_bias": ((dict,), "an object"),
     "max_completion_tokens": ((int,), "a whole number"),
+    "max_output_tokens": ((int,), "a whole number"),
     "max_tokens": ((int,), "a whole number"),
     "seed": ((int,), "a whole number"),
     "stop": ((str, list), "a text or a list of texts"),
@@ -106,13 +108,13 @@ def _pairs_in_its_tables() -> Iterator[None]:
 
 
 async def _check_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Looks at a chat before the server takes it for a good one."""
+    """Looks at a request before the server takes it for a good one."""
     from starlette.concurrency import run_in_threadpool
 
-    if request.url.path == _CHAT and request.method == "POST":
+    if request.url.path in _PATHS and request.method == "POST":
         try:
             body = json.loads(await request.body())
-            await run_in_threadpool(check_chat, body)
+            await run_in_threadpool(check_request, request.url.path, body)
         except ValueError as error:
             return await _refuse(request, error)
     return await call_next(request)
@@ -126,10 +128,11 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
 
 
-def check_chat(body: Any) -> None:
-    """Refuses a chat completion that the server would stumble over.
+def check_request(path: str, body: Any) -> None:
+    """Refuses a request that the server would stumble over, or that asks it for a file of its own machine.
 
     Args:
+        path (`str`): Which endpoint is asked, such as `"/v1/chat/completions"`.
         body (`Any`): The request's JSON.
 
     Raises:
@@ -137,11 +140,11 @@ def check_chat(body: Any) -> None:
 
     Example:
         ```python
-        >>> from transformers_sgl.serving import check_chat
+        >>> from transformers_sgl.serving import check_request
 
-        >>> messages = [{"role": "user", "content": "hello"}]
-        >>> check_chat({"messages": messages, "generation_config": '{"retention_ratio": 0.5}'})
-        >>> check_chat({"messages": messages, "generation_config": '{"retention": 0.5}'})
+        >>> path, chat = "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}
+        >>> check_request(path, {**chat, "generation_config": '{"retention_ratio": 0.5}'})
+        >>> check_request(path, {**chat, "generation_config": '{"retention": 0.5}'})
         Traceback (most recent call last):
         ...
         ValueError: `generation_config` has no field 'retention': the fields are those of SGLGenerationConfig.
@@ -155,9 +158,27 @@ def check_chat(body: Any) -> None:
         is_misplaced_bool = isinstance(value, bool) and bool not in kinds
         if value is not None and (is_misplaced_bool or not isinstance(value, kinds)):
             raise ValueError(f"`{name}` is {_shortened(value)}: pass {wanted}.")
-    _check_messages(body.get("messages"))
+    if path == _CHAT:
+        _check_messages(body.get("messages"))
+    else:
+        _check_media(body)
     if body.get("generation_config") is not None:
         _check_settings(body["generation_config"])
+
+
+def _check_media(value: Any) -> None:
+    """Looks for images wherever an endpoint may take them."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("audio_url", "input_audio", "video_url"):
+                raise ValueError(f"There is a field `{name}`, but a pair reads texts and images only: leave it out.")
+            if name == "image_url":
+                _check_image(name, inner.get("url") if isinstance(inner, dict) else inner)
+            else:
+                _check_media(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_media(inner)
 
 
 def _check_messages(messages: Any) -> None:
@@ -193,10 +214,10 @@ def _check_part(name: str, part: Any) -> None:
             )
 
 
-def _check_image(name: str, url: str) -> None:
-    if url.startswith(("http://", "https://")):
+def _check_image(name: str, url: Any) -> None:
+    kind, comma, payload = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if kind.startswith(("http://", "https://")):
         return
-    kind, comma, payload = url.partition(",")
     if not (kind.startswith("data:image/") and kind.endswith(";base64") and comma):
         # The server would take any other text for a file of its own machine.
         raise ValueError(
