@@ -79,7 +79,7 @@ def server(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -
             running.wait(lambda: process.poll() is None, lambda: (folder / "log").read_text())
             yield running
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 130
+            assert process.wait(timeout=30) in (130, 0)  # 0 where whoever started the tests had the signal ignored
             assert "Traceback" not in (folder / "log").read_text()
         finally:
             process.kill()
