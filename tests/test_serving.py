@@ -87,7 +87,7 @@ def server(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def inside(embedded_pair_path: Path) -> Iterator[tuple[Server, SGLForConditionalGeneration]]:
+def inside(embedded_pair_path: Path, example: Image.Image) -> Iterator[tuple[Server, SGLForConditionalGeneration]]:
     """The server in a thread, and the very model that answers in it."""
     port = free_port()
     held: list[PairServer] = []
@@ -107,7 +107,7 @@ def inside(embedded_pair_path: Path) -> Iterator[tuple[Server, SGLForConditional
         running = Server(str(embedded_pair_path), port)
         running.wait(thread.is_alive)
         (loaded,) = held[0]._model_manager.loaded_models.values()
-        running.ask(HELLO)  # what is made on first use is made
+        running.ask(chat(example))  # transformers has hooks of its own, which it makes on first use and keeps
         yield running, loaded.model
         held[0].server.should_exit = True
         thread.join(timeout=30)
