@@ -63,21 +63,14 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
         SystemExit: If the options cannot be read, or only help was asked for.
     """
     command = typer.Typer(add_completion=False)
-    command.command(name="serve")(PairServer)
+    command.command(name="serve", help=Serve.__doc__)(PairServer)
     with _pairs_in_its_tables():
         # `--non-blocking` makes the server call `start_server`, which here blocks.
         command(["--non-blocking", model, *arguments], prog_name="transformers-sgl serve")
 
 
-class PairServer(Serve):  # type: ignore[misc, unused-ignore]
-    """`transformers serve`, which tells a client what is wrong with a request.
-
-    Args:
-        *args: As in `transformers serve`.
-        **kwargs: As in `transformers serve`.
-    """
-
-    __doc__ = Serve.__doc__  # what `--help` prints
+class PairServer(Serve):
+    """`transformers serve`, with its arguments, which tells a client what is wrong with a request."""
 
     def start_server(self) -> None:
         """Runs the server in this thread, until it is stopped."""
