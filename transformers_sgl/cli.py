@@ -8,10 +8,11 @@ former. What a user got wrong leaves as one sentence on standard error and exit 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _load_pair(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     from transformers_sgl.hub import embedded_pair
@@ -193,26 +194,42 @@ def _load_pair(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
-    path = Path(name) if name else embedded_pair()
-    if path.exists() and not (path / "config.json").is_file():
-        raise OSError(f"{str(path)!r} is not a saved pair: it is not a folder with a config.json.")
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or str(name).startswith(".")):
-        raise OSError(f"There is no folder {name!r}: name a saved pair, or a repository such as org/name.")
-    source = str(path) if path.exists() else str(name)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type != "sgl":
-            raise ValueError(
-                f"{source!r} is a single model of type {config.model_type!r}, not a pair: join it with a smaller one "
-                "by SGLForConditionalGeneration.from_large_small_pretrained and save that."
-            )
+    source = _find_pair(name or str(embedded_pair()))
+    with _said_of_pair(source):
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device)
+    return model, processor
+
+
+def _find_pair(name: str, **hub_kwargs: Any) -> str:
+    """The same name in the words of `from_pretrained`, if there is a pair."""
+    from transformers import AutoConfig
+
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise OSError(f"{str(path)!r} is not a saved pair: it is not a folder with a config.json.")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or name.startswith(".")):
+        raise OSError(f"There is no folder {name!r}: name a saved pair, or a repository such as org/name.")
+    source = str(path) if path.exists() else name
+    with _said_of_pair(source):
+        config = AutoConfig.from_pretrained(source, **hub_kwargs)
+    if config.model_type != "sgl":
+        raise ValueError(
+            f"{source!r} is a single model of type {config.model_type!r}, not a pair: join it with a smaller one "
+            "by SGLForConditionalGeneration.from_large_small_pretrained and save that."
+        )
+    return source
+
+
+@contextlib.contextmanager
+def _said_of_pair(source: str) -> Iterator[None]:
+    """Names the pair that cannot be loaded."""
+    try:
+        yield
     except OSError as error:
         # transformers goes on with advice about its hub; the first sentence is the cause
         cause = str(error).strip().split("\n")[0].rstrip(".")
         raise OSError(f"No pair can be loaded from {source!r}: {cause}.") from error
-    return model, processor
 
 
 def _check_device(torch: Any, name: str) -> None:
@@ -412,4 +429,41 @@ def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate)
+# -------------------------------------------------------------------------------------------------------------- serve
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="answer requests in OpenAI's format",
+        description="Runs transformers' own OpenAI-compatible server with a pair.",
+        epilog="`transformers-sgl serve MODEL --help` lists the options, which are those of `transformers serve`.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a saved pair, or a Hub repository with an @revision where one is wanted"
+    )
+    parser.add_argument(
+        "arguments", metavar="OPTIONS", nargs=argparse.REMAINDER, help="such as --host localhost --port 8000"
+    )
+    parser.set_defaults(carry_out=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise OSError('The server needs packages that are missing: pip install "transformers_sgl[serve]".')
+    from transformers_sgl.serving import serve
+
+    name, at, revision = arguments.model.partition("@")
+    if at and Path(arguments.model).exists():
+        raise ValueError(
+            f"The server takes what follows the @ in {arguments.model!r} for a revision: go into the folder and "
+            "serve '.', or rename it."
+        )
+    _find_pair(name, **({"revision": revision} if at else {}))
+    with _said_of_pair(name):
+        serve(arguments.model, arguments.arguments)
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate, _add_serve)
