@@ -277,9 +277,8 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         settings = SGLGenerationConfig.from_generation_config(generation_config)
         kwargs = settings.update(**kwargs)
         generate_kwargs = {name: kwargs.pop(name) for name in _GENERATE_ARGUMENTS if name in kwargs}
-        if (
-            "tokenizer" in generate_kwargs
-        ):  # a processor, such as transformers' server passes, stands for its tokenizer
+        if "tokenizer" in generate_kwargs:
+            # transformers' server passes the processor, which stands for its tokenizer
             tokenizer = generate_kwargs["tokenizer"]
             generate_kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         if inputs is not None:
