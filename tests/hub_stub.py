@@ -35,7 +35,7 @@ Answer = tuple[int, Any, dict[str, str]]
 LFS_SUFFIXES = (".safetensors", ".png", ".bin")
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A request that the hub does not carry out: status, error code and message."""
 
 
@@ -197,26 +197,26 @@ class HubStub:
             if found and verb == ("GET" if method == "HEAD" else method):
                 try:
                     return action(self, found.groupdict(), token is not None, body, parse_qs(parts.query))
-                except _Refused as refusal:
+                except _RefusedError as refusal:
                     return _error(*refusal.args)
         return _error(404, None, f"the stub knows no {method} {path}")
 
     @staticmethod
     def _check_may_write(authorised: bool) -> None:
         if not authorised:
-            raise _Refused(401, None, "Invalid username or password.")
+            raise _RefusedError(401, None, "Invalid username or password.")
 
     def _repo(self, groups: Mapping[str, str], authorised: bool) -> Repo:
         repo = self.repos.get(groups["repo"])
         if repo is None or (repo.private and not authorised):
-            raise _Refused(404 if authorised else 401, "RepoNotFound", "Repository not found")
+            raise _RefusedError(404 if authorised else 401, "RepoNotFound", "Repository not found")
         return repo
 
     def _at(self, groups: Mapping[str, str], authorised: bool) -> tuple[Repo, Commit]:
         repo = self._repo(groups, authorised)
         commit = repo.at(groups.get("revision") or "main")
         if commit is None:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {groups.get('revision')}")
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {groups.get('revision')}")
         return repo, commit
 
     def _create(self, groups: Any, authorised: bool, body: bytes, query: Any) -> Answer:
@@ -295,7 +295,7 @@ class HubStub:
 
     def _lfs_batch(self, groups: Any, authorised: bool, body: bytes, query: Any) -> Answer:
         self._check_may_write(authorised)
-        repo = self._repo(groups, authorised)
+        self._repo(groups, authorised)
         objects = []
         for entry in json.loads(body)["objects"]:
             if entry["oid"] not in self._blobs:
