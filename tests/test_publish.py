@@ -112,13 +112,17 @@ def half_of_the_shards(folder: Path) -> None:
 
 
 def other_image_token(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())["small_config"]
+    config["image_token_id"] = 3
+    edit(folder / "config.json", small_config=config)
     edit(folder / "small" / "config.json", image_token_id=3)
 
 
 def small_vocabulary(folder: Path) -> None:
-    config = json.loads((folder / "small" / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())["small_config"]
     config["text_config"]["vocab_size"] = 100
-    write(folder / "small" / "config.json", config)
+    edit(folder / "config.json", small_config=config)
+    edit(folder / "small" / "config.json", text_config=config["text_config"])
 
 
 EMPTY_SAFETENSORS = struct.pack("<Q", 2) + b"{}"
@@ -129,8 +133,12 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config that is no object": (add("config.json", b"[]"), "config.json: is not a JSON object"),
     "half a pair": (entries("config.json", small_config=None), "config.json: cannot be loaded: A pair needs two"),
     "no large config": (remove("large/config.json"), "large/config.json: is missing"),
-    "unsupported model": (entries("large/config.json", model_type="llava"), "cannot be part of a pair: Models of"),
-    "unknown model": (entries("large/config.json", model_type="nothing"), "large/config.json: cannot be loaded"),
+    "unsupported model": (entries("large/config.json", model_type="llava"), "no pair can have: Models of"),
+    "unknown model": (
+        entries("large/config.json", model_type="nothing"),
+        "large/config.json: names a large model that no pair",
+    ),
+    "models mixed up": (entries("small/config.json", image_token_id=3), "small/config.json: is that of another model"),
     "no weights": (remove("small/model.safetensors"), "small/model.safetensors: is missing"),
     "missing shard": (half_of_the_shards, "large/model-00002-of-00002.safetensors: is missing"),
     "cut-off weights": (add("small/model.safetensors", b"\x08\0\0\0"), "cannot be read as safetensors"),
@@ -163,10 +171,10 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bad settings": (entries("generation_config.json", retention_ratio=2), "generation_config.json: cannot be used"),
     "no processor": (remove("processor_config.json"), "processor_config.json: is missing"),
     "other processor": (entries("processor_config.json", processor_class="X"), "does not say `SGLProcessor`"),
-    "no processor of a part": (remove("small/processor_config.json"), "small: "),
-    "no tokenizer": (remove("small/tokenizer.json"), "small: has a tokenizer whose visual token is"),
-    "other tiles": (other_tiles, "small: cuts an image of"),
-    "tokenizer of another model": (other_image_token, "small: has a tokenizer whose visual token is 456"),
+    "no processor of a part": (remove("small/processor_config.json"), "processor_config.json: "),
+    "no tokenizer": (remove("small/tokenizer.json"), "processor_config.json: cannot be used: The small"),
+    "other tiles": (other_tiles, "processor_config.json: cannot be used: The two processors do not fit"),
+    "tokenizer of another model": (other_image_token, "processor_config.json: cannot be used: The small model"),
     "tokenizer too large": (small_vocabulary, "small: has a tokenizer of 461 tokens, but the model knows 100"),
     "code that is missing": (entries("config.json", auto_map={"AutoModel": "x.X"}), "takes code from 'x.py'"),
     "code of others": (entries("config.json", auto_map={"AutoModel": "o/r--x.X"}), "code from another repository"),
@@ -236,7 +244,7 @@ def test_two_tokenizers_are_worth_a_note(bundle):
     write(bundle / "small" / "tokenizer.json", tokenizer)
     assert stops(bundle) == []
     assert notes(bundle) == [
-        "small: has another tokenizer than `large`: drafts are re-encoded, of which fewer tokens are accepted."
+        "small: has another tokenizer than `large`: drafts are re-encoded, and fewer of their tokens accepted."
     ]
 
 
@@ -250,15 +258,18 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("change", "sentence"),
         [
-            ({"small": None}, "does not name the small model"),
-            ({"small": "org/small"}, "does not name the small model"),
-            ({"large": {"revision": "main"}}, "does not name the large model"),
+            ({"small": None}, "`small` is missing"),
+            ({"small": {"name_or_path": ""}}, "`small` names no checkpoint"),
+            ({"large": {"revision": "main"}}, "`large` names no checkpoint"),
             ({"large": {"name_or_path": REPO}}, "names itself as the large model"),
             ({"large": {"name_or_path": "."}}, "names itself as the large model"),
             ({"large": {"name_or_path": "no name"}}, "which is no repository's name"),
-            ({"large": {"name_or_path": "org/large", "trust_remote_code": True}}, "each reader's own to give"),
-            ({"large": {"name_or_path": "org/large", "token": "x"}}, "has `token` among the large model's options"),
-            ({"large": {"name_or_path": "org/large", "quantization_config": {}}}, "without `quant_method`"),
+            ({"large": {"name_or_path": "org/large", "trust_remote_code": True}}, "not for a recipe to say"),
+            ({"large": {"name_or_path": "org/large", "token": "x"}}, "says 'token', which is not for a recipe"),
+            (
+                {"large": {"name_or_path": "./large"}},
+                "has the folder './large' as the large model, which is not there",
+            ),
             ({"large": {"name_or_path": "org/other"}}, "README.md: does not list 'org/other' as `base_model`"),
         ],
     )
@@ -269,24 +280,32 @@ class TestRecipe:
 
     def test_weights_in_a_recipe_are_found(self, recipe):
         add("large/model.safetensors", EMPTY_SAFETENSORS)(recipe)
-        assert any("holds no weights" in finding for finding in stops(recipe))
+        assert any("names its models elsewhere" in finding for finding in stops(recipe))
 
     def test_folders_are_looked_into(self, recipe, bundle):
         parts = {name: {"name_or_path": f"../bundle/{name}"} for name in ("large", "small")}
         edit(recipe / "config.json", **parts)
         assert validate(recipe) == []
         other_tiles(bundle)
-        assert any("cuts an image of" in finding for finding in stops(recipe))
+        assert any("The two processors do not fit" in finding for finding in stops(recipe))
         edit(recipe / "config.json", large={"name_or_path": str(bundle)})
-        assert any("where a single model belongs" in finding for finding in stops(recipe))
+        assert any("as its large model: name one of that pair's two" in finding for finding in stops(recipe))
         edit(recipe / "config.json", large={"name_or_path": "../nowhere"})
-        assert any("'../nowhere' as the large model, which is not there" in note for note in notes(recipe))
+        assert any("has the folder '../nowhere' as the large model" in note for note in notes(recipe))
 
     def test_checkpoints_in_the_cache_are_looked_into(self, recipe, hub):
         SGLProcessor.from_large_small_pretrained("org/large", "org/small")
         for name in ("large", "small"):
             HfApi().hf_hub_download(f"org/{name}", "config.json")
         assert all("filled in when published" in str(finding) for finding in validate(recipe))
+
+    def test_a_model_inside_the_recipe_comes_along(self, recipe, bundle, hub):
+        shutil.copytree(bundle / "small", recipe / "small")
+        edit(recipe / "config.json", small={"name_or_path": "./small"})
+        assert stops(recipe) == []
+        publication = publish(recipe, REPO)
+        assert set(publication.pinned) == {"large"}
+        assert "small/model.safetensors" in hub.repos[REPO].files
 
 
 class TestPublish:

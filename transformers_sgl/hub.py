@@ -86,7 +86,7 @@ class Publication:
         dry_run (`bool`): Whether nothing was to be uploaded.
         files (`tuple` of [`PublishedFile`]): What the commit holds.
         deleted (`tuple` of `str`): Weights of an earlier publication that it removes, because they would be loaded.
-        pinned (`dict`): For a recipe, the commit of each model, by `"large"` and `"small"`.
+        pinned (`dict`): For a recipe, the commits of its models, by `"large"` and `"small"`.
         notes (`tuple` of `str`): What is worth knowing and does not stop a publication.
         commit (`str`, *optional*): The commit's id, once there is one.
         url (`str`, *optional*): The commit's address, once there is one.
@@ -252,7 +252,10 @@ def _pin(api: HfApi, folder: Path, config: dict[str, Any], notes: list[str]) -> 
     pinned = {}
     for part in PARTS:
         name, revision = config[part]["name_or_path"], config[part].get("revision")
-        if named_folder(folder, name) is not None:
+        local = named_folder(folder, name)
+        if local is not None and local.is_relative_to(folder.resolve()):
+            continue  # it comes along, in the same commit
+        if local is not None:
             raise ValueError(
                 f"The recipe names the folder {name!r} as the {part} model, where nobody else can load it: publish "
                 "that checkpoint and put its repository's name into `config.json`."

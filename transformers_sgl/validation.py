@@ -1,7 +1,7 @@
 """Whether a folder is a pair that others can load: what is looked at before anything is published.
 
-Floor 5, below `hub`. Reads the folder, runs nothing in it, asks no network and changes nothing. Weights are not
-loaded: of a safetensors file only the header is read.
+Below `hub`, which publishes. Reads the folder, runs nothing in it, asks no network and changes nothing. Weights are
+not loaded: of a safetensors file only the header is read.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_sgl.architectures import check_supported
+from transformers_sgl.checkpoints import first_sentence
 from transformers_sgl.configuration_sgl import PARTS, SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.processing_sgl import SGLProcessor
 
 __all__ = ["Finding", "kind_of", "named_folder", "published_files", "validate"]
 
@@ -54,8 +55,6 @@ _SECRET_FILES = re.compile(
 )
 
 _CARD_RELATIONS = ("adapter", "finetune", "merge", "quantized")
-# Images, as width and height in pixels, that any rule for cutting into tiles treats differently.
-_PROBES = ((64, 64), (448, 448), (1000, 400), (300, 1200))
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def validate(folder: str | os.PathLike[str], repo_id: str | None = None) -> list
         findings.append(Finding("config.json", message + "`save_pretrained` of a pair has written."))
     else:
         findings += _auto_map(folder, "config.json", config)
-        findings += _recipe(folder, config, repo_id) if kind_of(config) == "recipe" else _bundle(folder, config)
+        findings += _pair(folder, config, repo_id)
     return sorted(findings, key=lambda finding: not finding.stops)
 
 
@@ -143,7 +142,8 @@ def named_folder(folder: Path, name: str) -> Path | None:
     Returns:
         `Path` or `None`: The folder, whether it exists or not; `None` for the name of a repository.
     """
-    return (folder / name).resolve() if name.startswith(".") or os.path.isabs(name) else None
+    is_folder = os.path.isabs(name) or name in (".", "..") or name.startswith(("./", "../"))
+    return (folder / name).resolve() if is_folder else None
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -262,7 +262,7 @@ def _generation_config(folder: Path) -> Iterator[Finding]:
     try:
         SGLGenerationConfig.from_pretrained(str(folder)).validate()
     except (OSError, TypeError, ValueError) as error:
-        yield Finding("generation_config.json", f"cannot be used: {_sentence(error)}.")
+        yield Finding("generation_config.json", f"cannot be used: {first_sentence(error)}.")
 
 
 def _auto_map(folder: Path, name: str, config: dict[str, Any]) -> Iterator[Finding]:
@@ -285,34 +285,80 @@ def _entries(value: Any) -> list[str]:
     return [entry for entry in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(entry, str)]
 
 
-# -------------------------------------------------------------------------------------------------------- the bundle
+# -------------------------------------------------------------------------------------------------- the pair's models
 
 
-def _bundle(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
-    configs: dict[str, PreTrainedConfig] = {}
+def _pair(folder: Path, config: dict[str, Any], repo_id: str | None) -> Iterator[Finding]:
+    """Whether both models are there, or named, and fit each other."""
     try:
-        SGLConfig.from_pretrained(str(folder))
+        pair = SGLConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:
-        yield Finding("config.json", f"cannot be loaded: {_sentence(error)}")
+        yield Finding("config.json", f"cannot be loaded: {first_sentence(error)}.")
         return
+    configs: dict[str, PreTrainedConfig] = {}
+    if kind_of(config) == "bundle":
+        yield from _bundle(folder, pair, configs)
+    else:
+        yield from _recipe(folder, config, repo_id, configs)
+    yield from _processors(folder, config, configs)
+
+
+def _bundle(folder: Path, pair: SGLConfig, configs: dict[str, PreTrainedConfig]) -> Iterator[Finding]:
     for part in PARTS:
-        if f"{part}_config" not in config:
+        described = getattr(pair, f"{part}_config")
+        if described is None:
             yield Finding("config.json", f"has no `{part}_config`: this is no pair, so save it again.")
         elif not (folder / part / "config.json").is_file():
             yield Finding(f"{part}/config.json", f"is missing: the {part} model's save was cut off, so save it again.")
         else:
             yield from _weights(folder, part)
-            loaded, finding = _model_config(f"{part}/config.json", str(folder / part))
-            if finding:
-                yield finding
-            elif loaded.model_type != config[f"{part}_config"].get("model_type"):
+            yield from _model_config(f"{part}/config.json", part, str(folder / part), {}, configs)
+            if part in configs and _outline(configs[part]) != _outline(described):
                 message = f"is that of another model than `{part}_config` in the pair's `config.json`: save it again."
                 yield Finding(f"{part}/config.json", message)
-            else:
-                configs[part] = loaded
-    yield from _processor_class(folder)
-    if len(configs) == len(PARTS):
-        yield from _processors(configs, {part: str(folder / part) for part in PARTS}, {part: {} for part in PARTS})
+
+
+def _outline(config: PreTrainedConfig) -> list[Any]:
+    """What two configurations of one model cannot differ in."""
+    text, names = config.get_text_config(decoder=True), ("vocab_size", "hidden_size", "num_hidden_layers")
+    return [config.model_type, getattr(config, "image_token_id", None), *(getattr(text, name, None) for name in names)]
+
+
+def _recipe(
+    folder: Path, config: dict[str, Any], repo_id: str | None, configs: dict[str, PreTrainedConfig]
+) -> Iterator[Finding]:
+    on_hub, inside = set(), set()
+    for part in PARTS:
+        name, revision = config[part]["name_or_path"], config[part].get("revision")
+        local = named_folder(folder, name)
+        where = {key: config[part][key] for key in ("revision", "subfolder") if config[part].get(key)}
+        if name == repo_id or local == folder.resolve():
+            yield Finding("config.json", f"names itself as the {part} model: name a single model there.")
+        elif local is None:
+            on_hub.add(name)
+            try:
+                validate_repo_id(name)
+            except HFValidationError:
+                yield Finding("config.json", f"has {name!r} as the {part} model, which is no repository's name.")
+                continue
+            if not re.fullmatch("[0-9a-f]{40}", str(revision)):
+                yield Finding(
+                    "config.json", f"leaves {name!r} unpinned; its commit is filled in when published.", False
+                )
+            yield from _model_config("config.json", part, name, where, configs)
+        elif not (local / where.get("subfolder", "") / "config.json").is_file():
+            is_own = local.is_relative_to(folder.resolve())
+            yield Finding("config.json", f"has the folder {name!r} as the {part} model, which is not there.", is_own)
+        else:
+            if local.is_relative_to(folder.resolve()):
+                inside.add(local)
+                yield from _weights(folder, local.relative_to(folder.resolve()).as_posix())
+            yield from _model_config("config.json", part, str(local / where.get("subfolder", "")), {}, configs)
+    for path in published_files(folder):
+        if path.suffix == ".safetensors" and not any(path.resolve().is_relative_to(local) for local in inside):
+            message = "lies in a recipe that names its models elsewhere: remove it, or name it in `config.json`."
+            yield Finding(_relative(folder, path), message)
+    yield from _base_models(folder, on_hub)
 
 
 def _weights(folder: Path, part: str) -> Iterator[Finding]:
@@ -329,144 +375,63 @@ def _weights(folder: Path, part: str) -> Iterator[Finding]:
         yield Finding(f"{part}/model.safetensors", f"is missing: the {part} model has no weights, so save it again.")
 
 
-# -------------------------------------------------------------------------------------------------------- the recipe
-
-
-def _recipe(folder: Path, config: dict[str, Any], repo_id: str | None) -> Iterator[Finding]:
-    names, configs, options = {}, {}, {}
-    for path in published_files(folder):
-        if path.suffix == ".safetensors":
-            yield Finding(_relative(folder, path), "lies in a recipe, which names its models and holds no weights.")
-    for part in PARTS:
-        entry = config.get(part)
-        name = entry.get("name_or_path") if isinstance(entry, dict) else None
-        if not isinstance(entry, dict) or not isinstance(name, str) or not name:
-            yield Finding("config.json", f"does not name the {part} model: add `{part}` with its `name_or_path`.")
-            continue
-        yield from _load_options(part, entry)
-        local = named_folder(folder, name)
-        if name == repo_id or local == folder.resolve():
-            yield Finding("config.json", f"names itself as the {part} model: name a model's checkpoint.")
-            continue
-        if local is None:
-            try:
-                validate_repo_id(name)
-            except HFValidationError:
-                yield Finding("config.json", f"has {name!r} as the {part} model, which is no repository's name.")
-                continue
-        elif not local.is_dir():
-            yield Finding("config.json", f"names the folder {name!r} as the {part} model, which is not there.", False)
-            continue
-        revision = {} if local or not entry.get("revision") else {"revision": entry["revision"]}
-        if local is None and not re.fullmatch("[0-9a-f]{40}", str(entry.get("revision"))):
-            yield Finding("config.json", f"leaves {name!r} unpinned; its commit is filled in when published.", False)
-        loaded, finding = _model_config("config.json", str(local or name), part, **revision)
-        if finding:
-            # A checkpoint of the Hub need not be on this machine; a folder that is there has to be right.
-            stops = finding.stops or local is not None
-            yield Finding(finding.path, finding.message, stops)
-        else:
-            names[part], configs[part], options[part] = str(local or name), loaded, revision
-    on_hub = {entry.get("name_or_path") for entry in (config.get(part) for part in PARTS) if isinstance(entry, dict)}
-    yield from _base_models(folder, {name for name in on_hub if name and named_folder(folder, name) is None})
-    yield from _processor_class(folder)
-    if len(configs) == len(PARTS):
-        yield from _processors(configs, names, options)
-
-
-def _load_options(part: str, entry: dict[str, Any]) -> Iterator[Finding]:
-    for option in ("trust_remote_code", "token", "use_auth_token"):
-        if entry.get(option):
-            message = (
-                f"has `{option}` among the {part} model's options, which is each reader's own to give: remove it."
-            )
-            yield Finding("config.json", message)
-    quantization = entry.get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method")):
-        yield Finding(
-            "config.json", f"has a `quantization_config` without `quant_method` for the {part} model: add it."
-        )
-
-
-# -------------------------------------------------------------------------------------------------- models, processors
-
-
-def _model_config(path: str, name: str, part: str = "", **options: Any) -> tuple[Any, Finding | None]:
-    """A model's configuration, or what is wrong with it."""
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **options)
-    except OSError:
-        message = f"names {name!r} as the {part} model, which is not on this machine, so it was not looked at."
-        return None, Finding(path, message if part else "cannot be read: save the pair again.", stops=not part)
-    except (KeyError, ValueError) as error:
-        return None, Finding(path, f"cannot be loaded: {_sentence(error)}.")
-    if config.model_type == "sgl":
-        return None, Finding(path, f"has a pair ({name!r}) where a single model belongs: name one of its models.")
-    try:
-        check_supported(config)
-    except ValueError as error:
-        return None, Finding(path, f"cannot be part of a pair: {_sentence(error)}.")
-    return config, None
-
-
-def _processor_class(folder: Path) -> Iterator[Finding]:
-    config, problem = _read_json(folder / "processor_config.json")
-    if problem:
-        yield Finding("processor_config.json", problem)
-    elif config.get("processor_class") != "SGLProcessor":
-        yield Finding("processor_config.json", "does not say `SGLProcessor`: save the pair's processor with it.")
-    else:
-        yield from _auto_map(folder, "processor_config.json", config)
-
-
-def _processors(
-    configs: dict[str, PreTrainedConfig], names: dict[str, str], options: dict[str, dict[str, Any]]
+def _model_config(
+    path: str, part: str, name: str, where: dict[str, Any], configs: dict[str, PreTrainedConfig]
 ) -> Iterator[Finding]:
+    """Reads one model's configuration into `configs`, if it can be one of a pair."""
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **where)
+        if config.model_type == "sgl":
+            yield Finding(path, f"has a pair ({name!r}) as its {part} model: name one of that pair's two.")
+            return
+        check_supported(config)
+    except OSError as error:
+        if os.path.isdir(name):
+            yield Finding(path, f"cannot be read: {first_sentence(error)}.")
+        else:
+            message = f"names {name!r} as the {part} model, which is not on this machine, so it was not looked at."
+            yield Finding(path, message, stops=False)
+    except (KeyError, TypeError, ValueError) as error:
+        yield Finding(path, f"names a {part} model that no pair can have: {first_sentence(error)}.")
+    else:
+        configs[part] = config
+
+
+# --------------------------------------------------------------------------------------------- the pair's processors
+
+
+def _processors(folder: Path, config: dict[str, Any], configs: dict[str, PreTrainedConfig]) -> Iterator[Finding]:
     """Whether both models see an image as the same visual tokens, and each writes in its own tokens."""
-    processors = {}
-    for part in PARTS:
-        try:
-            processors[part] = AutoProcessor.from_pretrained(
-                names[part], local_files_only=True, trust_remote_code=False, **options[part]
+    path = "processor_config.json"
+    content, problem = _read_json(folder / path)
+    if problem:
+        yield Finding(path, problem)
+        return
+    if content.get("processor_class") != "SGLProcessor":
+        yield Finding(path, "does not say `SGLProcessor`: save the pair's processor with it.")
+        return
+    yield from _auto_map(folder, path, content)
+    if len(configs) < len(PARTS):
+        return  # what is not there, or not fit to be read, has been said
+    try:
+        processor = SGLProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except OSError as error:
+        yield Finding(path, f"could not be tried: {first_sentence(error)}.", kind_of(config) == "bundle")
+        return
+    except (KeyError, TypeError, ValueError) as error:
+        yield Finding(path, f"cannot be used: {first_sentence(error)}.")
+        return
+    tokenizers = [processor.large_processor.tokenizer, processor.small_processor.tokenizer]
+    for part, tokenizer in zip(PARTS, tokenizers, strict=True):
+        size = configs[part].get_text_config(decoder=True).vocab_size
+        if len(tokenizer) > size:
+            message = (
+                f"has a tokenizer of {len(tokenizer):,} tokens, but the model knows {size:,}: save the right one."
             )
-        except (OSError, ValueError, KeyError) as error:
-            stops = os.path.isdir(names[part])
-            yield Finding(part, f"has no processor that can be looked at ({_sentence(error)}).", stops)
-            return
-        yield from _vocabulary(part, processors[part], configs[part])
-    large, small = (processors[part] for part in PARTS)
-    for size in _PROBES:
-        counts = [_num_visual_tokens(processor, size) for processor in (large, small)]
-        if None in counts:
-            yield Finding("small", "and `large` have processors that cannot be compared, so look yourself.", False)
-            return
-        if counts[0] != counts[1]:
-            message = f"cuts an image of {size[0]} x {size[1]} pixels into {counts[1]} visual tokens and the large "
-            message += f"model into {counts[0]}, but importance is handed over token by token: give both processors "
-            yield Finding("small", message + "the same settings.")
-            return
-    if large.tokenizer.get_vocab() != small.tokenizer.get_vocab():
-        message = "has another tokenizer than `large`: drafts are re-encoded, of which fewer tokens are accepted."
+            yield Finding(part, message)
+    if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        message = "has another tokenizer than `large`: drafts are re-encoded, and fewer of their tokens accepted."
         yield Finding("small", message, stops=False)
-
-
-def _vocabulary(part: str, processor: Any, config: PreTrainedConfig) -> Iterator[Finding]:
-    size = config.get_text_config(decoder=True).vocab_size
-    if len(processor.tokenizer) > size:
-        message = f"has a tokenizer of {len(processor.tokenizer):,} tokens, but the model knows {size:,}"
-        yield Finding(part, f"{message}: save the tokenizer that belongs to it.")
-    ids = (getattr(processor, "image_token_id", None), getattr(config, "image_token_id", None))
-    if None not in ids and ids[0] != ids[1]:
-        message = f"has a tokenizer whose visual token is {ids[0]}, but for the model it is {ids[1]}"
-        yield Finding(part, f"{message}: save the tokenizer that belongs to it.")
-
-
-def _num_visual_tokens(processor: Any, size: tuple[int, int]) -> int | None:
-    token, token_id = getattr(processor, "image_token", None), getattr(processor, "image_token_id", None)
-    if token is None or token_id is None:
-        return None
-    inputs = processor(images=[Image.new("RGB", size)], text=[token])
-    return sum(list(row).count(token_id) for row in inputs["input_ids"])
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
@@ -478,8 +443,3 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     except ValueError as error:
         return {}, f"is not JSON ({error}): save the pair again."
     return (content, "") if isinstance(content, dict) else ({}, "is not a JSON object: save the pair again.")
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of an error, as part of a sentence."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
