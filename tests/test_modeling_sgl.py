@@ -204,10 +204,13 @@ class TestRefusals:
         before = contents(earlier)
         for folder in (earlier, nothing):
             if os.fork() == 0:
-                with staged(folder, "config.json") as staging:
-                    (staging / "large").mkdir()
-                    (staging / "large" / "model.safetensors").write_bytes(b"half of the wei")
-                    os.kill(os.getpid(), signal.SIGKILL)
+                try:
+                    with staged(folder, "config.json") as staging:
+                        (staging / "large").mkdir()
+                        (staging / "large" / "model.safetensors").write_bytes(b"half of the wei")
+                        os.kill(os.getpid(), signal.SIGKILL)
+                finally:
+                    os._exit(1)  # never back into the tests
             assert os.waitpid(-1, 0)[1] == signal.SIGKILL
         assert {name: data for name, data in contents(earlier).items() if ".saving-" not in name} == before
         SGLForConditionalGeneration.from_pretrained(earlier)
