@@ -155,9 +155,9 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "private key": (add("a.txt", b"-----BEGIN " + b"RSA PRIVATE KEY-----"), "a.txt: has a private key"),
     "password": (add("a.json", b'{"pass' + b'word": "correct-horse"}'), "a.json: has a password"),
     "address": (add("a.md", b"https://me:" + b"secret@example.org"), "a.md: has an address with a password"),
-    ".env": (add(".env", b"A=1"), ".env: is a file such as secrets are kept in"),
-    "hidden folder": (add(".aws/config", b""), ".aws/config: is a file such as secrets are kept in"),
-    "key file": (add("server.pem", b""), "server.pem: is a file such as secrets are kept in"),
+    ".env": (add(".env", b"A=1"), ".env: is hidden, or has a name such as secrets have"),
+    "hidden folder": (add(".aws/config", b""), ".aws/config: is hidden, or has a name such as secrets have"),
+    "key file": (add("server.pem", b""), "server.pem: is hidden, or has a name such as secrets have"),
     "no card": (remove("README.md"), "README.md: is missing"),
     "no license": (in_card("license: apache-2.0\n"), "README.md: has no `license`"),
     "other license": (in_card("license: apache-2.0", "license: other"), "say which, as `license_name`"),
@@ -465,6 +465,7 @@ class TestPublish:
         with pytest.raises(OSError, match="Nothing was published to 'me/pair'") as error:
             publish(bundle, REPO)
         assert "\n" not in str(error.value)
+        assert ("The repository was made, and is empty." in str(error.value)) == (REPO in hub.repos)
         assert hub.commits == []
         assert state(bundle) == before
 

@@ -1,6 +1,6 @@
 """Whether a folder is a pair that others can load: what is looked at before anything is published.
 
-Below `hub`, which publishes. Reads the folder, runs nothing in it, asks no network and changes nothing. Weights are
+Below `publishing`. Reads the folder, runs nothing in it, asks no network and changes nothing. Weights are
 not loaded: of a safetensors file only the header is read.
 """
 
@@ -178,7 +178,7 @@ def _files(folder: Path) -> Iterator[Finding]:
         if not path.is_file():
             yield Finding(name, "leads nowhere or is not a file: remove it.")
         elif hidden or _SECRET_FILES.fullmatch(path.name):
-            yield Finding(name, "is a file such as secrets are kept in: remove it from the folder.")
+            yield Finding(name, "is hidden, or has a name such as secrets have: remove it from the folder.")
         elif path.suffix == ".safetensors":
             yield from _safetensors(path, name)
         elif path.suffix in _PICKLES:
