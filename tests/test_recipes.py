@@ -27,6 +27,8 @@ from transformers import (
 from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLProcessor
 from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_CODE
 
+pytestmark = pytest.mark.mechanics  # what loads where is also a matter of transformers' version
+
 QUESTION, ANSWER = "describe the red triangle.", "a red triangle labelled B in the bottom left"
 Write = Callable[..., Path]
 
@@ -434,7 +436,7 @@ def case(source, auto_class, trust, missing):
         else:
             loaded = globals()[auto_class].from_pretrained(source, trust_remote_code=trust)
         if hasattr(loaded, "save_pretrained"):
-            folder = source + "-" + auto_class
+            folder = os.path.join("saved", source.replace("/", "-") + "-" + auto_class)
             loaded.save_pretrained(folder)
             assert sorted(name for name in os.listdir(folder) if name.endswith(".py")) in ([], ["modeling_sgl.py"])
         return type(loaded).__module__ + "." + type(loaded).__name__
@@ -462,12 +464,13 @@ CLASSES = {
 }
 
 
-def without_import(cases: list[tuple[str, str, bool | None, bool]], **environment: str) -> list[str]:
+def without_import(cases: list[tuple[str, str, bool | None, bool]], cwd: Path, **environment: str) -> list[str]:
     """What each case says, in a process that has not imported the package."""
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_IMPORT, json.dumps(cases)],
-        env={**os.environ, "PYTHONPATH": root, "TRANSFORMERS_VERBOSITY": "error", **environment},
+        cwd=cwd,
+        env={**os.environ, **environment, "PYTHONPATH": root, "TRANSFORMERS_VERBOSITY": "error"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -479,6 +482,7 @@ def without_import(cases: list[tuple[str, str, bool | None, bool]], **environmen
     return said
 
 
+@pytest.mark.slow
 def test_with_the_package_only_installed_remote_code_finds_it(
     write: Write, embedded_pair_path: Path, tmp_path: Path
 ) -> None:
@@ -489,7 +493,7 @@ def test_with_the_package_only_installed_remote_code_finds_it(
     cases += [(bundle, auto_class, True, False) for auto_class in ("AutoModelForImageTextToText", "AutoProcessor")]
     missing = [(bundle, auto_class, True, True) for auto_class in ("AutoModel", "AutoProcessor")]
     untrusted = (bundle, "AutoModel", False, False)
-    said = without_import([*cases, *missing, untrusted], HF_HOME=str(tmp_path / "home"))
+    said = without_import([*cases, *missing, untrusted], tmp_path, HF_HOME=str(tmp_path / "home"))
     assert said[: len(cases)] == [CLASSES[auto_class] for _, auto_class, _, _ in cases]
     assert set(said[-3:-1]) == {"ImportError: This model needs a package: pip install transformers_sgl"}
     assert said[-1].startswith("ValueError")

@@ -206,15 +206,13 @@ def locate_parts(
         options = {option: value for option, value in recipe[name].items() if value is not None}
         part, inside = _named(name, os.fspath(path), root, options.pop("name_or_path"))
         part, subfolder = locate(part, inside, options.pop("subfolder", None))
-        # The revision that the user asked for is the recipe's, so it holds for what lies in the same repository.
-        revision = {"revision": options.pop("revision", None)}
-        if part == os.fspath(path) and "revision" in where:
-            revision = {"revision": where["revision"]}
+        # The revision that the user asked for is the recipe's: of what it names, it holds for its own repository only.
+        place = {key: value for key, value in where.items() if key != "revision" or part == os.fspath(path)}
+        if "revision" in options:
+            place["revision"] = options.pop("revision")
         if os.path.isdir(part):
-            revision = {}
-        elsewhere = {key: value for key, value in where.items() if key != "revision"}
-        place = {**elsewhere, **revision, **subfolder, **own[name]}
-        checkpoints[name] = Checkpoint(part, {k: v for k, v in place.items() if v is not None}, options)
+            place.pop("revision", None)
+        checkpoints[name] = Checkpoint(part, {**place, **subfolder, **own[name]}, options)
     return checkpoints
 
 
