@@ -1,6 +1,8 @@
 import itertools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
 
 import transformers_sgl
 from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLGenerationConfig
+from transformers_sgl.saving import staged
 
 pytestmark = pytest.mark.mechanics
 
@@ -33,6 +36,11 @@ def bundle(pair: SGLForConditionalGeneration, tmp_path: Path) -> Path:
     pair.generation_config = SGLGenerationConfig.from_preset("quality", eos_token_id=61, pad_token_id=62)
     pair.save_pretrained(tmp_path / "pair")
     return tmp_path / "pair"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM])
@@ -169,18 +177,63 @@ class TestRefusals:
         with pytest.raises(OSError, match=r"There is no folder 'small' in .*: a pair is a folder with"):
             SGLForConditionalGeneration.from_pretrained(bundle)
 
-    def test_a_save_that_breaks_off_is_not_taken_for_a_bundle(
-        self, pair: SGLForConditionalGeneration, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    def test_a_save_that_fails_leaves_the_folder_as_it_was(
+        self, pair: SGLForConditionalGeneration, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def full_disk(*args, **kwargs) -> None:
             raise OSError("No space left on device")
 
+        before = contents(bundle)
+        model_before = state(pair)
         monkeypatch.setattr(pair.small, "save_pretrained", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            pair.save_pretrained(bundle)
-        assert not (bundle / "config.json").exists()
+        for folder in (bundle, tmp_path / "new" / "one"):
+            with pytest.raises(OSError, match="No space left"):
+                pair.save_pretrained(folder)
+        assert contents(bundle) == before
+        assert not (tmp_path / "new").exists()
+        monkeypatch.undo()
+        assert state(pair) == model_before
+
+    def test_a_save_that_was_cut_off_is_not_taken_for_a_bundle(self, bundle: Path) -> None:
+        (bundle / "config.json").unlink()  # it is taken away first and put in place last
         with pytest.raises(OSError, match=r"There is no finished pair in .* `config\.json` is missing"):
             SGLForConditionalGeneration.from_pretrained(bundle)
+
+    def test_a_process_that_is_killed_leaves_an_earlier_save_or_none(self, bundle: Path, tmp_path: Path) -> None:
+        earlier, nothing = bundle, tmp_path / "nothing"
+        before = contents(earlier)
+        for folder in (earlier, nothing):
+            if os.fork() == 0:
+                try:
+                    with staged(folder, "config.json") as staging:
+                        (staging / "large").mkdir()
+                        (staging / "large" / "model.safetensors").write_bytes(b"half of the wei")
+                        os.kill(os.getpid(), signal.SIGKILL)
+                finally:
+                    os._exit(1)  # never back into the tests
+            assert os.waitpid(-1, 0)[1] == signal.SIGKILL
+        assert {name: data for name, data in contents(earlier).items() if ".saving-" not in name} == before
+        SGLForConditionalGeneration.from_pretrained(earlier)
+        with pytest.raises(OSError, match="There is no finished pair"):
+            SGLForConditionalGeneration.from_pretrained(nothing)
+
+
+@pytest.mark.parametrize("shard_sizes", [("20KB", "1GB"), ("1GB", "20KB"), ("20KB", "30KB")], ids=str)
+def test_weights_of_an_earlier_save_are_not_loaded(
+    pair: SGLForConditionalGeneration, tmp_path: Path, shard_sizes: tuple[str, str]
+) -> None:
+    pair.save_pretrained(tmp_path, max_shard_size=shard_sizes[0])
+    (tmp_path / "large" / "chat_template.jinja").write_text("what does not belong to the weights stays")
+    with torch.no_grad():
+        pair.large.get_input_embeddings().weight += 1
+    pair.save_pretrained(tmp_path, max_shard_size=shard_sizes[1])
+    loaded = SGLForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.large.get_input_embeddings().weight, pair.large.get_input_embeddings().weight)
+    weights = {path.name for path in (tmp_path / "large").glob("*.safetensors")}
+    index = tmp_path / "large" / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    assert weights == listed
+    assert (tmp_path / "large" / "chat_template.jinja").exists()
 
 
 def test_config_json_tells_both_architectures_and_no_paths(bundle: Path) -> None:

@@ -466,4 +466,68 @@ def _serve(arguments: argparse.Namespace) -> None:
         serve(arguments.model, arguments.arguments)
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate, _add_serve)
+# ------------------------------------------------------------------------------------------------------------ publish
+
+
+def _add_publish(commands: Any) -> None:
+    parser = commands.add_parser(
+        "publish",
+        help="upload a pair to the Hugging Face Hub",
+        description="Looks whether others can load a pair and whether nothing private lies beside it, says what would "
+        "be uploaded, and uploads it in one commit. A recipe's models are pinned in what is uploaded.",
+        epilog="Log in before, with `hf auth login` or the environment variable HF_TOKEN.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a saved pair (a bundle) or a recipe")
+    parser.add_argument("--repo", metavar="ORG/NAME", required=True, help="repository; made if it does not exist")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--recipe", dest="kind", action="store_const", const="recipe", help="refuse a bundle")
+    kind.add_argument("--bundle", dest="kind", action="store_const", const="bundle", help="refuse a recipe")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: the main one)")
+    parser.add_argument("--private", action="store_true", help="refuse a public repository; a new one is private")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and upload nothing")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(carry_out=_publish)
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from transformers.utils import logging
+
+    from transformers_sgl.hub import Publication, publish
+
+    def announce(publication: Publication) -> None:
+        if not arguments.json:
+            print(_publication_as_text(publication), flush=True)
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    publication = publish(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+        revision=arguments.revision,
+        kind=arguments.kind,
+        announce=announce,
+    )
+    if arguments.json:
+        print(json.dumps(asdict(publication), indent=2, ensure_ascii=False))
+    elif arguments.dry_run:
+        print("dry run     nothing was uploaded")
+    else:
+        print(f"published   {publication.url}")
+
+
+def _publication_as_text(publication: Any) -> str:
+    width = max(len(f"{file.size_bytes:,}") for file in publication.files)
+    lines = [f"{publication.kind:<11} {publication.repo_id}{' (private)' if publication.private else ''}"]
+    lines += [f"pinned      {part} at {commit}" for part, commit in publication.pinned.items()]
+    lines += [f"note        {note}" for note in publication.notes]
+    lines += [f"upload      {file.size_bytes:>{width},} bytes  {file.path}" for file in publication.files]
+    lines += [f"remove      {path}" for path in publication.deleted]
+    total = sum(file.size_bytes for file in publication.files)
+    return "\n".join([*lines, f"in all      {total:,} bytes in {len(publication.files)} files"])
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate, _add_serve, _add_publish)

@@ -5,32 +5,37 @@ Floor 0: knows what a pair consists of, and nothing about how it runs.
 
 from __future__ import annotations
 
-import os
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-__all__ = ["PARTS", "SGLConfig", "locate"]
+from transformers_sgl.checkpoints import PARTS, check_recipe
 
-# The two models of a pair, by the names that its folders, arguments and inputs have.
-PARTS = ("large", "small")
+__all__ = ["PARTS", "SGLConfig"]
 
 _SUB_CONFIGS = tuple(f"{part}_config" for part in PARTS)
+_MODELS = (*_SUB_CONFIGS, *PARTS)
 
 
 class SGLConfig(PreTrainedConfig):
     """Configuration of a large vision-language model (VLM) that is guided by a small one.
 
-    It holds the two models' own configurations, whatever their architectures, and round-trips through `AutoConfig`.
+    It holds the two models' own configurations, whatever their architectures, or, as a recipe, their names. Either
+    round-trips through `AutoConfig`.
     Settings of the method itself (how many visual tokens are kept, from which layer on) belong to
     [`SGLGenerationConfig`], because they may change with every call of `generate`.
 
     Args:
         large_config (`PreTrainedConfig` or `dict`): The configuration of the large VLM.
         small_config (`PreTrainedConfig` or `dict`): The configuration of the small VLM.
+        large (`dict`): In a recipe, the checkpoint of the large VLM: `name_or_path` (a Hub repository, a folder, or
+            one that begins with `./` or `../` and is meant from the recipe on), and where wanted `revision`,
+            `subfolder`, `variant`, `dtype`, `quantization_config`, `attn_implementation`, `device_map`, `max_memory`.
+        small (`dict`): In a recipe, the checkpoint of the small VLM.
 
     Raises:
-        ValueError: If only one of the two configurations is given, or a `dict` names no `model_type`.
+        ValueError: If only one of the two models is given, a `dict` names no `model_type`, a recipe is not sound, or
+            models are both named and described.
 
     Example:
         ```python
@@ -40,6 +45,9 @@ class SGLConfig(PreTrainedConfig):
         >>> config = SGLConfig(large_config=InternVLConfig(), small_config=InternVLConfig())
         >>> config.model_type, config.large_config.model_type
         ('sgl', 'internvl')
+        >>> recipe = SGLConfig(large={"name_or_path": "org/large"}, small={"name_or_path": "org/small"})
+        >>> recipe.recipe["large"]
+        {'name_or_path': 'org/large'}
 
         ```
     """
@@ -49,6 +57,8 @@ class SGLConfig(PreTrainedConfig):
 
     large_config: dict[str, Any] | PreTrainedConfig | None = None
     small_config: dict[str, Any] | PreTrainedConfig | None = None
+    large: dict[str, Any] | None = None
+    small: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turns sub-configurations given as `dict` into configuration objects."""
@@ -60,7 +70,21 @@ class SGLConfig(PreTrainedConfig):
             raise ValueError(f"A pair needs two models, but `{missing}` is missing: pass it beside `{given[0]}`.")
         for name in given:
             setattr(self, name, _as_config(name, getattr(self, name)))
+        if self.recipe is not None:
+            check_recipe(self.recipe)
+            if given:
+                raise ValueError("A pair is either named or described: pass `large` and `small`, or their `*_config`.")
         super().__post_init__(**kwargs)
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """What a recipe says of its two models, by their names; `None` where the models are described here."""
+        named = {name: getattr(self, name) for name in PARTS}
+        return named if any(part is not None for part in named.values()) else None
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing, so that saving later copies no file of this package: `auto_map` already leads to it."""
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `config.json` says: of each model only what differs from its architecture's defaults, and no paths."""
@@ -69,7 +93,8 @@ class SGLConfig(PreTrainedConfig):
             if getattr(self, name) is not None:
                 output[name] = getattr(self, name).to_diff_dict()
                 output[name].pop("_name_or_path", None)
-        return output
+        # A bundle does not speak of recipes, nor the other way round.
+        return {key: value for key, value in output.items() if value is not None or key not in _MODELS}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The large model's text configuration: what the pair writes, the large model's decoder writes.
@@ -84,32 +109,6 @@ class SGLConfig(PreTrainedConfig):
         if not isinstance(self.large_config, PreTrainedConfig):
             return self
         return self.large_config.get_text_config(decoder=decoder, encoder=encoder)
-
-
-def locate(path: str | os.PathLike[str], *folders: str | None) -> tuple[str, dict[str, str]]:
-    """Where a folder of a bundle is, in the words of `from_pretrained`.
-
-    Args:
-        path (`str` or `os.PathLike`): The bundle: a folder or a Hub repository.
-        *folders (`str`, *optional*): The folders that lead to the part that is wanted, from the bundle's root.
-
-    Returns:
-        `tuple` of `str` and `dict`: What to pass as the first argument, and the keyword arguments to pass with it.
-
-    Raises:
-        OSError: If the bundle is a folder and the part is not in it.
-    """
-    path, subfolder = os.fspath(path), "/".join(folder for folder in folders if folder)
-    if not os.path.isdir(path):
-        return path, {"subfolder": subfolder} if subfolder else {}
-    # A local folder is joined, because transformers does not look into subfolders of one for every file.
-    joined = os.path.join(path, subfolder)
-    if not os.path.isdir(joined):
-        raise OSError(
-            f"There is no folder {subfolder!r} in {path!r}: a pair is a folder with `large/`, `small/` and a "
-            "`config.json`, as `save_pretrained` of a pair writes it."
-        )
-    return joined, {}
 
 
 def _as_config(name: str, config: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:

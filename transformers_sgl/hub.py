@@ -1,11 +1,17 @@
-"""Where ready-made pairs come from."""
+"""Where ready-made pairs come from, and how they get there.
+
+One door: the embedded pair here, `publish` and `validate` from the files below.
+"""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["embedded_pair"]
+from transformers_sgl.publishing import Publication, PublishedFile, publish
+from transformers_sgl.validation import Finding, validate
+
+__all__ = ["Finding", "Publication", "PublishedFile", "embedded_pair", "publish", "validate"]
 
 
 def embedded_pair() -> Path:

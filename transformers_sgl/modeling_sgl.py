@@ -6,27 +6,51 @@ Floor 4. How guided generation runs is told in `generation_sgl`; here it only ge
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
-from transformers_sgl.architectures import check_supported
-from transformers_sgl.configuration_sgl import PARTS, SGLConfig, locate
+from transformers_sgl.architectures import ARCHITECTURES, check_supported
+from transformers_sgl.checkpoints import (
+    HUB_KWARGS,
+    PARTS,
+    Checkpoint,
+    first_sentence,
+    hub_kwargs,
+    locate,
+    locate_parts,
+    pinned,
+    read_config,
+    split_kwargs,
+)
+from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
+from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
 from transformers_sgl.vocabulary import Vocabularies
 
 __all__ = ["SGLForConditionalGeneration"]
 
-# Where a checkpoint is to be found; the same for the pair and for its models.
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _MARKER_OF_A_FINISHED_SAVE = "config.json"
+# What of a model's loading is part of what it is, and so of a recipe that is written down.
+_RECORDED_OPTIONS = ("dtype", "quantization_config", "variant")
 
 
 class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -36,7 +60,8 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     the large VLM drops the low-ranked ones in the middle of its prefill (SGL, arXiv 2412.03324). Everything else, a
     plain `forward` included, is the large VLM.
 
-    A pair is saved as a bundle: `large/` and `small/` are ordinary checkpoints that transformers loads on its own.
+    A pair is saved as a bundle, whose `large/` and `small/` are ordinary checkpoints that transformers loads on its
+    own, or as a recipe, which only names the two checkpoints.
 
     Args:
         config ([`SGLConfig`], *optional*): The pair's configuration; needed only to build the models from it.
@@ -101,7 +126,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.large = large
         self.small = small
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
-        self._tokenizer_sources: dict[str, dict[str, Any]] = {}
+        self._checkpoints: dict[str, Checkpoint] = {}
         self._known_vocabularies: Vocabularies | None = None
         self.training = large.training or small.training
         self.post_init()
@@ -144,64 +169,87 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
             ```
         """
-        options = _split_kwargs(kwargs)
-        loaded = {
-            name: model
-            if isinstance(model, PreTrainedModel)
-            else AutoModelForImageTextToText.from_pretrained(model, **options[name])
+        options = split_kwargs(kwargs)
+        checkpoints = {
+            name: Checkpoint(*_in_folder(model, hub_kwargs(options[name], "subfolder")))
             for name, model in zip(PARTS, (large, small), strict=True)
+            if not isinstance(model, PreTrainedModel)
         }
-        pair = cls(**loaded)
-        for name in PARTS:
-            pair._tokenizer_sources[name] = _hub_kwargs(options[name], "subfolder")
+        checkpoints = {name: _checked(name, checkpoint) for name, checkpoint in checkpoints.items()}
+        models: dict[str, Any] = {"large": large, "small": small}
+        for name, checkpoint in checkpoints.items():
+            models[name], _ = _load(name, checkpoint, options[name])
+        pair = cls(**models)
+        pair._remember(checkpoints, options)
         return pair
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
     ) -> SGLForConditionalGeneration:
-        """Loads a bundle from a folder or from the Hub.
+        """Loads a bundle or a recipe from a folder or from the Hub.
+
+        What the user passes wins over what a recipe says, save that `dtype="auto"` means what the recipe says.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
             *model_args: Not used; there for the Auto classes.
-            **kwargs: Arguments of `from_pretrained`: plain ones for both models, `large_*` and `small_*` for one.
+            **kwargs: Arguments of `from_pretrained`: plain ones for both models, `large_*` and `small_*` for one. Of
+                a recipe, `revision` is the recipe's own; trust in remote code is not passed on to what it names.
 
         Returns:
             `SGLForConditionalGeneration`: The pair, in evaluation mode.
 
         Raises:
-            OSError: If there is no bundle there, or half of one.
+            OSError: If there is no pair there, half of one, or a checkpoint without safetensors weights.
+            ValueError: If a recipe is not sound, or an architecture is not supported.
         """
         root = kwargs.pop("subfolder", None)
         path, subfolder = locate(pretrained_model_name_or_path, root)
-        hub_kwargs = _hub_kwargs(kwargs)
+        where = hub_kwargs(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
         config = kwargs.pop("config", None)
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
+        where = pinned(path, {**where, **subfolder})
         if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(path, **hub_kwargs, **subfolder)
-        if config.large_config is None:
+            config = SGLConfig.from_pretrained(path, **where)
+        recipe = config.recipe
+        if config.large_config is None and recipe is None:
             raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
 
-        options = _split_kwargs(kwargs)
-        models, loading_info, tokenizer_sources = {}, {}, {}
+        # 1. Where both models are, and whether they can be a pair, is known before any weights are read.
+        if recipe is not None:
+            # The Auto classes put it into the configuration; and who trusts a recipe does not yet trust what it names.
+            if config._attn_implementation is not None:
+                kwargs.setdefault("attn_implementation", config._attn_implementation)
+            kwargs["trust_remote_code"] = False
+        options = split_kwargs(kwargs)
+        own = {name: hub_kwargs(options[name], "subfolder") for name in PARTS}
+        whole = {name: value for name, value in where.items() if name != "subfolder"}
+        checkpoints = locate_parts(pretrained_model_name_or_path, root, recipe, whole, own)
+        for name, checkpoint in checkpoints.items():
+            if recipe is not None:
+                checkpoints[name] = _checked(name, checkpoint, os.fspath(path))
+            else:
+                # The pair's configuration wins over the part's own: what was changed in it, `attn_implementation` too,
+                # which the Auto classes write there, reaches the model.
+                own_config = {"config": getattr(config, f"{name}_config")}
+                checkpoints[name] = replace(checkpoint, options=own_config)
+
+        # 2. The models.
+        models, loading_info = {}, {}
         for name in PARTS:
-            part, part_subfolder = locate(pretrained_model_name_or_path, root, name)
-            # The pair's configuration wins over the part's own: what was changed in it, `attn_implementation` too,
-            # which the Auto classes write there, reaches the model.
-            own = {"config": getattr(config, f"{name}_config"), "output_loading_info": True}
-            models[name], loading_info[name] = AutoModelForImageTextToText.from_pretrained(
-                part, **{**own, **options[name]}, **part_subfolder
-            )
-            tokenizer_sources[name] = {**hub_kwargs, **part_subfolder}
+            models[name], loading_info[name] = _load(name, checkpoints[name], options[name])
+        if recipe is not None:
+            config = copy.deepcopy(config)
+            config.large = config.small = None  # from here on the pair is described by its models
         model = cls(config, **models)
-        model._tokenizer_sources = tokenizer_sources
-        # transformers' own `from_pretrained` restores plain `GenerationConfig`; the extension is ours to load.
+        model._remember(checkpoints, options)
+
+        # 3. transformers' own `from_pretrained` restores plain `GenerationConfig`; the extension is ours to load.
         with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
-            generation_config = generation_config or SGLGenerationConfig.from_pretrained(
-                path, **hub_kwargs, **subfolder
-            )
+            generation_config = generation_config or SGLGenerationConfig.from_pretrained(path, **where)
         if generation_config is not None:
             model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
@@ -210,7 +258,8 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Saves the pair as a bundle: both checkpoints in `large/` and `small/`, the pair's settings beside them.
 
-        `config.json` is written last, so that a save that was cut off is not mistaken for a bundle.
+        Where it fails, the folder is what it was before. `config.json` is put in place last, so that a save that was
+        cut off is not mistaken for a bundle.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder; made if it does not exist.
@@ -223,13 +272,76 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = Path(save_directory)
         if kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _MARKER_OF_A_FINISHED_SAVE).unlink(missing_ok=True)
+        with staged(folder, _MARKER_OF_A_FINISHED_SAVE) as staging:
+            for name in PARTS:
+                getattr(self, name).save_pretrained(staging / name, **kwargs)
+            config = copy.deepcopy(self.config)
+            self._write_beside_weights(staging, config)
+
+    def save_recipe(self, save_directory: str | os.PathLike[str]) -> None:
+        """Saves the pair as a recipe: the names of both checkpoints, their commits, and the pair's settings.
+
+        A recipe holds no weights; whoever loads it loads the two checkpoints from where they are, with `dtype` and
+        quantisation as they were loaded here, and with their own processors. A checkpoint from the Hub is pinned to
+        the commit that was loaded; one from a folder is named by its absolute path.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder; made if it does not exist.
+
+        Raises:
+            OSError: If the folder cannot be written.
+            ValueError: If a model was not loaded from a named checkpoint.
+
+        Example:
+            ```python
+            >>> import tempfile
+            >>> from transformers import AutoModelForImageTextToText
+            >>> from transformers_sgl import SGLForConditionalGeneration
+            >>> from transformers_sgl.hub import embedded_pair
+
+            >>> model = SGLForConditionalGeneration.from_large_small_pretrained(
+            ...     embedded_pair() / "large", embedded_pair() / "small"
+            ... )
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.save_recipe(folder)
+            ...     again = AutoModelForImageTextToText.from_pretrained(folder)
+            >>> len(again.large.get_decoder().layers)
+            10
+
+            ```
+        """
         for name in PARTS:
-            getattr(self, name).save_pretrained(folder / name, **kwargs)
+            if name not in self._checkpoints:
+                raise ValueError(
+                    f"A recipe names the checkpoints that its models were loaded from, but the {name} model was "
+                    "passed as an object: load it by name, or save the weights with `save_pretrained`."
+                )
+        recipe = {name: _as_recipe(self._checkpoints[name]) for name in PARTS}
+        with staged(Path(save_directory), _MARKER_OF_A_FINISHED_SAVE) as staging:
+            processor = {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SGLProcessor"}
+            text = json.dumps(processor, indent=2, sort_keys=True) + "\n"
+            (staging / "processor_config.json").write_text(text, encoding="utf-8")
+            self._write_beside_weights(staging, SGLConfig(**recipe))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing, so that saving later copies no file of this package: `auto_map` already leads to it."""
+
+    def _write_beside_weights(self, folder: Path, config: SGLConfig) -> None:
+        """What a bundle and a recipe both have."""
+        config.architectures = [type(self).__name__]
+        config.auto_map = AUTO_MAP
         self.generation_config.save_pretrained(folder)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(folder)
+        write_remote_code(folder)
+        config.save_pretrained(folder)
+
+    def _remember(self, checkpoints: dict[str, Checkpoint], options: dict[str, dict[str, Any]]) -> None:
+        """Keeps where the models came from, for their tokenizers and for a recipe."""
+        for name, checkpoint in checkpoints.items():
+            given = {**checkpoint.options, **_without_auto_dtype(checkpoint, options[name])}
+            names = {*checkpoint.options, *_RECORDED_OPTIONS} - {"config"}
+            kept = {option: value for option, value in given.items() if option in names and value is not None}
+            self._checkpoints[name] = replace(checkpoint, options=kept)
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """Runs the large model, unpruned; arguments and result are its own.
@@ -308,13 +420,10 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _load_tokenizers(self) -> list[Any]:
         """Both models' tokenizers, from where the models came from."""
-        paths = [getattr(self, name).name_or_path for name in PARTS]
-        if not all(paths):
+        checkpoints = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
+        if not all(checkpoint.path for checkpoint in checkpoints):
             raise OSError("A model that was not loaded has no tokenizer beside it.")
-        return [
-            AutoTokenizer.from_pretrained(path, **self._tokenizer_sources.get(name, {}))
-            for name, path in zip(PARTS, paths, strict=True)
-        ]
+        return [AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.where) for checkpoint in checkpoints]
 
     def get_decoder(self) -> nn.Module:
         """The large model's text decoder."""
@@ -346,19 +455,72 @@ _GENERATE_ARGUMENTS = (
 )
 
 
-def _hub_kwargs(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
-    """Those arguments that say where a checkpoint is to be found."""
-    return {name: kwargs[name] for name in (*_HUB_KWARGS, *more) if kwargs.get(name) is not None}
+def _in_folder(path: str | os.PathLike[str], where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A checkpoint that the user named, with a subfolder of a local folder joined to it."""
+    where = dict(where)
+    path, subfolder = locate(path, where.pop("subfolder", None))
+    return path, {**where, **subfolder}
 
 
-def _split_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Splits loading arguments: `large_*` and `small_*` go to one model, the others to both."""
-    prefixes = tuple(f"{name}_" for name in PARTS)
-    shared = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
-    return {
-        model: {
-            **shared,
-            **{name.removeprefix(prefix): value for name, value in kwargs.items() if name.startswith(prefix)},
-        }
-        for model, prefix in zip(PARTS, prefixes, strict=True)
-    }
+def _checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Checkpoint:
+    """The checkpoint at its commit, if its configuration is that of a model that can be half of a pair."""
+    try:
+        where = pinned(checkpoint.path, checkpoint.where)
+    except OSError as error:
+        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+    checkpoint = replace(checkpoint, where=where)
+    config = read_config(name, checkpoint, recipe)
+    if config.get("model_type") in CONFIG_MAPPING:
+        check_supported(AutoConfig.for_model(**config))
+    else:
+        raise ValueError(
+            f"The {name} model {checkpoint} is of the type {config.get('model_type')!r}, for which transformers has "
+            f"no code of its own: name one of type {', '.join(map(repr, sorted(ARCHITECTURES)))}."
+        )
+    if not str(config.get("transformers_weights") or ".safetensors").endswith((".safetensors", ".index.json")):
+        raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    return checkpoint
+
+
+def _load(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """One of the two models, and what transformers has to say about its weights."""
+    if options.get("use_safetensors") is False:
+        raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options), **checkpoint.where}
+    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
+    except OSError as error:
+        if "safetensors" in str(error):
+            raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint)) from error
+        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+
+
+_PICKLED = (
+    "The {name} model {checkpoint} has no weights in safetensors format, and pickled ones (such as *.bin) are never "
+    "loaded, because they can run code: save it again with a current transformers."
+)
+
+
+def _without_auto_dtype(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """The user's options; `dtype="auto"`, which pipelines pass unasked, leaves a recipe's own dtype alone."""
+    if options.get("dtype") in ("auto", None) and "dtype" in checkpoint.options:
+        return {name: value for name, value in options.items() if name != "dtype"}
+    return options
+
+
+def _as_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a recipe says of a checkpoint; never a token, nor anything else about how this user got at it."""
+    is_folder = os.path.isdir(checkpoint.path)
+    named = {"name_or_path": os.path.abspath(checkpoint.path) if is_folder else checkpoint.path}
+    for name in ("revision", "subfolder"):
+        if checkpoint.where.get(name) and not is_folder:
+            named[name] = str(checkpoint.where[name])
+    return {**named, **{name: _as_json(value) for name, value in checkpoint.options.items()}}
+
+
+def _as_json(value: Any) -> Any:
+    """A loading option as it stands in a recipe."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -12,13 +12,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 
-from transformers_sgl.configuration_sgl import PARTS, locate
+from transformers_sgl.checkpoints import (
+    HUB_KWARGS,
+    PARTS,
+    Checkpoint,
+    first_sentence,
+    hub_kwargs,
+    locate,
+    locate_parts,
+    pinned,
+    read_config,
+    split_kwargs,
+)
+from transformers_sgl.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
 
 __all__ = ["SGLProcessor"]
 
 _CONFIG_FILE = "processor_config.json"
+
+# Heights and widths in pixels that are cut in every way: smaller than a tile, square, wide, tall, large.
+_PROBE_SIZES = [[height, width] for height in (64, 448, 1500) for width in (64, 448, 1500)]
 
 
 class SGLProcessor(ProcessorMixin):
@@ -31,6 +46,9 @@ class SGLProcessor(ProcessorMixin):
     Args:
         large_processor (`ProcessorMixin`): The large model's processor.
         small_processor (`ProcessorMixin`): The small model's processor.
+
+    Raises:
+        ValueError: If the two are known to cut an image into different numbers of visual tokens.
 
     Example:
         ```python
@@ -48,6 +66,7 @@ class SGLProcessor(ProcessorMixin):
     """
 
     def __init__(self, large_processor: ProcessorMixin, small_processor: ProcessorMixin) -> None:
+        _check_same_grid(large_processor, small_processor)
         # Not `super().__init__`, which wants tokenizers and image processors: the parts here are whole processors.
         self.large_processor = large_processor
         self.small_processor = small_processor
@@ -75,28 +94,50 @@ class SGLProcessor(ProcessorMixin):
         Raises:
             OSError: If a processor cannot be found.
         """
-        return cls(*(AutoProcessor.from_pretrained(path, **kwargs) for path in (large, small)))
+        options = split_kwargs(kwargs)
+        parts = []
+        for name, path in zip(PARTS, (large, small), strict=True):
+            where = hub_kwargs(options[name])
+            path, subfolder = locate(path, options[name].pop("subfolder", None))
+            parts.append(_load(name, Checkpoint(path, {**where, **subfolder}), options[name]))
+        return cls(*parts)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> SGLProcessor:
-        """Loads the processor of a bundle.
+        """Loads the processor of a bundle or of a recipe.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): A folder or a Hub repository.
-            **kwargs: Arguments of `AutoProcessor.from_pretrained`, for both.
+            **kwargs: Arguments of `AutoProcessor.from_pretrained`: plain ones for both, `large_*` and `small_*` for
+                one.
 
         Returns:
             `SGLProcessor`: The pair's processor.
 
         Raises:
-            OSError: If there is no bundle there, or half of one.
+            OSError: If there is no pair there, or half of one.
+            ValueError: If a recipe is not sound, or the processors do not fit each other or their models.
         """
         root = kwargs.pop("subfolder", None)
         kwargs.pop("_from_auto", None)
+        path, subfolder = locate(pretrained_model_name_or_path, root)
+        where = pinned(path, {**hub_kwargs(kwargs), **subfolder})
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
+        config = PreTrainedConfig.get_config_dict(path, **where)[0] or {}
+        recipe = {name: config[name] for name in PARTS if config.get(name) is not None} or None
+        if recipe is not None:
+            kwargs["trust_remote_code"] = False  # who trusts a recipe does not yet trust what it names
+        options = split_kwargs(kwargs)
+        own = {name: hub_kwargs(options[name], "subfolder") for name in PARTS}
+        whole = {name: value for name, value in where.items() if name != "subfolder"}
         parts = []
-        for name in PARTS:
-            path, subfolder = locate(pretrained_model_name_or_path, root, name)
-            parts.append(AutoProcessor.from_pretrained(path, **kwargs, **subfolder))
+        for name, part in locate_parts(pretrained_model_name_or_path, root, recipe, whole, own).items():
+            described = config.get(f"{name}_config") or {}
+            if recipe is not None:
+                described = read_config(name, part, os.fspath(path))
+            processor = _load(name, part, options[name])
+            _check_image_token(name, processor, described)
+            parts.append(processor)
         return cls(*parts)
 
     def save_pretrained(
@@ -113,16 +154,21 @@ class SGLProcessor(ProcessorMixin):
             OSError: If the folder cannot be written.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in PARTS:
-            getattr(self, f"{name}_processor").save_pretrained(folder / name)
-        (folder / _CONFIG_FILE).write_text(self.to_json_string())
+        with staged(folder, _CONFIG_FILE) as staging:
+            for name in PARTS:
+                getattr(self, f"{name}_processor").save_pretrained(staging / name)
+            write_remote_code(staging)
+            (staging / _CONFIG_FILE).write_text(self.to_json_string(), encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Does nothing, so that saving later copies no file of this package: `auto_map` already leads to it."""
+
     def to_dict(self) -> dict[str, Any]:
         """What the bundle's own `processor_config.json` says: only which class reads the two folders."""
-        return {"processor_class": type(self).__name__}
+        return {"auto_map": dict(PROCESSOR_AUTO_MAP), "processor_class": type(self).__name__}
 
     def to_json_string(self) -> str:
         """The same as JSON text."""
@@ -208,6 +254,41 @@ class SGLProcessor(ProcessorMixin):
         if large is None or small is None or text is None:
             return text
         return text.replace(large, small) if isinstance(text, str) else [one.replace(large, small) for one in text]
+
+
+def _load(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> ProcessorMixin:
+    """One of the two processors."""
+    options = {option: value for option, value in options.items() if option not in (*HUB_KWARGS, "subfolder")}
+    try:
+        return AutoProcessor.from_pretrained(checkpoint.path, **{**options, **checkpoint.where})
+    except OSError as error:
+        raise OSError(
+            f"The {name} model's processor {checkpoint} cannot be loaded: {first_sentence(error)}."
+        ) from error
+
+
+def _check_same_grid(large: ProcessorMixin, small: ProcessorMixin) -> None:
+    """Raises where the two are known to make different numbers of visual tokens of an image."""
+    if not all(hasattr(processor, "_get_num_multimodal_tokens") for processor in (large, small)):
+        return  # then only the inputs themselves can tell, and generation looks at those
+    counts = [processor._get_num_multimodal_tokens(_PROBE_SIZES)["num_image_tokens"] for processor in (large, small)]
+    for (height, width), *numbers in zip(_PROBE_SIZES, *counts, strict=True):
+        if numbers[0] != numbers[1]:
+            raise ValueError(
+                f"The two processors do not fit each other: of an image of {width}x{height} pixels the large model's "
+                f"makes {numbers[0]} tokens and the small model's {numbers[1]}, so pair models of one family whose "
+                "processors cut an image into the same tiles."
+            )
+
+
+def _check_image_token(name: str, processor: ProcessorMixin, config: dict[str, Any]) -> None:
+    """Raises where a processor marks visual tokens otherwise than its model."""
+    written, read = getattr(processor, "image_token_id", None), config.get("image_token_id")
+    if written is not None and read is not None and written != read:
+        raise ValueError(
+            f"The {name} model and its processor do not fit each other: the processor writes visual tokens as "
+            f"{written}, and the model reads them as {read}, so take both from one checkpoint."
+        )
 
 
 def _merge(large: BatchFeature, small: BatchFeature) -> BatchFeature:
