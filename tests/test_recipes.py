@@ -414,6 +414,12 @@ def test_trust_in_a_recipe_is_not_trust_in_what_it_names(
     AutoProcessor.from_pretrained(recipe, trust_remote_code=True)
 
 
+def test_the_embedded_pair_carries_the_remote_code_that_a_save_writes(embedded_pair_path: Path) -> None:
+    assert (embedded_pair_path / "modeling_sgl.py").read_text() == REMOTE_CODE
+    for name, auto_map in (("config.json", AUTO_MAP), ("processor_config.json", PROCESSOR_AUTO_MAP)):
+        assert json.loads((embedded_pair_path / name).read_text())["auto_map"] == auto_map
+
+
 # Every case in a process of its own, because the first one to succeed imports the package: forked, as importing
 # transformers takes seconds.
 WITHOUT_IMPORT = """
