@@ -105,6 +105,9 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._known_vocabularies: Vocabularies | None = None
         self.training = large.training or small.training
         self.post_init()
+        device_map = _device_map(large=large, small=small)
+        if device_map:  # by this attribute pipelines know that a model has been put where it belongs
+            self.hf_device_map = device_map
 
     def init_weights(self) -> None:
         """Does nothing: both models come with their weights."""
@@ -312,6 +315,29 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for name, path in zip(PARTS, paths, strict=True)
         ]
 
+    def to(self, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
+        """Moves or casts both models, or neither where one refuses because it is quantised or offloaded."""
+        return self._both("to", *args, **kwargs)
+
+    def cuda(self, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
+        """Moves both models to a CUDA device; see `to`."""
+        return self._both("cuda", *args, **kwargs)
+
+    def half(self, *args: Any) -> SGLForConditionalGeneration:
+        """Casts both models to float16; see `to`."""
+        return self._both("half", *args)
+
+    def float(self, *args: Any) -> SGLForConditionalGeneration:
+        """Casts both models to float32; see `to`."""
+        return self._both("float", *args)
+
+    def _both(self, method: str, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
+        """Calls a method of both models, first of the one that has a reason to refuse."""
+        models = [getattr(self, name) for name in PARTS]
+        for model in sorted(models, key=lambda model: not _may_refuse(model)):
+            getattr(model, method)(*args, **kwargs)
+        return self
+
     def get_decoder(self) -> nn.Module:
         """The large model's text decoder."""
         return self.large.get_decoder()
@@ -350,6 +376,9 @@ def _hub_kwargs(kwargs: dict[str, Any], *more: str) -> dict[str, Any]:
 def _split_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Splits loading arguments: `large_*` and `small_*` go to one model, the others to both."""
     prefixes = tuple(f"{name}_" for name in PARTS)
+    if kwargs.get("offload_folder") is not None:  # weights of one name in both models must not share a file
+        folder = kwargs.pop("offload_folder")
+        kwargs = {**{f"{name}_offload_folder": os.path.join(folder, name) for name in PARTS}, **kwargs}
     shared = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
     return {
         model: {
@@ -358,3 +387,26 @@ def _split_kwargs(kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         }
         for model, prefix in zip(PARTS, prefixes, strict=True)
     }
+
+
+def _device_map(**models: PreTrainedModel) -> dict[str, Any]:
+    """Where the modules of a pair lie, as accelerate tells it of one model; empty if it placed neither.
+
+    The first entry, which pipelines take for the device of the inputs, is no "disk" if there is another.
+    """
+    maps = {name: getattr(model, "hf_device_map", None) for name, model in models.items()}
+    if not any(maps.values()):
+        return {}
+    placed = {
+        f"{name}.{module}".rstrip("."): device
+        for name, model in models.items()
+        for module, device in (maps[name] or {"": model.device}).items()
+    }
+    return dict(sorted(placed.items(), key=lambda entry: entry[1] == "disk"))
+
+
+def _may_refuse(model: PreTrainedModel) -> bool:
+    """Whether a model may refuse to be moved or cast."""
+    return bool(getattr(model, "is_quantized", False)) or any(
+        each.device.type == "meta" for each in model.parameters()
+    )
