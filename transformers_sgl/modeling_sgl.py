@@ -222,14 +222,21 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: If the folder cannot be written.
+            ValueError: If a model's weights cannot be written as they are; the folder stays as it was.
         """
         folder = Path(save_directory)
+        for name in PARTS:
+            _check_weights_can_be_saved(name, getattr(self, name))
         if kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _MARKER_OF_A_FINISHED_SAVE).unlink(missing_ok=True)
         for name in PARTS:
-            getattr(self, name).save_pretrained(folder / name, **kwargs)
+            model = getattr(self, name)
+            # transformers cannot take back the conversions of a checkpoint that was quantised when it was loaded.
+            is_loaded_quantized = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
+            own = {"save_original_format": False} if is_loaded_quantized else {}
+            model.save_pretrained(folder / name, **{**own, **kwargs})
         self.generation_config.save_pretrained(folder)
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
@@ -403,6 +410,16 @@ def _device_map(**models: PreTrainedModel) -> dict[str, Any]:
         for module, device in (maps[name] or {"": model.device}).items()
     }
     return dict(sorted(placed.items(), key=lambda entry: entry[1] == "disk"))
+
+
+def _check_weights_can_be_saved(name: str, model: PreTrainedModel) -> None:
+    """Raises if bitsandbytes has repacked 4-bit weights for the CPU: on the way back it mixes up their scales."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            f"The {name} model has run on a CPU for which bitsandbytes repacked its 4-bit weights, and so they cannot "
+            "be saved unharmed any more: load the pair again and save it before it answers anything."
+        )
 
 
 def _may_refuse(model: PreTrainedModel) -> bool:
