@@ -527,3 +527,29 @@ class TestCommand:
         assert err.count("\n") == 1
         assert "README.md: is missing" in err
         assert hub.requests == []
+
+
+class TestFunction:
+    @pytest.fixture
+    def function(self, tmp_path) -> Path:
+        source = Path(__file__).parents[1] / "model_cards" / "sgl-generate"
+        return Path(shutil.copytree(source, tmp_path / "function", ignore=shutil.ignore_patterns("__pycache__")))
+
+    def test_it_is_published_in_one_commit(self, hub, function):
+        publication = publish(function, REPO)
+        assert (publication.kind, len(hub.commits)) == ("function", 1)
+        assert "custom_generate/generate.py" in hub.repos[REPO].files
+
+    @pytest.mark.parametrize(
+        ("code", "sentence"),
+        [("def generate(:\n", "is no Python that can be read"), ("x = 1\n", "has no function `generate`")],
+    )
+    def test_code_that_transformers_could_not_call_is_found(self, function, code, sentence):
+        (function / "custom_generate" / "generate.py").write_text(code)
+        (finding,) = stops(function)
+        assert finding.startswith(f"custom_generate/generate.py: {sentence}")
+
+    def test_it_is_neither_a_bundle_nor_a_recipe(self, hub, function):
+        with pytest.raises(ValueError, match="is a generation function, and no recipe: leave the kind out"):
+            publish(function, REPO, kind="recipe")
+        assert not hub.commits

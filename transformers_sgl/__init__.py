@@ -13,6 +13,7 @@ from transformers import (
 
 from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.configuration_sgl import SGLConfig
+from transformers_sgl.custom_generate import sgl_generate
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput
@@ -44,6 +45,7 @@ __all__ = [
     "SGLProcessor",
     "VisualTokenPruner",
     "VisualTokens",
+    "sgl_generate",
 ]
 
 __version__ = "0.1.0"

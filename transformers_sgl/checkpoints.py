@@ -248,6 +248,10 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ```
     """
     prefixes = tuple(f"{name}_" for name in PARTS)
+    if kwargs.get("offload_folder") is not None:  # weights of one name in both models must not share a file
+        folder = kwargs["offload_folder"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "offload_folder"}
+        kwargs = {**{f"{name}_offload_folder": os.path.join(folder, name) for name in PARTS}, **kwargs}
     shared = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
     return {
         model: {

@@ -90,7 +90,8 @@ class DraftVerifier:
         Returns:
             `ModelOutput` or `Tensor`: As from the model's `generate`.
         """
-        return _view_of(self._model, self).generate(**kwargs)
+        # A repository's `custom_generate` lies on the model itself, bound to it and not to its view.
+        return type(self._model).generate(_view_of(self._model, self), **kwargs)
 
     def sample(self, view: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
         """Takes the place of the model's decoding loop for greedy search and sampling, in order to run it.

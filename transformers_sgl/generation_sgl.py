@@ -158,7 +158,8 @@ def generate(
     is_guided = bool(processors) or may_exit or _can_use_draft(large_inputs, settings, generate_kwargs, vocabularies)
     if not is_guided or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
         with _one_at_a_time(large):
-            output = large.generate(**large_inputs, **generate_kwargs)
+            # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
+            output = type(large).generate(large, **large_inputs, **generate_kwargs)
         clock.lap("large_ms")
         sequences = output if isinstance(output, Tensor) else output["sequences"]
         return _result(sequences, output, found, settings, clock)
@@ -215,6 +216,7 @@ def generate(
             per_tile = check_supported(large.config).per_tile_inputs
             large_inputs = select_samples(large_inputs, rest, visual_tokens.counts, per_tile)
             large_inputs, visual_tokens = _prepared(large, large_inputs)
+            generate_kwargs["generation_config"] = _counting_new_tokens(generation_config, limits)
         if settings.verify_draft is not False and vocabularies.shared is not None:
             verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
         with ExitStack() as stack:
@@ -384,6 +386,13 @@ def _length_limits(settings: GenerationConfig, prompt_length: int) -> tuple[int,
     if settings.max_length is not None:
         return at_least, max(1, settings.max_length - prompt_length)
     return at_least, _DEFAULT_MAX_NEW_TOKENS
+
+
+def _counting_new_tokens(settings: SGLGenerationConfig, limits: tuple[int, int]) -> SGLGenerationConfig:
+    """The same settings for prompts of another length: limits that count the prompt would shift."""
+    settings = SGLGenerationConfig.from_generation_config(settings)
+    settings.update(min_new_tokens=limits[0] or None, max_new_tokens=limits[1], min_length=None, max_length=None)
+    return settings
 
 
 def _draft_settings(

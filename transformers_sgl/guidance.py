@@ -103,8 +103,11 @@ def guide(
     Raises:
         ValueError: If a sample has no token whose attention could rank its visual tokens.
     """
-    inputs = {name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    visual_tokens = visual_tokens.to(small.device)
+    if small.device.type != "meta":  # else its weights are offloaded, and hooks fetch the inputs when they are needed
+        inputs = {
+            name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
+        }
+        visual_tokens = visual_tokens.to(small.device)
     settings = {
         # Greedy whatever the large model does: the draft is the small model's best guess, and reproducible.
         "do_sample": False,
@@ -120,7 +123,8 @@ def guide(
         draft = stack.enter_context(_DraftRecorder(small)) if scores else None
         watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
         watch.recorder = recorder
-        sequences = small.generate(
+        sequences = type(small).generate(
+            small,
             **settings,
             logits_processor=LogitsProcessorList([*(logits_processor or ()), *([draft] if draft else ())]),
             stopping_criteria=StoppingCriteriaList([watch]),
@@ -206,7 +210,7 @@ def _log_probs_when_pruned(
     length = draft_sequences.shape[1]
     embeddings = small.get_input_embeddings()(draft_sequences).to(draft.prompt_embeddings)
     attention_mask = torch.cat([prompt_mask, torch.ones_like(draft_sequences).bool()], dim=1).long()
-    steps = torch.arange(1, length + 1, device=prompt_mask.device)
+    steps = torch.arange(1, length + 1, device=draft.prompt_positions.device)
     position_ids = torch.cat([draft.prompt_positions, draft.prompt_positions[..., -1:] + steps], dim=-1)
     with VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
         logits = small(

@@ -130,6 +130,9 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._known_vocabularies: Vocabularies | None = None
         self.training = large.training or small.training
         self.post_init()
+        device_map = _device_map(large=large, small=small)
+        if device_map:  # by this attribute pipelines know that a model has been put where it belongs
+            self.hf_device_map = device_map
 
     def init_weights(self) -> None:
         """Does nothing: both models come with their weights."""
@@ -268,13 +271,20 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             OSError: If the folder cannot be written.
+            ValueError: If a model's weights cannot be written as they are; the folder stays as it was.
         """
         folder = Path(save_directory)
+        for name in PARTS:
+            _check_weights_can_be_saved(name, getattr(self, name))
         if kwargs.pop("push_to_hub", False):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         with staged(folder, _MARKER_OF_A_FINISHED_SAVE) as staging:
             for name in PARTS:
-                getattr(self, name).save_pretrained(staging / name, **kwargs)
+                model = getattr(self, name)
+                # transformers cannot take back the conversions of a checkpoint that was quantised when it was loaded.
+                is_loaded_quantized = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
+                own = {"save_original_format": False} if is_loaded_quantized else {}
+                model.save_pretrained(staging / name, **{**own, **kwargs})
             config = copy.deepcopy(self.config)
             self._write_beside_weights(staging, config)
 
@@ -425,6 +435,29 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise OSError("A model that was not loaded has no tokenizer beside it.")
         return [AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.where) for checkpoint in checkpoints]
 
+    def to(self, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
+        """Moves or casts both models, or neither where one refuses because it is quantised or offloaded."""
+        return self._both("to", *args, **kwargs)
+
+    def cuda(self, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
+        """Moves both models to a CUDA device; see `to`."""
+        return self._both("cuda", *args, **kwargs)
+
+    def half(self, *args: Any) -> SGLForConditionalGeneration:
+        """Casts both models to float16; see `to`."""
+        return self._both("half", *args)
+
+    def float(self, *args: Any) -> SGLForConditionalGeneration:
+        """Casts both models to float32; see `to`."""
+        return self._both("float", *args)
+
+    def _both(self, method: str, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
+        """Calls a method of both models, first of the one that has a reason to refuse."""
+        models = [getattr(self, name) for name in PARTS]
+        for model in sorted(models, key=lambda model: not _may_refuse(model)):
+            getattr(model, method)(*args, **kwargs)
+        return self
+
     def get_decoder(self) -> nn.Module:
         """The large model's text decoder."""
         return self.large.get_decoder()
@@ -524,3 +557,36 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def _device_map(**models: PreTrainedModel) -> dict[str, Any]:
+    """Where the modules of a pair lie, as accelerate tells it of one model; empty if it placed neither.
+
+    The first entry, which pipelines take for the device of the inputs, is no "disk" if there is another.
+    """
+    maps = {name: getattr(model, "hf_device_map", None) for name, model in models.items()}
+    if not any(maps.values()):
+        return {}
+    placed = {
+        f"{name}.{module}".rstrip("."): device
+        for name, model in models.items()
+        for module, device in (maps[name] or {"": model.device}).items()
+    }
+    return dict(sorted(placed.items(), key=lambda entry: entry[1] == "disk"))
+
+
+def _check_weights_can_be_saved(name: str, model: PreTrainedModel) -> None:
+    """Raises if bitsandbytes has repacked 4-bit weights for the CPU: on the way back it mixes up their scales."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            f"The {name} model has run on a CPU for which bitsandbytes repacked its 4-bit weights, and so they cannot "
+            "be saved unharmed any more: load the pair again and save it before it answers anything."
+        )
+
+
+def _may_refuse(model: PreTrainedModel) -> bool:
+    """Whether a model may refuse to be moved or cast."""
+    return bool(getattr(model, "is_quantized", False)) or any(
+        each.device.type == "meta" for each in model.parameters()
+    )

@@ -20,7 +20,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.configuration_sgl import PARTS
-from transformers_sgl.validation import kind_of, named_folder, published_files, validate
+from transformers_sgl.validation import is_function, kind_of, named_folder, published_files, validate
 
 __all__ = ["Publication", "PublishedFile", "publish"]
 
@@ -47,7 +47,7 @@ class Publication:
 
     Attributes:
         repo_id (`str`): The repository.
-        kind (`str`): `"bundle"` or `"recipe"`.
+        kind (`str`): `"bundle"`, `"recipe"`, or `"function"` for `custom_generate`.
         private (`bool`): Whether a repository that is made for it is private.
         dry_run (`bool`): Whether nothing was to be uploaded.
         files (`tuple` of [`PublishedFile`]): What the commit holds.
@@ -120,8 +120,10 @@ def publish(
     problems = [str(finding) for finding in findings if finding.stops]
     if problems:
         raise ValueError(f"{str(folder)!r} cannot be published yet. {' '.join(problems)}")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _check_kind(folder, kind_of(config), kind)
+    path = folder / "config.json"
+    config = {} if is_function(folder) else json.loads(path.read_text(encoding="utf-8"))
+    found = "function" if is_function(folder) else kind_of(config)
+    _check_kind(folder, found, kind)
 
     # 2. The Hub is asked, and nothing written to it yet.
     api = HfApi(token=token)
@@ -131,7 +133,7 @@ def publish(
     try:
         with _one_sentence(repo_id):
             repo, head = _existing(api, repo_id, revision)
-            pinned = _pin(api, folder, config, notes) if kind_of(config) == "recipe" else {}
+            pinned = _pin(api, folder, config, notes) if found == "recipe" else {}
     except OSError as error:
         if not dry_run:
             raise
@@ -142,7 +144,7 @@ def publish(
     deleted = _outdated(head or repo, set(contents))
     publication = Publication(
         repo_id=repo_id,
-        kind=kind_of(config),
+        kind=found,
         private=private,
         dry_run=dry_run,
         files=tuple(PublishedFile(path, _size(content)) for path, content in contents.items()),
@@ -190,6 +192,8 @@ def _check_names(repo_id: str, token: str | None) -> None:
 def _check_kind(folder: Path, found: str, wanted: str | None) -> None:
     if wanted not in (None, "bundle", "recipe"):
         raise ValueError(f"`kind` is {wanted!r}: choose 'bundle' or 'recipe'.")
+    if wanted is not None and found == "function":
+        raise ValueError(f"{str(folder)!r} is a generation function, and no {wanted}: leave the kind out.")
     if wanted == "recipe" and found == "bundle":
         raise ValueError(
             f"{str(folder)!r} is a bundle, which does not say what checkpoints its models came from: write a recipe "

@@ -26,7 +26,7 @@ from transformers_sgl.configuration_sgl import PARTS, SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.processing_sgl import SGLProcessor
 
-__all__ = ["Finding", "kind_of", "named_folder", "published_files", "validate"]
+__all__ = ["Finding", "is_function", "kind_of", "named_folder", "published_files", "validate"]
 
 # What a folder collects without being asked, and no repository should hold; it is left behind without a word.
 _LEFT_BEHIND = {".git", ".cache", ".DS_Store", ".ipynb_checkpoints", "__pycache__"}
@@ -53,6 +53,9 @@ _SECRETS = {
 _SECRET_FILES = re.compile(
     r"(?i)(.*\.(pem|key|p12|pfx|kdbx)|id_(rsa|dsa|ecdsa|ed25519).*|(credentials|secrets?|token)(\..*)?)"
 )
+
+# Where transformers looks for a repository's generation function.
+_FUNCTION = "custom_generate/generate.py"
 
 _CARD_RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
@@ -83,7 +86,7 @@ def validate(folder: str | os.PathLike[str], repo_id: str | None = None) -> list
     network is said in a note.
 
     Args:
-        folder (`str` or `os.PathLike`): A bundle or a recipe.
+        folder (`str` or `os.PathLike`): A bundle, a recipe, or a generation function for `custom_generate`.
         repo_id (`str`, *optional*): The name it is going to have: a recipe must not name itself.
 
     Returns:
@@ -104,6 +107,9 @@ def validate(folder: str | os.PathLike[str], repo_id: str | None = None) -> list
     folder = Path(folder)
     if not folder.is_dir():
         raise OSError(f"There is no folder {str(folder)!r}: name a saved pair or a recipe.")
+    if is_function(folder):
+        findings = [*_files(folder), *_card(folder), *_function(folder)]
+        return sorted(findings, key=lambda finding: not finding.stops)
     if not (folder / "config.json").is_file():
         # Nothing else is read: this may be any folder, such as a home directory.
         return [Finding("config.json", "is missing, so this is no pair, or its save was cut off: save it again.")]
@@ -130,6 +136,18 @@ def kind_of(config: dict[str, Any]) -> str:
         `str`: `"recipe"` or `"bundle"`.
     """
     return "recipe" if any(part in config for part in PARTS) else "bundle"
+
+
+def is_function(folder: Path) -> bool:
+    """Whether a folder holds no pair, but a generation function, as `custom_generate="org/name"` takes it.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Returns:
+        `bool`: Whether it does.
+    """
+    return (folder / _FUNCTION).is_file() and not (folder / "config.json").exists()
 
 
 def named_folder(folder: Path, name: str) -> Path | None:
@@ -279,6 +297,24 @@ def _auto_map(folder: Path, name: str, config: dict[str, Any]) -> Iterator[Findi
                 ast.parse((folder / module).read_bytes())
             except SyntaxError as error:
                 yield Finding(module, f"is not Python ({error}): save the pair again.")
+
+
+def _function(folder: Path) -> Iterator[Finding]:
+    """What stock `generate` looks for: a name `generate`. The code is read, and not run."""
+    try:
+        code = ast.parse((folder / _FUNCTION).read_bytes())
+    except (SyntaxError, ValueError) as error:
+        yield Finding(_FUNCTION, f"is no Python that can be read ({error}): put it right.")
+        return
+    defined = [node.name for node in ast.walk(code) if isinstance(node, ast.FunctionDef)]
+    imported = [
+        alias.asname or alias.name
+        for node in ast.walk(code)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    if "generate" not in defined + imported:
+        yield Finding(_FUNCTION, "has no function `generate`, which transformers calls: define or import one.")
 
 
 def _entries(value: Any) -> list[str]:
