@@ -40,8 +40,8 @@ from transformers_sgl import (
     SGLForConditionalGeneration,
     SGLGenerateOutput,
     SGLGenerationConfig,
-    custom_generate,
     sgl_generate,
+    vocabulary,
 )
 from transformers_sgl.hub import embedded_pair
 
@@ -253,7 +253,7 @@ def test_different_vocabularies(way: Any, tmp_path: Path) -> None:
 def test_tokenizers_are_read_once_and_models_are_not_kept(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     monkeypatch.setattr(
-        custom_generate.AutoTokenizer, "from_pretrained", lambda path: read.append(path) or tiny_tokenizer()
+        vocabulary.AutoTokenizer, "from_pretrained", lambda path, **_: read.append(path) or tiny_tokenizer()
     )
     large, small = models()
     large.name_or_path, small.name_or_path = "large", "small"

@@ -437,16 +437,16 @@ def test_a_text_only_prompt_never_exits(pair: SGLForConditionalGeneration, monke
 
 def test_the_pair_needs_no_tokenizer_for_models_of_one_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers are found where the models came from, and asked for once."""
-    from transformers_sgl import modeling_sgl
+    from transformers_sgl import vocabulary
 
     pair, calls = tiny_pair(), []
     pair.save_pretrained(tmp_path)
     for name in ("large", "small"):
         tiny_tokenizer(order=1 if name == "large" else 7).save_pretrained(tmp_path / name)
     loaded = SGLForConditionalGeneration.from_pretrained(tmp_path)
-    from_pretrained = modeling_sgl.AutoTokenizer.from_pretrained
+    from_pretrained = vocabulary.AutoTokenizer.from_pretrained
     monkeypatch.setattr(
-        modeling_sgl.AutoTokenizer,
+        vocabulary.AutoTokenizer,
         "from_pretrained",
         lambda path, **kw: calls.append(path) or from_pretrained(path, **kw),
     )

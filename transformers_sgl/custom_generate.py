@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -30,7 +29,7 @@ from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
 from transformers_sgl.importance_process import ImportanceProcessor
-from transformers_sgl.vocabulary import Vocabularies
+from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["generate_with_small_model", "sgl_generate"]
 
@@ -294,11 +293,7 @@ def _vocabularies(
     if tokenizer is not None and small_tokenizer is not None:
         return Vocabularies(lambda: (tokenizer, small_tokenizer), (large_size, small_size))
     paths = large.name_or_path, small.name_or_path  # and not the models, which the cache must not keep alive
-
-    def load() -> list[Any]:
-        if not all(paths):
-            raise OSError("A model that was not loaded has no tokenizer beside it.")
-        return [AutoTokenizer.from_pretrained(path) for path in paths]
-
     known = _VOCABULARIES.setdefault(large, WeakKeyDictionary())
-    return known.setdefault(small, Vocabularies(load, (large_size, small_size)))
+    return known.setdefault(
+        small, Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), (large_size, small_size))
+    )

@@ -19,7 +19,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -44,7 +43,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
-from transformers_sgl.vocabulary import Vocabularies
+from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["SGLForConditionalGeneration"]
 
@@ -431,9 +430,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _load_tokenizers(self) -> list[Any]:
         """Both models' tokenizers, from where the models came from."""
         checkpoints = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
-        if not all(checkpoint.path for checkpoint in checkpoints):
-            raise OSError("A model that was not loaded has no tokenizer beside it.")
-        return [AutoTokenizer.from_pretrained(checkpoint.path, **checkpoint.where) for checkpoint in checkpoints]
+        return load_tokenizers(*((checkpoint.path, checkpoint.where) for checkpoint in checkpoints))
 
     def to(self, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
         """Moves or casts both models, or neither where one refuses because it is quantised or offloaded."""

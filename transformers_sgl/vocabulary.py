@@ -10,8 +10,28 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoTokenizer
 
-__all__ = ["Vocabularies"]
+__all__ = ["Vocabularies", "load_tokenizers"]
+
+
+def load_tokenizers(*checkpoints: tuple[str, dict[str, Any]]) -> list[Any]:
+    """The tokenizers beside checkpoints.
+
+    Nobody has asked for them, so none that needs code of its own is loaded.
+
+    Args:
+        *checkpoints (`tuple` of `str` and `dict`): Where a model was loaded from, in the words of `from_pretrained`.
+
+    Returns:
+        `list`: The tokenizers.
+
+    Raises:
+        OSError: If a model was not loaded from anywhere, or has no tokenizer beside it.
+    """
+    if not all(path for path, _ in checkpoints):
+        raise OSError("A model that was not loaded has no tokenizer beside it.")
+    return [AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where) for path, where in checkpoints]
 
 
 class Vocabularies:
@@ -47,7 +67,7 @@ class Vocabularies:
         """The large and the small model's tokenizer; `None` where they are not to be found."""
         try:
             large, small = self._load_tokenizers()
-        except (OSError, ValueError):
+        except (ImportError, OSError, ValueError):  # a tokenizer may need a package that nobody else needs
             return None
         return large, small
 
