@@ -17,8 +17,6 @@ from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig,
 from transformers_sgl.hub import publish
 from transformers_sgl.validation import validate
 
-pytestmark = pytest.mark.mechanics
-
 CARDS = Path(__file__).parents[1] / "model_cards"
 FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir() and path.name != "__pycache__")
 LOADABLE = [pair for pair in PAIRS if MODELS[pair.large].original is None]

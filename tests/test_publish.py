@@ -16,8 +16,6 @@ from transformers_sgl.cli import main
 from transformers_sgl.hub import publish
 from transformers_sgl.validation import validate
 
-pytestmark = pytest.mark.mechanics
-
 REPO = "me/pair"
 # Put together here, so that no scanner takes this file for what the tests look for.
 TOKEN = "hf_" + "a1B2" * 9
