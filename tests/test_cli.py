@@ -69,6 +69,10 @@ class TestRun:
         assert 0 < report["decision_score"] < 1
         assert report["exited_early"] is False
 
+    def test_an_empty_question_is_refused(self, capsys, example):
+        code, _, err = run(capsys, example, " ")
+        assert (code, err) == (2, "transformers-sgl: The question is empty: ask something about the image.\n")
+
     def test_a_draft_that_is_trusted_is_the_answer(self, capsys, example, tmp_path):
         show = tmp_path / "overlay.png"
         options = (example, QUESTION, "--early-exit-threshold", "0")

@@ -18,14 +18,13 @@ from tiny_models import (
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteriaList,
     TextIteratorStreamer,
     TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_sgl import SGLForConditionalGeneration, SGLGenerationConfig
+from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput, SGLGenerationConfig
 from transformers_sgl.generation_sgl import _is_complete
 
 pytestmark = pytest.mark.mechanics
@@ -93,7 +92,7 @@ def test_with_threshold_0_the_large_model_is_never_called(
         assert output.num_large_forward_passes == 0
         assert output.keep_mask is None
         assert output.num_draft_tokens_accepted is None
-        assert output.timings["large_ms"] < output.timings["guidance_ms"]
+        assert output.timings["large_ms"] == 0
 
 
 @pytest.mark.parametrize("threshold", [None, 1.5, float("inf")])
@@ -165,16 +164,19 @@ def test_the_samples_that_are_left_have_their_own_drafts_verified() -> None:
 
 
 def test_only_samples_without_an_image_may_be_left(pair: SGLForConditionalGeneration) -> None:
-    inputs = prompts(images=[[1], []], text=[5, 8])
-    scores = pair.generate(**inputs, **GREEDY, return_dict_in_generate=True).decision_score
-    inputs = prompts(images=[[1], []] if scores[0] > scores[1] else [[], [1]], text=[5, 8])
-    for sample in range(2):
-        scores = pair.generate(**inputs, **GREEDY, return_dict_in_generate=True).decision_score
-        if scores[sample] == scores.max():
-            output = pair.generate(
-                **inputs, **GREEDY, early_exit_threshold=float(scores.max()), return_dict_in_generate=True
-            )
-            assert output.exited_early.tolist() == [sample == 0, sample == 1]
+    def asked(seed: int, **options) -> SGLGenerateOutput:
+        inputs = prompts(images=[[1], []], text=[5, 8], seed=seed)
+        return pair.generate(**inputs, **GREEDY, **options, return_dict_in_generate=True)
+
+    seed, scores = next(
+        (seed, scores) for seed in range(50) if (scores := asked(seed).decision_score)[0] > scores[1] + 1e-3
+    )
+    output = asked(seed, early_exit_threshold=float(scores[0]))
+    assert output.exited_early.tolist() == [True, False]
+    assert output.keep_mask is None  # what is left has nothing to drop
+    late = asked(seed)
+    length = prompts(images=[[1], []], text=[5, 8])["input_ids"].shape[1]
+    assert answers(output.sequences, length)[1] == answers(late.sequences, length)[1]
 
 
 def test_the_smaller_batch_carries_no_padding_of_the_others(pair: SGLForConditionalGeneration) -> None:
@@ -454,10 +456,3 @@ def test_the_pair_needs_no_tokenizer_for_models_of_one_file(tmp_path, monkeypatc
         loaded.generate(**prompts(), **GREEDY)
     assert [str(path) for path in calls] == [str(tmp_path / "large"), str(tmp_path / "small")]
     assert loaded._vocabularies().shared is False
-
-
-def test_models_of_a_call_stay_pretrained_models(pair: SGLForConditionalGeneration) -> None:
-    assert isinstance(pair.large, PreTrainedModel)
-    names = {type(module).__name__ for module in pair.modules()}
-    pair.generate(**prompts(), **GREEDY, early_exit_threshold=0.5)
-    assert {type(module).__name__ for module in pair.modules()} == names

@@ -38,8 +38,3 @@ def test_a_draft_keeps_its_text_and_gets_the_large_models_end() -> None:
     assert [large.decode(row) for row in (rows[0][:-1], rows[1])] == ["cat", "no"]
     assert rows[0][-1] == 33
     assert rows[0][:-1] != small.encode("cat")
-
-
-def test_in_a_shared_vocabulary_a_draft_stays_as_it_is() -> None:
-    draft, mask = torch.tensor([[3, 4, PAD]]), torch.tensor([[True, True, False]])
-    assert Vocabularies(missing, (64, 64)).to_large(draft, mask, torch.tensor([False]), EOS) == [[3, 4]]

@@ -107,6 +107,8 @@ def _add_run(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     # 1. What can be wrong is looked at before the models are loaded.
     image = _open_image(arguments.image)
+    if not arguments.question.strip():
+        raise ValueError("The question is empty: ask something about the image.")
     if arguments.show:
         _check_writable_image(arguments.show, arguments.image)
     settings = _settings(arguments)

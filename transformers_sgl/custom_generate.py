@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -27,7 +26,7 @@ from transformers import (
 
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
+from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
 from transformers_sgl.importance_process import ImportanceProcessor
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
@@ -47,9 +46,6 @@ _PREPARED_INPUTS = (
     "position_ids",
     "use_cache",
 )
-# Arguments of stock `generate` that are neither settings nor model inputs.
-_GENERATE_ARGUMENTS = {*inspect.signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
-_GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 
 
 def generate_with_small_model(
@@ -103,16 +99,12 @@ def generate_with_small_model(
             f"Guidance needs a small model, but `small_model` is {small_model!r}: load one with `from_pretrained` and "
             "pass it, or call the `generate` of a pair without `custom_generate`."
         )
-    settings = SGLGenerationConfig.from_generation_config(generation_config)
-    kwargs = settings.update(**kwargs)
-    generate_kwargs = {name: kwargs.pop(name) for name in _GENERATE_ARGUMENTS if name in kwargs}
-    if inputs is not None:
-        kwargs["input_ids"] = inputs
+    settings, model_inputs, generate_kwargs = read_arguments(inputs, generation_config, kwargs)
     tokenizers = generate_kwargs.get("tokenizer"), small_tokenizer
     return generate(
         model,
         small_model,
-        kwargs,
+        model_inputs,
         settings.resolved(model.generation_config),
         _vocabularies(model, small_model, *tokenizers),
         importance_processor,

@@ -93,7 +93,7 @@ class DraftVerifier:
         # A repository's `custom_generate` lies on the model itself, bound to it and not to its view.
         return type(self._model).generate(_view_of(self._model, self), **kwargs)
 
-    def sample(self, view: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
+    def _sample(self, view: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
         """Takes the place of the model's decoding loop for greedy search and sampling, in order to run it.
 
         Args:
@@ -128,7 +128,7 @@ class DraftVerifier:
             self._run = None
         return output
 
-    def forward(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def _forward(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """Takes the place of a call of the model, in order to make it, or not.
 
         Args:
@@ -273,10 +273,10 @@ def _view_class(model_class: Any) -> Any:
         __slots__ = ("verifier",)
 
         def __call__(self, **inputs: Any) -> Any:
-            return self.verifier.forward(super().__call__, self._update_model_kwargs_for_generation, inputs)
+            return self.verifier._forward(super().__call__, self._update_model_kwargs_for_generation, inputs)
 
         def _sample(self, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
-            return self.verifier.sample(self, input_ids, stopping_criteria, **kwargs)
+            return self.verifier._sample(self, input_ids, stopping_criteria, **kwargs)
 
     # transformers looks things up under a model class's name.
     View.__name__, View.__qualname__ = model_class.__name__, model_class.__qualname__

@@ -9,13 +9,21 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from inspect import signature
 from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.utils import ModelOutput
 
 from transformers_sgl.architectures import check_supported, decoder_layers, visual_token_ids
@@ -33,9 +41,12 @@ from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 from transformers_sgl.vocabulary import Vocabularies
 
-__all__ = ["SGLGenerateOutput", "generate"]
+__all__ = ["SGLGenerateOutput", "generate", "read_arguments"]
 
 _SMALL_PREFIX = "small_"
+# Arguments of stock `generate` that are neither settings nor model inputs.
+_GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
+_GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 # Plain inputs that are an object of one model.
 _LARGE_ONLY = ("past_key_values",)
 # Caches whose layers may differ in length, and that can be cut back.
@@ -230,18 +241,44 @@ def generate(
             output = verifier.generate(**large_inputs, **generate_kwargs)
         sequences = output if isinstance(output, Tensor) else output["sequences"]
         late = sequences[:, large_inputs["input_ids"].shape[1] :]
+        clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
     found["num_large_forward_passes"] = verifier.num_forward_passes
     if verifier.num_accepted is not None:
         found["num_draft_tokens_accepted"] = torch.zeros_like(rest, dtype=torch.long)
         found["num_draft_tokens_accepted"][rest] = verifier.num_accepted.to(rest.device)
-    clock.lap("large_ms")
 
     # 6. The whole batch again, with the prompts as they were passed.
     answers = merge_answers(early, late, exits, _pad_token_id(settings))
     prompts = prompts.repeat_interleave(answers.shape[0] // prompts.shape[0], dim=0)
     return _result(torch.cat([prompts, answers], dim=1), output, found, settings, clock)
+
+
+def read_arguments(
+    inputs: Tensor | None, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+) -> tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]]:
+    """Sorts the arguments of a call that looks like stock `generate`.
+
+    Args:
+        inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
+        generation_config (`GenerationConfig`, *optional*): Settings; they are not changed.
+        kwargs (`dict`): The keyword arguments.
+
+    Returns:
+        `tuple` of [`SGLGenerationConfig`], `dict` and `dict`: The settings, the model inputs, and the arguments of
+        stock `generate` that are neither.
+    """
+    settings = SGLGenerationConfig.from_generation_config(generation_config)
+    model_inputs = settings.update(**kwargs)
+    generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
+    if "tokenizer" in generate_kwargs:
+        # transformers' server passes the processor, which stands for its tokenizer
+        tokenizer = generate_kwargs["tokenizer"]
+        generate_kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
+    if inputs is not None:
+        model_inputs["input_ids"] = inputs
+    return settings, model_inputs, generate_kwargs
 
 
 # The hooks of a call sit on the models, so threads that share a model take turns.

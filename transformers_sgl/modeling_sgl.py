@@ -40,7 +40,7 @@ from transformers_sgl.checkpoints import (
 )
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate
+from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
@@ -395,19 +395,11 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If a setting or an input cannot be used, with cause and cure.
         """
-        settings = SGLGenerationConfig.from_generation_config(generation_config)
-        kwargs = settings.update(**kwargs)
-        generate_kwargs = {name: kwargs.pop(name) for name in _GENERATE_ARGUMENTS if name in kwargs}
-        if "tokenizer" in generate_kwargs:
-            # transformers' server passes the processor, which stands for its tokenizer
-            tokenizer = generate_kwargs["tokenizer"]
-            generate_kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
+        settings, model_inputs, generate_kwargs = read_arguments(inputs, generation_config, kwargs)
         return generate(
             self.large,
             self.small,
-            kwargs,
+            model_inputs,
             settings.resolved(self.generation_config),
             self._vocabularies(generate_kwargs.get("tokenizer"), small_tokenizer),
             importance_processor,
@@ -466,23 +458,6 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The large model's language modelling head."""
         return self.large.get_output_embeddings()
-
-
-# Arguments of stock `generate` that are neither settings nor model inputs.
-_GENERATE_ARGUMENTS = (
-    "assistant_model",
-    "assistant_tokenizer",
-    "custom_generate",
-    "logits_processor",
-    "negative_prompt_attention_mask",
-    "negative_prompt_ids",
-    "prefix_allowed_tokens_fn",
-    "stopping_criteria",
-    "streamer",
-    "synced_gpus",
-    "tokenizer",
-    "trust_remote_code",
-)
 
 
 def _in_folder(path: str | os.PathLike[str], where: dict[str, Any]) -> tuple[str, dict[str, Any]]:

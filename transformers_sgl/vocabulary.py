@@ -80,7 +80,7 @@ class Vocabularies:
         return True if self._sizes[0] == self._sizes[1] else None
 
     def to_large(self, draft: Tensor, draft_mask: Tensor, ended: Tensor, eos_token_id: int | None) -> list[list[int]]:
-        """Re-encodes drafts: the same text in the large model's tokens.
+        """Re-encodes drafts where the vocabularies differ: the same text in the large model's tokens.
 
         Args:
             draft (`Tensor` of shape `(batch, draft_length)`): The drafts in the small model's tokens.
@@ -92,8 +92,7 @@ class Vocabularies:
             `list` of `list` of `int`: One draft for each sample, of different lengths.
         """
         rows = [row[mask] for row, mask in zip(draft.cpu(), draft_mask.cpu(), strict=True)]
-        if self.tokenizers is None or self.shared:
-            return [row.tolist() for row in rows]
+        assert self.tokenizers is not None  # only tokenizers tell that vocabularies differ
         large, small = self.tokenizers
         texts = [small.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
         end = [] if eos_token_id is None else [eos_token_id]
