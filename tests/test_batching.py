@@ -6,7 +6,14 @@ from tiny_models import IMAGE, find_visual_tokens, prompts, samples
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_sgl.batching import WholeBatchStreamer, left_padded, merge_answers, pad_rows, select_samples
+from transformers_sgl.batching import (
+    WholeBatchStreamer,
+    left_padded,
+    merge_answers,
+    pad_rows,
+    row_owners,
+    select_samples,
+)
 
 pytestmark = pytest.mark.mechanics
 
@@ -23,7 +30,10 @@ def test_selected_samples_are_those_of_a_batch_of_their_own(images: list, seed: 
     inputs = left_padded(prompts(images, text, seed, padding_side=data.draw(st.sampled_from(["left", "right"]))))
     inputs["position_ids"] = inputs["attention_mask"].cumsum(1)
     inputs["flag"] = True
-    selected = select_samples(inputs, chosen, find_visual_tokens(inputs).counts, ["pixel_values"])
+    owners = {}
+    if "pixel_values" in inputs:
+        owners["pixel_values"] = row_owners(inputs["pixel_values"].shape[0], find_visual_tokens(inputs).counts)
+    selected = select_samples(inputs, chosen, owners)
     assert selected["flag"] is True
     lengths = inputs["attention_mask"].sum(1)[chosen]
     assert selected["input_ids"].shape == (int(chosen.sum()), int(lengths.max()))
@@ -42,16 +52,26 @@ def test_selected_samples_are_those_of_a_batch_of_their_own(images: list, seed: 
 def test_all_samples_without_padding_are_the_inputs_themselves() -> None:
     inputs = samples(prompts())[0]
     del inputs["attention_mask"]
-    counts = (inputs["input_ids"] == IMAGE).sum(1)
-    selected = select_samples(inputs, torch.tensor([True]), counts, ["pixel_values"])
+    owners = {"pixel_values": row_owners(len(inputs["pixel_values"]), (inputs["input_ids"] == IMAGE).sum(1))}
+    selected = select_samples(inputs, torch.tensor([True]), owners)
     assert all(torch.equal(selected[name], inputs[name]) for name in inputs)
 
 
-def test_tiles_that_cannot_be_the_prompts_are_refused() -> None:
-    inputs = left_padded(prompts())
-    inputs["pixel_values"] = inputs["pixel_values"][:3]
-    with pytest.raises(ValueError, match=r"visual tokens, which 3 image tiles cannot give: pass the images"):
-        select_samples(inputs, torch.tensor([True, False, True]), find_visual_tokens(inputs).counts, ["pixel_values"])
+@pytest.mark.parametrize(("num_rows", "sizes"), [(3, None), (0, None), (3, [4, 4, 8]), (2, [1, 1])])
+def test_rows_that_cannot_be_the_prompts_are_refused(num_rows: int, sizes: list[int] | None) -> None:
+    with pytest.raises(ValueError, match=rf"do not fit {num_rows} rows of image inputs: pass the images"):
+        row_owners(num_rows, torch.tensor([16, 32, 32]), None if sizes is None else torch.tensor(sizes))
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=5).filter(any),
+    factor=st.integers(1, 4),
+)
+def test_rows_of_different_sizes_belong_to_the_sample_that_they_fill(sizes: list[list[int]], factor: int) -> None:
+    weights = torch.tensor([sum(own) for own in sizes])
+    rows = [size * factor for own in sizes for size in own]
+    wanted = [number for number, own in enumerate(sizes) for _ in own]
+    assert row_owners(len(rows), weights, torch.tensor(rows)).tolist() == wanted
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,21 +1,26 @@
 """What this package must know about a transformers architecture.
 
-Floor 0: where a model keeps its decoder layers and which ids stand for visual tokens. An architecture is an entry in
-a table; nothing outside this file asks for a model's type.
+Floor 0: where a model keeps its decoder layers, which ids stand for visual tokens, and what is peculiar about it. An
+architecture is an entry in a table; nothing outside this file asks for a model's type.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "ARCHITECTURES",
+    "UNSUPPORTED",
     "Architecture",
+    "AttentionPattern",
     "attention_implementation",
     "attention_modules",
+    "attention_pattern",
+    "check_prunable",
     "check_supported",
     "decoder",
     "decoder_layers",
@@ -30,21 +35,61 @@ class Architecture:
     Attributes:
         visual_token_attributes (`tuple` of `str`): The configuration's attributes that hold the ids of visual tokens.
         layers_attribute (`str`): The attribute of `model.get_decoder()` that holds the decoder layers.
-        attention_attribute (`str`): The attribute of a decoder layer that holds its self-attention.
-        per_tile_inputs (`tuple` of `str`): Model inputs that hold one row for each image tile of the whole batch.
+        attention_attributes (`tuple` of `str`): The attributes of a decoder layer that may hold its attention. A layer
+            with none of them mixes its tokens otherwise: by linear attention or a convolution.
+        per_token_arguments (`tuple` of `str`): Further arguments of a decoder layer that hold one row per token, along
+            their second dimension.
+        deepstack (`tuple` of `str`, *optional*): The arguments of the decoder that hold the places of visual tokens
+            and what is added to them after each of the first layers.
+        inputs (`dict`): What a row of each image input is: a `"tile"` or a patch, all of which give equally many
+            visual tokens; a `"grid"`, the sizes of an image in patches, whose product goes with its tokens; something
+            else of one `"image"`; or of one `"sample"`.
+        image_gap (`int`): The most text tokens that may stand between two visual tokens of one image.
     """
 
-    visual_token_attributes: tuple[str, ...] = ("image_token_id",)
+    visual_token_attributes: tuple[str, ...] = ("image_token_id", "video_token_id")
     layers_attribute: str = "layers"
-    attention_attribute: str = "self_attn"
-    per_tile_inputs: tuple[str, ...] = ("pixel_values",)
+    attention_attributes: tuple[str, ...] = ("self_attn",)
+    per_token_arguments: tuple[str, ...] = ()
+    deepstack: tuple[str, str] | None = None
+    inputs: dict[str, str] = field(default_factory=lambda: {"pixel_values": "tile"})
+    image_gap: int = 0
 
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Which of the tokens before it a layer's token may attend to; all of them if nothing is set.
+
+    Attributes:
+        window (`int`, *optional*): Only the last so many, itself included.
+        chunk (`int`, *optional*): Only those of its own chunk of so many.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+_PATCHES = {
+    "pixel_values": "tile",
+    "image_grid_thw": "grid",
+    "pixel_values_videos": "tile",
+    "video_grid_thw": "grid",
+}
+_DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    # InternVL3, InternVL3.5 and the converted InternVL2.5: a decoder over placeholder tokens, nothing special.
-    "internvl": Architecture(),
+    "internvl": Architecture(inputs={"pixel_values": "tile", "pixel_values_videos": "tile"}),
+    "llava": Architecture(),
+    "gemma3": Architecture(),
+    "qwen2_vl": Architecture(inputs=_PATCHES),
+    "qwen2_5_vl": Architecture(inputs=_PATCHES),
+    "qwen3_vl": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
+    "qwen3_vl_moe": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
+    "qwen3_5": Architecture(inputs=_PATCHES),
 }
 
+# Why the others cannot be guided and cannot guide.
+UNSUPPORTED: dict[str, str] = {}
 
 # Attention functions that are handed a block mask or a paged cache, which can neither be recorded nor cut.
 _UNSUPPORTED_ATTENTION = ("flex_attention", "paged")
@@ -60,33 +105,51 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
         `Architecture`: The entry.
 
     Raises:
-        ValueError: If the architecture, or its text decoder's kind of attention, is not supported.
+        ValueError: If the architecture is not supported.
     """
+    if config.model_type in UNSUPPORTED:
+        raise ValueError(
+            f"Models of type {config.model_type!r} are not supported, because {UNSUPPORTED[config.model_type]}: use a "
+            "model that reads its visual tokens in its decoder, in the places of placeholder tokens."
+        )
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"Models of type {config.model_type!r} are not supported, because guidance and pruning have not been "
             f"verified on them: use one of {', '.join(map(repr, sorted(ARCHITECTURES)))}."
         )
-    layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ["full_attention"])
-    if layer_types != {"full_attention"}:
-        raise ValueError(
-            f"The text decoder of this {config.model_type!r} model has layers of the types {sorted(layer_types)}, but "
-            "importance and pruning need every layer to attend to the whole prompt: use a model whose decoder has "
-            "only 'full_attention' layers."
-        )
     return ARCHITECTURES[config.model_type]
 
 
-def visual_token_ids(config: PreTrainedConfig) -> tuple[int, ...]:
-    """The token ids that stand for visual tokens in a model's prompts.
+def check_prunable(config: PreTrainedConfig) -> None:
+    """Raises if a model of a supported architecture can guide, but not be guided.
 
     Args:
         config (`PreTrainedConfig`): The model's configuration.
 
+    Raises:
+        ValueError: If its layers cannot be handed fewer tokens.
+    """
+    check_supported(config)
+    if getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None):
+        raise ValueError(
+            f"This {config.model_type!r} model cannot be pruned, because its upper layers read the keys and values of "
+            "lower ones, which see every token: use it as the small model, or one without shared layers as the large."
+        )
+
+
+def visual_token_ids(config: PreTrainedConfig, modality: str = "") -> tuple[int, ...]:
+    """The token ids that stand for visual tokens in a model's prompts.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        modality (`str`, *optional*): Only those for an `"image"`, or for a `"video"`.
+
     Returns:
         `tuple` of `int`: The ids.
     """
-    return tuple(getattr(config, name) for name in check_supported(config).visual_token_attributes)
+    names = check_supported(config).visual_token_attributes
+    ids = (getattr(config, name, None) for name in names if modality in name)
+    return tuple(dict.fromkeys(each for each in ids if each is not None))
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -135,14 +198,40 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(decoder(model), check_supported(model.config).layers_attribute)
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention modules of a model's decoder layers, first to last.
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The attention of those decoder layers that have one.
 
     Args:
         model (`PreTrainedModel`): The model.
 
     Returns:
-        `list` of `nn.Module`: One module per layer.
+        `dict` from `int` to `nn.Module`: The modules, in order, by the index of their layer.
     """
-    attribute = check_supported(model.config).attention_attribute
-    return [getattr(layer, attribute) for layer in decoder_layers(model)]
+    attributes = check_supported(model.config).attention_attributes
+    found: dict[int, nn.Module] = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        for name in attributes:
+            if getattr(layer, name, None) is not None:
+                found[index] = getattr(layer, name)
+    return found
+
+
+def attention_pattern(model: PreTrainedModel, index: int) -> AttentionPattern:
+    """Which of the tokens before it a token may attend to in a decoder layer.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        index (`int`): The layer's index.
+
+    Returns:
+        `AttentionPattern`: A sliding window, a chunk, or all of them.
+    """
+    config: Any = decoder(model).config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return AttentionPattern(window=getattr(config, "sliding_window", None))
+    if types[index] == "sliding_attention":
+        return AttentionPattern(window=config.sliding_window)
+    if types[index] == "chunked_attention":
+        return AttentionPattern(chunk=config.attention_chunk_size)
+    return AttentionPattern()

@@ -1,19 +1,20 @@
 """Capturing the attention that visual tokens receive, beside the model's own attention kernel.
 
-Floor 1. While an [`AttentionRecorder`] is active, a hook on every self-attention module hands the recorder to the
-attention function as one more keyword argument. The function is the model's own (`sdpa`, `flash_attention_2`,
-`eager`, ...) wrapped in `_recording_attention`, which computes, next to the kernel's output, only those rows of the
-attention matrix that matter: the queries after the last visual token. Each layer's rows are summed to
-`(batch, num_visual_tokens)` on arrival and dropped.
+Floor 1. While an [`AttentionRecorder`] is active, the decoder's attention function is its own (`sdpa`,
+`flash_attention_2`, `eager`, ...) wrapped in `_recording_attention`, which computes, next to the kernel's output, only
+those rows of the attention matrix that matter: the queries after the last visual token. Each layer's rows are summed
+to `(batch, num_visual_tokens)` on arrival and dropped. Layers without attention, which mix their tokens by a linear
+recurrence or a convolution, tell nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ __all__ = ["AttentionRecorder"]
 _PREFIX = "sgl_recording_"
 # The largest block of attention weights to hold at a time, in elements: 64 MiB of float32.
 _MAX_BLOCK_ELEMENTS = 1 << 24
+# Who listens to an attention module. Attention functions are told nothing but the module that called them.
+_LISTENERS: WeakKeyDictionary[nn.Module, tuple[AttentionRecorder, ...]] = WeakKeyDictionary()
 
 
 class AttentionRecorder(HookContext):
@@ -86,8 +89,10 @@ class AttentionRecorder(HookContext):
         self.model = model
         self.visual_tokens = visual_tokens
         self.queries = queries
-        self._attention_modules = attention_modules(model)
-        self._config = decoder(model).config
+        self._decoder = decoder(model)
+        self._attention_modules = list(attention_modules(model).values())
+        # Attention modules usually hold the decoder's configuration, but may hold one of their own.
+        self._configs = list(_unique([self._decoder.config, *(module.config for module in self._attention_modules)]))
         attention_implementation(model)  # raises if it cannot be recorded
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
@@ -102,8 +107,10 @@ class AttentionRecorder(HookContext):
         ends = visual_tokens.last_position[self._unfinished]
         self._first_row = int(ends.min()) + 1 if ends.numel() else visual_tokens.prompt_length
         self._end_ids = torch.tensor(_end_of_sequence_ids(model), device=zeros.device)
-        self._num_recorded = 0  # tokens of the forward passes before the current one
-        self._num_seen = 0  # tokens up to and including the current forward pass
+        self._num_seen = 0  # tokens in the forward passes so far, the current one included
+        self._num_recorded = 0  # tokens in the passes before the current one
+        self._first = self._end = 0  # positions of the current pass's tokens
+        self._num_layers = 0  # layers of the current pass that have been recorded
 
     @property
     def importance(self) -> Tensor:
@@ -119,59 +126,81 @@ class AttentionRecorder(HookContext):
         self._unfinished = self._unfinished & ~finished.to(self._unfinished.device)
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(self._restore_attention)  # comes last, after the hooks are gone
-        stack.callback(self.model.register_forward_pre_hook(self._start_forward, with_kwargs=True).remove)
+        stack.callback(self._restore_attention)  # comes last, after nobody listens any more
+        stack.callback(self.model.register_forward_pre_hook(self._note_ends, with_kwargs=True).remove)
+        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
+        stack.callback(self._decoder.register_forward_hook(self._finish_pass).remove)
         for module in self._attention_modules:
-            stack.callback(module.register_forward_pre_hook(self._hand_over, with_kwargs=True).remove)
-        self._config._attn_implementation = _recording_implementation(attention_implementation(self.model))
+            stack.callback(_listen(module, self))
+        for config in self._configs:
+            config._attn_implementation = _recording_implementation(config._attn_implementation)
 
     def _restore_attention(self) -> None:
         """Puts the model's own attention function back, unless another recorder still needs the recording one."""
-        hooks = [hook for module in self._attention_modules for hook in module._forward_pre_hooks.values()]
-        if not any(isinstance(getattr(hook, "__self__", None), AttentionRecorder) for hook in hooks):
-            self._config._attn_implementation = self._config._attn_implementation.removeprefix(_PREFIX)
+        if not any(_LISTENERS.get(module) for module in self._attention_modules):
+            for config in self._configs:
+                config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
 
-    def _start_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: a sample that reads an end-of-sequence token has finished, whatever it is fed after."""
-        self._num_recorded = self._num_seen
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if input_ids is not None and self._num_recorded > 0:
+        if input_ids is not None and self._num_seen > 0:
             newest = input_ids[:, -1].to(self._end_ids.device)
             self._unfinished = self._unfinished & ~torch.isin(newest, self._end_ids)
 
-    def _hand_over(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Attention pre-hook: keyword arguments of the module reach its attention function untouched."""
-        if not self._config._attn_implementation.startswith(_PREFIX):
-            raise ValueError(
-                "The model's attention implementation was changed while it was being recorded: change it before, and "
-                "give each model a configuration object of its own."
-            )
-        return args, {**kwargs, "attention_recorders": [*kwargs.get("attention_recorders", ()), self]}
+    def _start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decoder pre-hook: which tokens of the whole sequence this pass reads."""
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+        if inputs is None:
+            raise ValueError("Attention cannot be recorded of a decoder that is called without its inputs.")
+        cache = kwargs.get("past_key_values")
+        self._first = 0 if cache is None else int(cache.get_seq_length())
+        self._end = self._first + inputs.shape[1]
+        self._num_recorded = self._num_seen
+        self._num_layers = 0
+        self._check(inputs.shape[0])
+        self._num_seen = self._end
 
-    def record(self, query: Tensor, key: Tensor, allowed: _AllowedKeys, scaling: float) -> None:
+    def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Decoder hook: what nobody recorded must not pass for unimportant."""
+        if self._num_layers == 0:
+            raise ValueError(
+                "The model's attention implementation was changed while it was being recorded, or is not one of "
+                "transformers' attention functions: change it before, and give each model a configuration object of "
+                "its own."
+            )
+
+    def record(self, query: Tensor, key: Tensor, scores: _AttentionScores) -> None:
         """Adds one layer's attention on the visual tokens; called by the attention function.
 
         Args:
-            query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The queries, rotated.
-            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The keys, rotated.
-            allowed (`_AllowedKeys`): Which keys a block of queries may attend to.
-            scaling (`float`): The factor on the dot products.
+            query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The last queries of this pass, rotated.
+            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The last keys, rotated.
+            scores (`_AttentionScores`): How queries and keys become attention.
         """
-        first, end = key.shape[2] - query.shape[2], key.shape[2]  # positions of the queries, in the whole sequence
-        self._check(query.shape[0], first, end)
-        self._num_seen = end
+        end, first_query, first_key = self._end, self._end - query.shape[2], self._end - key.shape[2]
+        if first_key < 0:
+            raise ValueError(
+                f"The cache holds {key.shape[2]} tokens, but only {end} have been seen: attention cannot be recorded "
+                "with a static cache or a prompt that is continued, so leave `cache_implementation` unset and start "
+                "with the whole prompt."
+            )
+        self._num_layers += 1
         tokens = self.visual_tokens.to(key.device)
+        # A sliding window has lost the first keys; and they get no attention.
+        columns = tokens.positions - first_key
+        seen = tokens.valid & (columns >= 0)
 
         def received(start: int, stop: int, counted: Tensor) -> Tensor:
-            rows = slice(start - first, stop - first)
-            per_key = _received_attention(query, key, allowed, scaling, rows, counted.to(key.device))
-            per_token = per_key.gather(1, tokens.positions) * tokens.valid  # (batch, num_visual_tokens)
+            rows = slice(start - first_query, stop - first_query)
+            per_key = _received_attention(query, key, scores, rows, counted.to(key.device))
+            per_token = per_key.gather(1, columns.clamp(min=0)) * seen  # (batch, num_visual_tokens)
             return per_token.to(self.prompt_importance.device)
 
         # Without a cache every pass repeats the tokens of the last one: they have been counted.
-        new = max(first, self._num_recorded)
+        new = max(first_query, self._num_recorded)
         start, stop = max(new, self._first_row), min(end, tokens.prompt_length)
         if start < stop and self.queries != "generated":
             self.prompt_importance += received(start, stop, self._prompt_queries[:, start:stop])
@@ -180,7 +209,7 @@ class AttentionRecorder(HookContext):
             counted = self._unfinished[:, None].expand(-1, end - start)
             self.generated_importance += received(start, end, counted)
 
-    def _check(self, batch_size: int, first: int, end: int) -> None:
+    def _check(self, batch_size: int) -> None:
         """Raises if the forward pass does not continue the prompts that the visual tokens belong to."""
         tokens = self.visual_tokens
         if batch_size != tokens.batch_size:
@@ -188,18 +217,37 @@ class AttentionRecorder(HookContext):
                 f"The model runs on a batch of {batch_size}, but the visual tokens belong to {tokens.batch_size} "
                 "prompts: record one sequence per prompt (num_beams=1, num_return_sequences=1)."
             )
-        if first > self._num_recorded:
+        if self._first > self._num_recorded:
             raise ValueError(
-                f"The cache holds {first} tokens, but only {self._num_recorded} have been seen: attention cannot be "
-                "recorded with a static cache or a prompt that is continued, so leave `cache_implementation` unset "
-                "and start with the whole prompt."
+                f"The cache holds {self._first} tokens, but only {self._num_recorded} have been seen: attention "
+                "cannot be recorded with a static cache or a prompt that is continued, so leave "
+                "`cache_implementation` unset and start with the whole prompt."
             )
-        if end < tokens.prompt_length or (first == 0 and end <= self._num_recorded):
+        if self._end < tokens.prompt_length or (self._first == 0 and self._end <= self._num_recorded):
             raise ValueError(
-                f"The model reads {end} tokens, but the prompts have {tokens.prompt_length} and may be read only "
-                "once: pass the prompts that the visual tokens were found in, whole, and use a new recorder for each "
-                "call."
+                f"The model reads {self._end} tokens, but the prompts have {tokens.prompt_length} and may be read "
+                "only once: pass the prompts that the visual tokens were found in, whole, and use a new recorder for "
+                "each call."
             )
+
+
+def _unique(objects: list[Any]) -> Any:
+    """The different ones among some objects, by identity."""
+    return {id(each): each for each in objects}.values()
+
+
+def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None]:
+    """Adds a listener to an attention module, and returns how it is removed."""
+    _LISTENERS[module] = (*_LISTENERS.get(module, ()), recorder)
+
+    def stop() -> None:
+        left = tuple(each for each in _LISTENERS.get(module, ()) if each is not recorder)
+        if left:
+            _LISTENERS[module] = left
+        else:
+            _LISTENERS.pop(module, None)
+
+    return stop
 
 
 def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
@@ -230,28 +278,27 @@ def _recording_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    attention_recorders: Iterable[AttentionRecorder] = (),
+    *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function `implementation` of transformers, which also tells the recorders what it is given."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    changed = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    for recorder in attention_recorders:
-        if changed:
-            raise ValueError(
-                f"Attention cannot be recorded, because this model changes its attention by {', '.join(changed)}: use "
-                "a small model with plain softmax attention."
-            )
-        recorder.record(query, key, _AllowedKeys(attention_mask, query.shape[2], key.shape[2]), scale)
     forward = _attention_function(implementation, module)
+    listeners = _LISTENERS.get(module, ())
+    if listeners:
+        if kwargs.get("position_bias") is not None:
+            raise ValueError(
+                "Attention cannot be recorded, because this model adds a bias for positions to it: use a small model "
+                "with plain softmax attention."
+            )
+        scores = _AttentionScores(module, query, key, attention_mask, implementation, kwargs)
+        for recorder in listeners:
+            recorder.record(query, key, scores)
     # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
     config: Any = module.config
     recording_implementation = config._attn_implementation
     config._attn_implementation = implementation
     try:
-        return forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
     finally:
         config._attn_implementation = recording_implementation
 
@@ -263,48 +310,79 @@ def _attention_function(implementation: str, module: nn.Module) -> Callable[...,
     return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-class _AllowedKeys:
-    """Which keys a block of queries may attend to, from any of the masks that transformers builds.
+class _AttentionScores:
+    """How a layer's queries and keys become attention, told by the arguments of its attention function.
 
-    `None` means plain causal attention, `(batch, key_length)` a padding mask on top of it (flash attention),
-    `(batch or 1, heads or 1, query_length, key_length)` the whole matrix: boolean (sdpa) or additive (eager).
+    Which keys a query may attend to is told by the mask: `None` means all before it, `(batch, key_length)` those of
+    them that are not padding (flash attention), `(batch or 1, heads or 1, query_length, key_length)` is the whole
+    matrix, boolean (sdpa) or additive (eager).
     """
 
-    def __init__(self, attention_mask: Tensor | None, query_length: int, key_length: int) -> None:
-        if attention_mask is not None and attention_mask.shape[-1] != key_length:
+    def __init__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        attention_mask: Tensor | None,
+        implementation: str,
+        arguments: dict[str, Any],
+    ) -> None:
+        if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
             raise ValueError(
-                f"The attention mask covers {attention_mask.shape[-1]} keys, but there are {key_length}: attention "
-                "cannot be recorded while tokens are pruned, or with a static or sliding-window cache, so leave "
+                f"The attention mask covers {attention_mask.shape[-1]} keys, but there are {key.shape[2]}: attention "
+                "cannot be recorded while tokens are pruned, or with a static cache, so leave "
                 "`cache_implementation` unset."
             )
         self.attention_mask = attention_mask
-        self.offset = key_length - query_length
-        self.key_length = key_length
+        self.offset = key.shape[2] - query.shape[2]
+        self.key_length = key.shape[2]
+        scaling = arguments.get("scaling")
+        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.softcap = arguments.get("softcap")
+        self.sinks = arguments.get("s_aux")  # (heads,): the logit of attending to nothing
+        is_causal = arguments.get("is_causal")
+        self.is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # Only flash attention is told of a sliding window; the others find it in their masks.
+        self.window = arguments.get("sliding_window") if "flash" in implementation else None
 
-    def apply(self, scores: Tensor, rows: slice) -> Tensor:
-        """Masks the scores `(batch, key_value_heads, group, rows, key_length)` of these query rows."""
+    def __call__(self, query: Tensor, key: Tensor, rows: slice) -> Tensor:
+        """The attention of some query rows; `(batch, key_value_heads, group, rows, key_length)` in float32."""
+        grouped = query[:, :, rows].unflatten(1, (key.shape[1], -1))  # (batch, key_value_heads, group, rows, head_dim)
+        scores = torch.matmul(grouped, key.unsqueeze(2).transpose(-1, -2)) * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        scores = self._masked(scores, rows)
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1, dtype=torch.float32)
+        sinks = self.sinks.to(scores).reshape(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+
+    def _masked(self, scores: Tensor, rows: slice) -> Tensor:
         mask = self.attention_mask
         if mask is None or mask.dim() == 2:
+            if mask is None and not self.is_causal:
+                return scores
             position = torch.arange(self.key_length, device=scores.device)
-            causal = position <= position[rows.start + self.offset : rows.stop + self.offset, None]
-            padding = True if mask is None else mask.bool()[:, None, None, None, :]
-            return scores.masked_fill(~(causal & padding), float("-inf"))
+            own = position[rows.start + self.offset : rows.stop + self.offset, None]
+            allowed = position <= own
+            if self.window is not None:
+                allowed = allowed & (position > own - self.window)
+            if mask is not None:
+                allowed = allowed & mask.bool()[:, None, None, None, :]
+            return scores.masked_fill(~allowed, float("-inf"))
         block = mask[:, :, rows].unsqueeze(2)  # (batch or 1, heads or 1, 1, rows, key_length)
         if block.shape[1] > 1:
             block = mask[:, :, rows].unflatten(1, scores.shape[1:3])
         return scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block
 
 
-def _received_attention(
-    query: Tensor, key: Tensor, allowed: _AllowedKeys, scaling: float, rows: slice, weights: Tensor
-) -> Tensor:
+def _received_attention(query: Tensor, key: Tensor, scores: _AttentionScores, rows: slice, weights: Tensor) -> Tensor:
     """The attention that every key gets from these query rows, summed over heads and rows.
 
     Args:
         query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): All queries.
         key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys.
-        allowed (`_AllowedKeys`): Which keys a row may attend to.
-        scaling (`float`): The factor on the dot products.
+        scores (`_AttentionScores`): How they become attention.
         rows (`slice`): The query rows to sum.
         weights (`Tensor` of shape `(batch, rows)`): 1 or `True` for the rows that count in a sample.
 
@@ -312,14 +390,12 @@ def _received_attention(
         `Tensor` of shape `(batch, key_length)`: The sums in float32.
     """
     batch_size, num_heads, _, _ = query.shape
-    num_groups, key_length = key.shape[1], key.shape[2]
+    key_length = key.shape[2]
     received = torch.zeros(batch_size, key_length, dtype=torch.float32, device=key.device)
     block_rows = max(1, _MAX_BLOCK_ELEMENTS // (batch_size * num_heads * key_length))
     for start in range(rows.start, rows.stop, block_rows):
         block = slice(start, min(start + block_rows, rows.stop))
-        grouped = query[:, :, block].unflatten(1, (num_groups, -1))  # (batch, key_value_heads, group, rows, head_dim)
-        scores = torch.matmul(grouped, key.unsqueeze(2).transpose(-1, -2)) * scaling
-        attention = torch.softmax(allowed.apply(scores, block), dim=-1, dtype=torch.float32)
+        attention = scores(query, key, block)
         counted = weights[:, block.start - rows.start : block.stop - rows.start]
         # A padding query may attend to nothing at all and is NaN then: it is set to zero, not multiplied by it.
         attention = attention.masked_fill(~counted.bool()[:, None, None, :, None], 0.0)

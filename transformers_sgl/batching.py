@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["WholeBatchStreamer", "left_padded", "merge_answers", "pad_rows", "select_samples"]
+__all__ = ["WholeBatchStreamer", "left_padded", "merge_answers", "pad_rows", "row_owners", "select_samples"]
 
 
 def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -33,17 +33,52 @@ def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, **{name: inputs[name].gather(1, order.to(inputs[name].device)) for name in _per_token(inputs)}}
 
 
-def select_samples(
-    inputs: dict[str, Any], chosen: Tensor, visual_counts: Tensor, per_tile: Sequence[str]
-) -> dict[str, Any]:
+def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """Which sample each row of an image input belongs to; the rows stand in the order of the samples.
+
+    Args:
+        num_rows (`int`): How many rows the input has: tiles, patches, or images.
+        weights (`Tensor` of shape `(batch,)`): How much of the input each sample has: visual tokens, or images.
+        sizes (`Tensor` of shape `(num_rows,)`, *optional*): How much of it each row is; all the same if not given.
+
+    Returns:
+        `Tensor` of shape `(num_rows,)`: The samples' indices.
+
+    Raises:
+        ValueError: If the rows cannot be divided that way.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl.batching import row_owners
+
+        >>> row_owners(3, torch.tensor([8, 4])).tolist()  # tiles of four tokens each
+        [0, 0, 1]
+        >>> row_owners(3, torch.tensor([8, 4]), sizes=torch.tensor([4, 12, 8])).tolist()
+        [0, 0, 1]
+
+        ```
+    """
+    sizes = torch.ones(num_rows, dtype=torch.long) if sizes is None else sizes.long().cpu()
+    weights = weights.long().cpu()
+    ends = sizes.cumsum(0) * weights.sum()  # both sides on one scale, without division
+    borders = weights.cumsum(0) * sizes.sum()
+    if num_rows == 0 or weights.sum() == 0 or not torch.isin(borders[borders > 0], ends).all():
+        raise ValueError(
+            f"The prompts have {weights.tolist()} visual tokens or images, which do not fit {num_rows} rows of image "
+            "inputs: pass the images that the prompts speak of."
+        )
+    return torch.searchsorted(borders, ends)
+
+
+def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Tensor]) -> dict[str, Any]:
     """The inputs of some samples, without the padding that only the others needed.
 
     Args:
         inputs (`dict`): Model inputs, padded on the left.
         chosen (`Tensor` of shape `(batch,)`): `True` for the samples that are wanted.
-        visual_counts (`Tensor` of shape `(batch,)`): How many visual tokens each sample has.
-        per_tile (sequence of `str`): Names of inputs that hold one row for each image tile, in the order of the
-            samples; every tile gives the same number of visual tokens.
+        owners (`dict` from `str` to `Tensor` of shape `(num_rows,)`): For each image input whose rows are not samples,
+            which sample a row belongs to; see [`row_owners`].
 
     Returns:
         `dict`: The inputs of the chosen samples, in their order.
@@ -54,7 +89,8 @@ def select_samples(
         >>> from transformers_sgl.batching import select_samples
 
         >>> inputs = {"input_ids": torch.tensor([[1, 9, 9], [9, 9, 9]]), "pixel_values": torch.rand(5, 3, 8, 8)}
-        >>> some = select_samples(inputs, torch.tensor([False, True]), torch.tensor([2, 3]), ["pixel_values"])
+        >>> owners = {"pixel_values": torch.tensor([0, 0, 1, 1, 1])}
+        >>> some = select_samples(inputs, torch.tensor([False, True]), owners)
         >>> some["input_ids"].tolist(), some["pixel_values"].shape[0]
         ([[9, 9, 9]], 3)
 
@@ -69,9 +105,8 @@ def select_samples(
             selected[name] = value
         elif name in per_token:
             selected[name] = value[chosen.to(value.device)][:, first:]
-        elif name in per_tile:
-            owner = _owners(value.shape[0], visual_counts)
-            rows = chosen.to(owner.device)[owner].to(value.device)
+        elif name in owners:
+            rows = chosen.to(owners[name].device)[owners[name]].to(value.device)
             if rows.any():
                 selected[name] = value[rows]
         else:
@@ -180,15 +215,3 @@ def _per_token(inputs: dict[str, Any]) -> list[str]:
     """The names of the inputs that hold one value per prompt token."""
     shape = inputs["input_ids"].shape
     return [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == shape]
-
-
-def _owners(num_tiles: int, visual_counts: Tensor) -> Tensor:
-    """Which sample each tile belongs to; `(num_tiles,)`."""
-    total = int(visual_counts.sum())
-    if num_tiles == 0 or total % num_tiles or bool((visual_counts * num_tiles % max(total, 1)).any()):
-        raise ValueError(
-            f"The prompts have {visual_counts.tolist()} visual tokens, which {num_tiles} image tiles cannot give: "
-            "pass the images that the prompts speak of."
-        )
-    tiles = visual_counts * num_tiles // max(total, 1)
-    return torch.arange(len(visual_counts), device=visual_counts.device).repeat_interleave(tiles)

@@ -34,9 +34,9 @@ __all__ = ["generate_with_small_model", "sgl_generate"]
 
 # Inputs that stock `generate` changes on the way to a callable, by encoding or repeating the images. A callable that
 # names them itself is handed them untouched.
-_TILE_INPUTS = sorted({name for architecture in ARCHITECTURES.values() for name in architecture.per_tile_inputs})
+_IMAGE_INPUTS = sorted({name for architecture in ARCHITECTURES.values() for name in architecture.inputs})
 # What the small model may read otherwise than the large one.
-_SMALL_INPUTS = [f"small_{name}" for name in ("input_ids", "attention_mask", *_TILE_INPUTS)]
+_SMALL_INPUTS = [f"small_{name}" for name in ("input_ids", "attention_mask", *_IMAGE_INPUTS)]
 # What stock `generate` adds to the inputs; the call that follows adds its own.
 _PREPARED_INPUTS = (
     "logits_to_keep",
@@ -184,7 +184,7 @@ def sgl_generate(
 
     # Several answers and beams: each prompt was repeated, one copy after the other.
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    untouched = {*_TILE_INPUTS, *_SMALL_INPUTS}
+    untouched = {*_IMAGE_INPUTS, *_SMALL_INPUTS}
     if copies > 1:
         input_ids = input_ids[::copies]
         for name, value in inputs.items():
@@ -205,7 +205,7 @@ def sgl_generate(
 def _with_announced_names(signature: inspect.Signature) -> inspect.Signature:
     """Stock `generate` hands a callable those keyword arguments that its signature names, and refuses the others."""
     *named, rest = signature.parameters.values()
-    names = (*SGLGenerationConfig._sgl_defaults(), *_TILE_INPUTS, *_SMALL_INPUTS)
+    names = (*SGLGenerationConfig._sgl_defaults(), *_IMAGE_INPUTS, *_SMALL_INPUTS)
     return signature.replace(
         parameters=[*named, *(Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names), rest]
     )

@@ -148,7 +148,8 @@ class DraftVerifier:
             run.cut_back(run.num_chosen - 1)
             draft = run.rest()
             if draft.shape[1]:
-                inputs = extend({}, inputs, num_new_tokens=draft.shape[1])
+                for _ in range(draft.shape[1]):  # one by one: several are not always given one token's type
+                    inputs = extend({}, inputs)
                 inputs["input_ids"] = torch.cat([inputs["input_ids"], draft.to(inputs["input_ids"].device)], dim=1)
                 inputs["logits_to_keep"] = draft.shape[1] + 1
             run.learn(forward(**inputs).logits, draft.shape[1])

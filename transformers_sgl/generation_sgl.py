@@ -26,12 +26,19 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from transformers_sgl.architectures import check_supported, decoder_layers, visual_token_ids
-from transformers_sgl.batching import WholeBatchStreamer, left_padded, merge_answers, pad_rows, select_samples
+from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
+from transformers_sgl.batching import (
+    WholeBatchStreamer,
+    left_padded,
+    merge_answers,
+    pad_rows,
+    row_owners,
+    select_samples,
+)
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.early_exit import exits_early
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import Guidance, check_same_visual_tokens, guide
+from transformers_sgl.guidance import Guidance, check_same_visual_tokens, guide, visual_tokens_of
 from transformers_sgl.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
@@ -179,6 +186,7 @@ def generate(
     check_supported(small.config)
     _check_guidable(large_inputs)
     if processors:
+        check_prunable(large.config)
         _check_prunable(large_inputs, settings, generate_kwargs)
     if may_exit:
         _check_exits(settings, generate_kwargs, vocabularies)
@@ -224,8 +232,7 @@ def generate(
     verifier = DraftVerifier(large)
     if rest.any():
         if exits.any():
-            per_tile = check_supported(large.config).per_tile_inputs
-            large_inputs = select_samples(large_inputs, rest, visual_tokens.counts, per_tile)
+            large_inputs = select_samples(large_inputs, rest, _row_owners(large, large_inputs))
             large_inputs, visual_tokens = _prepared(large, large_inputs)
             generate_kwargs["generation_config"] = _counting_new_tokens(generation_config, limits)
         if settings.verify_draft is not False and vocabularies.shared is not None:
@@ -304,7 +311,7 @@ def _find_visual_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> Visua
     input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         return None
-    return VisualTokens.from_input_ids(input_ids, visual_token_ids(model.config), attention_mask)
+    return visual_tokens_of(model.config, inputs)
 
 
 def _processor_list(
@@ -410,9 +417,25 @@ def _check_prunable(
 def _prepared(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], VisualTokens]:
     """A model's inputs, padded on the left, and where their visual tokens stand."""
     inputs = left_padded(inputs)
-    return inputs, VisualTokens.from_input_ids(
-        inputs["input_ids"], visual_token_ids(model.config), inputs.get("attention_mask")
-    )
+    return inputs, visual_tokens_of(model.config, inputs)
+
+
+def _row_owners(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Which sample each row of the image inputs belongs to; inputs with one row per sample are left out."""
+    owners = {}
+    for name, kind in check_supported(model.config).inputs.items():
+        if kind == "sample" or inputs.get(name) is None:
+            continue
+        modality = "video" if "video" in name else "image"
+        tokens = visual_tokens_of(model.config, inputs, modality)
+        weights = tokens.counts
+        sizes = None
+        if kind == "grid":
+            sizes = inputs[name].prod(dim=1)
+        elif kind == "image":
+            weights = tokens.image_index.amax(dim=1) + 1
+        owners[name] = row_owners(inputs[name].shape[0], weights, sizes)
+    return owners
 
 
 def _length_limits(settings: GenerationConfig, prompt_length: int) -> tuple[int, int]:

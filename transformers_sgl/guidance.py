@@ -1,22 +1,31 @@
 """Running the small model: its answer is the draft, its attention the importance of the visual tokens.
 
 Floor 2. One `generate` call of the small model gives the draft, the importance and the confidence. The consistency
-costs one more pass of its decoder, which reads the prompt's embeddings a second time with most visual tokens dropped;
-the vision encoder does not run again.
+costs one more pass of the model, which reads the prompt a second time with most visual tokens dropped; what the vision
+encoder saw is remembered, so it does not run again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from transformers_sgl import early_exit
-from transformers_sgl.architectures import decoder
+from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hook_context import HookContext
@@ -24,7 +33,7 @@ from transformers_sgl.importance_process import ImportanceProcessorList, Retenti
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 
-__all__ = ["Guidance", "check_same_visual_tokens", "guide"]
+__all__ = ["Guidance", "check_same_visual_tokens", "guide", "visual_tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +166,21 @@ def guide(
     )
 
 
+def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality: str = "") -> VisualTokens:
+    """The visual tokens of a model's prompts.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        inputs (`dict`): Its inputs: `input_ids` of shape `(batch, prompt_length)`, perhaps `attention_mask`.
+        modality (`str`, *optional*): Only those of an `"image"`, or of a `"video"`.
+
+    Returns:
+        `VisualTokens`: Their places.
+    """
+    ids, gap = visual_token_ids(config, modality), check_supported(config).image_gap
+    return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
+
+
 def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:
     """Raises unless both models see the same images, cut into the same number of visual tokens.
 
@@ -206,36 +230,57 @@ def _log_probs_when_pruned(
     keep_mask = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(
         visual_tokens, importance
     )
-    prompt_mask = visual_tokens.prompt_mask
-    length = draft_sequences.shape[1]
-    embeddings = small.get_input_embeddings()(draft_sequences).to(draft.prompt_embeddings)
-    attention_mask = torch.cat([prompt_mask, torch.ones_like(draft_sequences).bool()], dim=1).long()
-    steps = torch.arange(1, length + 1, device=draft.prompt_positions.device)
-    position_ids = torch.cat([draft.prompt_positions, draft.prompt_positions[..., -1:] + steps], dim=-1)
-    with VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
-        logits = small(
-            inputs_embeds=torch.cat([draft.prompt_embeddings, embeddings], dim=1),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=length + 1,
-        ).logits
-    return early_exit.token_log_probs(logits[:, :-1], draft_sequences.to(logits.device)).to(draft_sequences.device)
+    inputs, length = dict(draft.prompt_inputs), draft_sequences.shape[1]
+    for _ in range(length):  # one by one, because several new tokens are not always given one token's type
+        inputs = small._update_model_kwargs_for_generation({}, inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], draft_sequences.to(inputs["input_ids"].device)], dim=1)
+    with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
+        logits = small(**{**inputs, "past_key_values": None, "use_cache": False, "logits_to_keep": length + 1}).logits
+    return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(
+        draft_sequences.device
+    )
+
+
+class _FeatureMemo(HookContext):
+    """Lets a model's vision encoder see an image once, however often the model is given it.
+
+    Newer versions of transformers encode images before the first pass and hand the features to it; then there is
+    nothing to remember.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        owners = (model, model.base_model)
+        self._owner = next((each for each in reversed(owners) if hasattr(each, "get_image_features")), model)
+        self._features: dict[str, Any] = {}
+
+    def _register(self, stack: ExitStack) -> None:
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(self._owner, name) and name not in vars(self._owner):
+                object.__setattr__(self._owner, name, self._remembering(name, getattr(self._owner, name)))
+                stack.callback(vars(self._owner).pop, name)
+
+    def _remembering(self, name: str, encode: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(encode)  # `generate` reads the signature
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            if name not in self._features:
+                self._features[name] = encode(*args, **kwargs)
+            return self._features[name]
+
+        return remembered
 
 
 class _DraftRecorder(HookContext, LogitsProcessor):
     """Notes, while the small model writes, what scoring its draft needs.
 
     Attributes:
-        prompt_embeddings (`Tensor` of shape `(batch, small_prompt_length, width)`): What its decoder read, visual
-            features in their places.
-        prompt_positions (`Tensor` of shape `(batch or 1, small_prompt_length)`): At which positions.
+        prompt_inputs (`dict`): What its first pass was given.
+        features (`_FeatureMemo`): What its vision encoder saw.
     """
 
-    prompt_embeddings: Tensor
-    prompt_positions: Tensor
+    prompt_inputs: dict[str, Any]
 
     def __init__(self, small: PreTrainedModel) -> None:
+        self.features = _FeatureMemo(small)
         self._small = small
         self._log_probs: list[Tensor] = []  # one of shape (batch,) for each step
         self._logits: Tensor | None = None  # (batch, vocab_size), of the step that is running
@@ -247,12 +292,13 @@ class _DraftRecorder(HookContext, LogitsProcessor):
         return torch.stack(self._log_probs, dim=1)
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(decoder(self._small).register_forward_pre_hook(self._note_prompt, with_kwargs=True).remove)
+        stack.enter_context(self.features)
+        stack.callback(self._small.register_forward_pre_hook(self._note_prompt, with_kwargs=True).remove)
         stack.callback(self._small.register_forward_hook(self._note_logits).remove)
 
     def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._has_prompt:
-            self.prompt_embeddings, self.prompt_positions = kwargs["inputs_embeds"], kwargs["position_ids"]
+            self.prompt_inputs = dict(kwargs)
             self._has_prompt = True
 
     def _note_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -5,28 +5,42 @@ and so their caches are shorter. Everything is done by forward pre-hooks that ch
 
     hidden states        gathered once, at `prune_layer`
     rotary embeddings    gathered at every layer from there on, because the model's own loop hands each layer the
-                         originals; kept tokens keep their original positions
-    position ids         withheld: beside the rotary embeddings their only use is that flash attention looks for gaps
-                         in them, and would take a pruned prompt for several packed ones
-    attention mask       the rows and columns of the kept tokens; while decoding, the columns only
+                         originals, as are all other arguments with one row per token; kept tokens keep their original
+                         positions
+    position ids         gathered, or withheld from flash attention, which looks for gaps in them and would take a
+                         pruned prompt for several packed ones
+    attention mask       in the prefill, the rows and columns of the kept tokens, so that whatever pattern the mask
+                         has survives; while decoding, made anew from the tokens' original positions
 
 In a batch the kept tokens of each sample are aligned to the right, so that the last column is the last token of
 every sample, whatever was padded or dropped; the columns in front that only fill up are masked.
 
-`prune_layer=0` is the simple case: the tokens are dropped before the decoder, which never hears of them.
+A layer with a sliding window looks as far back as it would have in the whole prompt. A layer that mixes its tokens by
+a linear recurrence or a convolution is handed the kept tokens as if the others had never been there.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from transformers_sgl.architectures import attention_implementation, decoder, decoder_layers
+from transformers_sgl.architectures import (
+    AttentionPattern,
+    attention_implementation,
+    attention_modules,
+    attention_pattern,
+    check_prunable,
+    check_supported,
+    decoder,
+    decoder_layers,
+)
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
 from transformers_sgl.hook_context import HookContext
 
@@ -72,73 +86,132 @@ class VisualTokenPruner(HookContext):
     """
 
     def __init__(self, model: PreTrainedModel, keep_mask: Tensor, prune_layer: int | float = 9 / 48) -> None:
-        self._decoder = decoder(model)
-        layers = decoder_layers(model)
+        check_prunable(model.config)
+        architecture = check_supported(model.config)
+        layers = list(decoder_layers(model))
         self.prune_layer = resolve_prune_layer(prune_layer, len(layers))
-        self._pruned_layers = list(layers)[self.prune_layer :]
-        # Only eager attention, which has no notion of causality, cannot do without a mask.
-        self._needs_mask = attention_implementation(model).endswith("eager")
+        self._model = model
+        self._decoder = decoder(model)
+        self._per_token = architecture.per_token_arguments
+        self._deepstack = architecture.deepstack
+        self._implementation = attention_implementation(model)
+        # Where attention is, what a token sees there; elsewhere `None`.
+        attention = attention_modules(model)
+        self._patterns = {
+            layer: attention_pattern(model, index) if index in attention else None
+            for index, layer in enumerate(layers)
+            if index >= self.prune_layer
+        }
+        self._index = {layer: index for index, layer in enumerate(layers)}
+        self._attention_indices = sorted(attention)
         self._kept = _KeptTokens.from_mask(keep_mask)
-        self._cuts: dict[torch.device, _Cut] = {}  # of the forward pass that is running, by device
+        # Of the forward pass that is running:
+        self._cuts: dict[torch.device, _Cut] = {}  # by device
+        self._added: dict[nn.Module, Tensor] = {}  # what deepstack adds to the outputs of pruned layers
+        self._positions_given = True
 
     def _register(self, stack: ExitStack) -> None:
         stack.callback(self._cuts.clear)
+        stack.callback(self._added.clear)
         if self.prune_layer == 0:
-            hook = self._decoder.register_forward_pre_hook(self._prune_decoder_inputs, with_kwargs=True)
+            hook = self._model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
             stack.callback(hook.remove)
-        for layer in self._pruned_layers:
-            prune = _withhold_position_ids if self.prune_layer == 0 else self._prune_layer_inputs
-            stack.callback(layer.register_forward_pre_hook(prune, with_kwargs=True).remove)
+        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
+        for layer in self._patterns:
+            stack.callback(layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True).remove)
+            if self._deepstack is not None:
+                stack.callback(layer.register_forward_hook(self._add_to_output).remove)
+
+    def _note_positions(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Model pre-hook: whether the model was told its positions, or has to count them."""
+        self._positions_given = kwargs.get("position_ids") is not None
+
+    def _start_pass(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Decoder pre-hook: what the decoder does by itself must fit a shorter prompt."""
+        kwargs = dict(kwargs)
+        inputs = kwargs.get("inputs_embeds")
+        inputs = kwargs.get("input_ids", args[0] if args else None) if inputs is None else inputs
+        past = self._past_length(kwargs.get("past_key_values"))
+        self._cuts.clear()
+        cut = self._kept.cut(past, inputs, inputs.shape[1])
+        self._cuts[inputs.device] = cut
+        if self.prune_layer == 0 and past and not self._positions_given:
+            # The model counts from the cache of the first layer, which is short of the dropped tokens.
+            position_ids = kwargs.get("position_ids")
+            missing = self._kept.prompt_length - self._kept.positions.shape[1]
+            kwargs["position_ids"] = cut.positions if position_ids is None else position_ids + missing
+        self._added.clear()
+        if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
+            places, added = (kwargs[name] for name in self._deepstack)
+            kwargs[self._deepstack[1]] = added[: self.prune_layer]
+            layers = list(self._index)
+            for index in range(self.prune_layer, len(added)):
+                whole = added[index].new_zeros(*places.shape[:2], added[index].shape[-1])
+                whole[places] = added[index]
+                self._added[layers[index]] = cut.rows_of(whole)
+        return args, kwargs
 
     def _prune_layer_inputs(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Layer pre-hook: hands a layer the kept tokens only."""
-        hidden_states, *rest = args if args else (kwargs["hidden_states"],)
-        if layer is self._pruned_layers[0]:
-            self._cuts.clear()
-            length = _cached_length(kwargs.get("past_key_values"), self.prune_layer)
-            cut = self._kept.cut(length, hidden_states, hidden_states.shape[1])
-            hidden_states = cut.rows_of(hidden_states)
-        else:
-            cut = next(iter(self._cuts.values()))
+        kwargs = {**dict(zip(_parameter_names(type(layer)), args, strict=False)), **kwargs}
+        hidden_states = kwargs.pop("hidden_states")
         # With a device map the layers lie on several devices; each gets its own copy of the indices, once.
+        cut = next(iter(self._cuts.values()))
         cut = self._cuts.setdefault(hidden_states.device, cut.to(hidden_states.device))
+        if self._index[layer] == self.prune_layer:
+            hidden_states = cut.rows_of(hidden_states)
 
-        _, kwargs = _withhold_position_ids(layer, args, kwargs)
-        kwargs["position_embeddings"] = tuple(cut.rows_of(table) for table in kwargs["position_embeddings"])
-        kwargs["attention_mask"] = cut.mask(kwargs.get("attention_mask"), hidden_states.dtype, self._needs_mask)
-        if not args:
-            return (), {**kwargs, "hidden_states": hidden_states}
-        return (hidden_states, *rest), kwargs
-
-    def _prune_decoder_inputs(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Decoder pre-hook for `prune_layer=0`: the decoder is handed a shorter prompt, and told its positions."""
-        kwargs = dict(kwargs)
-        name = "inputs_embeds" if kwargs.get("inputs_embeds") is not None else "input_ids"
-        attention_mask = kwargs.get("attention_mask")
-        cached_length = _cached_length(kwargs.get("past_key_values"), 0)
-        if kwargs.get(name) is None or (attention_mask is not None and not _is_padding_mask(attention_mask)):
-            raise ValueError(
-                "Pruning at layer 0 needs keyword arguments and a 2-D attention mask or none, but the decoder was "
-                "called differently: prune at layer 1 or later."
-            )
-        inputs = kwargs[name]
-        cut = self._kept.cut(cached_length, inputs, inputs.shape[1])
-        # The cache of layer 0 is short of the dropped tokens, so positions must not be counted from it.
-        position_ids = kwargs.get("position_ids")
-        kwargs["position_ids"] = cut.rows_of(cut.positions if position_ids is None else position_ids)
-        kwargs[name] = cut.rows_of(inputs)
-        # Without a mask and a cache, transformers too looks for gaps in the positions: a mask of ones forbids it.
-        if cut.key_valid is not None:
-            kwargs["attention_mask"] = cut.key_valid.long()
-        elif kwargs.get("past_key_values") is None:
-            kwargs["attention_mask"] = torch.ones_like(cut.key_positions)
+        for name in ("position_embeddings", *self._per_token):
+            if kwargs.get(name) is not None:
+                kwargs[name] = _map_tensors(cut.rows_of, kwargs[name])
+        if kwargs.get("position_ids") is not None:
+            is_flash = "flash" in self._implementation
+            kwargs["position_ids"] = None if is_flash else cut.rows_of(kwargs["position_ids"], axis=-1)
+        mask, pattern = kwargs.get("attention_mask"), self._patterns[layer]
+        if pattern is None:
+            kwargs["attention_mask"] = cut.padding_mask(mask)
         else:
-            kwargs["attention_mask"] = None
-        return args, kwargs
+            num_keys = self._num_keys(kwargs.get("past_key_values"), layer, hidden_states.shape[-2])
+            kwargs["attention_mask"] = cut.mask(mask, pattern, num_keys, self._implementation, hidden_states.dtype)
+        return (hidden_states,), kwargs
+
+    def _add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Layer hook: adds what deepstack adds, in the places of the kept tokens."""
+        added = self._added.get(layer)
+        if added is None:
+            return output
+        if isinstance(output, Tensor):
+            return output + added.to(output)
+        return (output[0] + added.to(output[0]), *output[1:])
+
+    def _past_length(self, cache: Cache | None) -> int:
+        """How many tokens of the whole sequence lie before this pass, to judge by the cache."""
+        if cache is None:
+            return 0
+        if cache.is_compileable:
+            raise ValueError(
+                "Pruning makes the caches of the layers differ in length, which a static cache cannot hold: leave "
+                "`cache_implementation` unset, or set it to 'dynamic'."
+            )
+        index = self._attention_indices[0]
+        length = int(cache.get_seq_length(index)) if index < len(cache.layers) else 0
+        if length == 0 or index < self.prune_layer:
+            return length
+        num_kept = self._kept.positions.shape[1]
+        if length < num_kept:
+            return length  # not a cache of these prompts, which `cut` refuses
+        return self._kept.prompt_length + length - num_kept
+
+    def _num_keys(self, cache: Cache | None, layer: nn.Module, query_length: int) -> int:
+        """How many keys the layer's attention will have before it, its own included."""
+        index = self._index[layer]
+        if cache is None or index >= len(cache.layers):
+            return query_length
+        return int(cache.get_mask_sizes(query_length, index)[0])
 
 
 @dataclass(frozen=True)
@@ -146,12 +219,14 @@ class _KeptTokens:
     """The kept tokens of a batch of prompts, aligned to the right.
 
     Attributes:
+        starts (`Tensor` of shape `(batch,)`): The first kept position.
         positions (`Tensor` of shape `(batch, num_kept)`): Prompt positions in ascending order, 0 where only filling.
         valid (`Tensor` of shape `(batch, num_kept)`, or `None`): `False` where only filling; `None` if no sample
             needs filling, which lets the fast attention kernels run without a mask.
         prompt_length (`int`): The number of columns of the prompts.
     """
 
+    starts: Tensor
     positions: Tensor
     valid: Tensor | None
     prompt_length: int
@@ -172,26 +247,24 @@ class _KeptTokens:
         positions = torch.argsort(keep_mask.long(), dim=1, stable=True)[:, -num_kept:]
         valid = torch.arange(num_kept, device=keep_mask.device) >= num_kept - counts[:, None]
         positions = positions.masked_fill(~valid, 0)
-        return cls(positions, None if bool(valid.all()) else valid, keep_mask.shape[1])
+        starts = keep_mask.long().argmax(dim=1)
+        return cls(starts, positions, None if bool(valid.all()) else valid, keep_mask.shape[1])
 
-    def cut(self, cached_length: int, inputs: Tensor, query_length: int) -> _Cut:
+    def cut(self, past: int, inputs: Tensor, query_length: int) -> _Cut:
         """What a forward pass must be cut down to.
 
         Args:
-            cached_length (`int`): The tokens in the cache of the first pruned layer.
-            inputs (`Tensor` of shape `(batch, ...)`): The layer's input; tells batch size and device.
+            past (`int`): The tokens of the whole sequence before this pass.
+            inputs (`Tensor` of shape `(batch, ...)`): The pass's input; tells batch size and device.
             query_length (`int`): The number of tokens in this pass, before the cut.
 
         Returns:
             `_Cut`: The rows and columns that remain.
         """
-        num_kept = self.positions.shape[1]
-        # While decoding, the cache holds the kept prompt tokens and everything since; those stand behind the prompt.
-        past = self.prompt_length + cached_length - num_kept if cached_length else 0
-        end = past + query_length
+        num_kept, end = self.positions.shape[1], past + query_length
         # Beams and `num_return_sequences` repeat each prompt, one copy after the other.
         repeats, remainder = divmod(inputs.shape[0], self.positions.shape[0])
-        if remainder or end < self.prompt_length or (cached_length and cached_length < num_kept):
+        if remainder or end < self.prompt_length or 0 < past < self.prompt_length:
             raise ValueError(
                 f"The model was given {inputs.shape[0]} sequences of {end} tokens, but the tokens to keep were chosen "
                 f"for {self.positions.shape[0]} prompts of {self.prompt_length}: pass those prompts, whole (no "
@@ -202,6 +275,7 @@ class _KeptTokens:
         key_positions = torch.cat([self.positions, since], dim=1)
         key_valid = None if self.valid is None else torch.cat([self.valid, torch.ones_like(since).bool()], dim=1)
         cut = _Cut(
+            starts=self.starts.repeat_interleave(repeats, dim=0),
             key_positions=key_positions.repeat_interleave(repeats, dim=0),
             key_valid=None if key_valid is None else key_valid.repeat_interleave(repeats, dim=0),
             rows=slice(num_kept + past - self.prompt_length if past else 0, None),
@@ -216,6 +290,7 @@ class _Cut:
     """One forward pass, cut down to the kept tokens.
 
     Attributes:
+        starts (`Tensor` of shape `(batch,)`): Where each prompt begins behind its padding.
         key_positions (`Tensor` of shape `(batch, num_keys)`): Where the remaining keys stood in the whole sequence.
         key_valid (`Tensor` of shape `(batch, num_keys)`, or `None`): Which of them are tokens; `None` if all are.
         rows (`slice`): Which of the keys are this pass's own tokens, its queries.
@@ -223,6 +298,7 @@ class _Cut:
         end (`int`): The whole sequence's tokens after it.
     """
 
+    starts: Tensor
     key_positions: Tensor
     key_valid: Tensor | None
     rows: slice
@@ -239,49 +315,77 @@ class _Cut:
         if self.key_positions.device == device:
             return self
         valid = None if self.key_valid is None else self.key_valid.to(device)
-        return replace(self, key_positions=self.key_positions.to(device), key_valid=valid)
+        return replace(
+            self, starts=self.starts.to(device), key_positions=self.key_positions.to(device), key_valid=valid
+        )
 
-    def rows_of(self, tensor: Tensor) -> Tensor:
-        """The remaining rows of `(batch or 1, query_length, ...)`; shape `(batch, num_queries, ...)`."""
+    def rows_of(self, tensor: Tensor, axis: int = -2) -> Tensor:
+        """The remaining rows of `(..., batch or 1, query_length, ...)`, whose tokens lie along `axis`."""
         if self.past:  # a decoding step: every token stays
             return tensor
         index = self.key_positions[:, self.rows].to(tensor.device)
-        tensor = tensor.expand(index.shape[0], *tensor.shape[1:])
-        return tensor.gather(
-            1, index.view(*index.shape, *(1,) * (tensor.dim() - 2)).expand(*index.shape, *tensor.shape[2:])
-        )
+        index = index.reshape(*index.shape, *(1,) * (-1 - axis))
+        if tensor.shape[axis - 1] != index.shape[0]:
+            tensor = tensor.expand(*tensor.shape[: axis - 1], index.shape[0], *tensor.shape[axis:])
+        return torch.take_along_dim(tensor, index.expand(*tensor.shape[: axis - 1], *index.shape), dim=axis)
 
-    def mask(self, attention_mask: Any, dtype: torch.dtype, needs_mask: bool) -> Tensor | None:
+    def padding_mask(self, padding_mask: Tensor | None) -> Tensor | None:
+        """The mask of a layer without attention; `(batch, num_queries)`, or `None` if nothing is padding."""
+        if self.past:
+            return padding_mask
+        return None if self.key_valid is None else self.key_valid[:, self.rows].long()
+
+    def mask(
+        self,
+        attention_mask: Any,
+        pattern: AttentionPattern,
+        num_keys: int,
+        implementation: str,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
         """The attention mask of a pruned layer, in the form that the model's attention function takes.
 
         Args:
             attention_mask (`Tensor` or `None`): The mask of an unpruned layer: 4-D boolean or additive, 2-D, or none.
+            pattern (`AttentionPattern`): Which of the tokens before it a token sees in this layer.
+            num_keys (`int`): How many keys the layer has; with a sliding window perhaps only the last ones.
+            implementation (`str`): The name of the attention function.
             dtype (`torch.dtype`): The dtype of an additive mask.
-            needs_mask (`bool`): Whether the attention function cannot do without a mask.
 
         Returns:
             `Tensor` or `None`: The cut mask.
         """
-        if attention_mask is None:
-            if self.key_valid is None and not needs_mask:
-                return None  # plain causal attention, which the fast kernels do best without a mask
-            return _in_form(self._causal(), None if not needs_mask else dtype)
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
+        if attention_mask is not None and (
+            not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4)
+        ):
             raise ValueError(
                 f"Pruning cannot cut an attention mask of type {type(attention_mask).__name__}: load the large model "
                 "with attn_implementation='sdpa', 'flash_attention_2' or 'eager'."
             )
-        if attention_mask.dim() == 2:  # flash attention: a padding mask
-            return None if self.key_valid is None else self.key_valid
+        if "flash" in implementation:
+            if (pattern.window or pattern.chunk or self.end) < self.end:
+                raise ValueError(
+                    f"Pruning a layer that sees only {pattern.window or pattern.chunk} tokens does not work with "
+                    f"attn_implementation={implementation!r}, which would count them among the kept tokens: load the "
+                    "large model with 'sdpa' or 'eager'."
+                )
+            return None if self.key_valid is None else self.key_valid[:, -num_keys:]
+        is_additive = implementation.endswith("eager")
+        if self.past:
+            allowed = self._allowed(pattern)[..., -num_keys:]
+            num_queries = allowed.shape[2]
+            if num_queries == 1 and self.key_valid is None and pattern == AttentionPattern():
+                return None
+            return _in_form(allowed, dtype if is_additive else None)
+        if attention_mask is None or attention_mask.dim() == 2:
+            if self.key_valid is None and not is_additive:
+                return None  # plain causal attention, which the fast kernels do best without a mask
+            return _in_form(self._allowed(pattern), dtype if is_additive else None)
         # Sliding and bidirectional patterns survive, because the mask is cut and not made anew. With a device map it
         # still lies where the model made it.
         attention_mask = attention_mask.to(self.key_positions.device)
-        batch_size = self.key_positions.shape[0]
-        queries = self.key_positions[:, self.rows] - self.past
-        cut = attention_mask.expand(batch_size, *attention_mask.shape[1:])
-        heads = cut.shape[1]
-        cut = cut.gather(2, queries[:, None, :, None].expand(-1, heads, -1, cut.shape[3]))
-        cut = cut.gather(3, self.key_positions[:, None, None, :].expand(-1, heads, queries.shape[1], -1))
+        cut = self.rows_of(attention_mask.expand(self.key_positions.shape[0], -1, -1, -1).transpose(0, 1))
+        cut = self.rows_of(cut.transpose(-1, -2)).transpose(-1, -2).transpose(0, 1)
         fillers = self._self_attending_fillers()
         if self.key_valid is None or fillers is None:
             return cut
@@ -290,15 +394,22 @@ class _Cut:
             return allowed
         return cut.masked_fill(~allowed, torch.finfo(cut.dtype).min).masked_fill(fillers, 0)
 
-    def _causal(self) -> Tensor:
-        """Plain causal attention among the remaining tokens; boolean `(batch, 1, num_queries, num_keys)`."""
-        num_keys = self.key_positions.shape[1]
-        order = torch.arange(num_keys, device=self.key_positions.device)
-        causal = (order <= order[self.rows, None])[None, None]
+    def _allowed(self, pattern: AttentionPattern) -> Tensor:
+        """Causal attention among the remaining tokens; boolean `(batch, 1, num_queries, num_keys)`."""
+        order = torch.arange(self.key_positions.shape[1], device=self.key_positions.device)
+        allowed = (order <= order[self.rows, None])[None]
+        # Chunks are counted from a prompt's first token; a window does not mind where positions begin.
+        key_positions = self.key_positions - self.starts[:, None]
+        query, key = key_positions[:, self.rows, None], key_positions[:, None, :]
+        if pattern.window is not None:
+            allowed = allowed & (key > query - pattern.window)
+        if pattern.chunk is not None:
+            allowed = allowed & (key // pattern.chunk == query // pattern.chunk)
         fillers = self._self_attending_fillers()
+        allowed = allowed[:, None].expand(self.key_positions.shape[0], -1, -1, -1)
         if self.key_valid is None or fillers is None:
-            return causal.expand(self.key_positions.shape[0], -1, -1, -1)
-        return causal & self.key_valid[:, None, None, :] | fillers
+            return allowed
+        return allowed & self.key_valid[:, None, None, :] | fillers
 
     def _self_attending_fillers(self) -> Tensor | None:
         """Lets a filling row attend to itself, because a softmax over nothing is NaN in some kernels."""
@@ -316,24 +427,13 @@ def _in_form(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def _cached_length(cache: Cache | None, layer: int) -> int:
-    """The tokens that the cache holds for a layer."""
-    if cache is None:
-        return 0
-    if cache.is_compileable:
-        raise ValueError(
-            "Pruning makes the caches of the layers differ in length, which a static cache cannot hold: leave "
-            "`cache_implementation` unset, or set it to 'dynamic'."
-        )
-    return cache.get_seq_length(layer)
+def _map_tensors(function: Any, value: Any) -> Any:
+    """Applies a function to a tensor, or to each of several."""
+    return function(value) if isinstance(value, Tensor) else type(value)(function(each) for each in value)
 
 
-def _withhold_position_ids(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Layer pre-hook: a layer that gets rotary embeddings needs no position ids, and gaps in them mislead it."""
-    return args, {**kwargs, "position_ids": None}
-
-
-def _is_padding_mask(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
+@cache
+def _parameter_names(layer_class: Any) -> list[str]:
+    """The names of the positional arguments of a layer."""
+    parameters = list(signature(layer_class.forward).parameters.values())[1:]
+    return [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]

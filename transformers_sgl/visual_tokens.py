@@ -28,8 +28,8 @@ class VisualTokens:
         valid (`Tensor` of shape `(batch, num_visual_tokens)`): `True` for a token, `False` where a sample has fewer
             tokens than the batch's maximum.
         image_index (`Tensor` of shape `(batch, num_visual_tokens)`): Which of its sample's images a token belongs
-            to, counted from 0; -1 where `valid` is `False`. Tokens that follow each other without a gap are one
-            image, tiles and thumbnail included.
+            to, counted from 0; -1 where `valid` is `False`. Tokens that follow each other closely are one image,
+            tiles and thumbnail included.
         prompt_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens, `False` for padding.
     """
 
@@ -40,7 +40,11 @@ class VisualTokens:
 
     @classmethod
     def from_input_ids(
-        cls, input_ids: Tensor, token_ids: int | Sequence[int], attention_mask: Tensor | None = None
+        cls,
+        input_ids: Tensor,
+        token_ids: int | Sequence[int],
+        attention_mask: Tensor | None = None,
+        max_gap: int = 0,
     ) -> VisualTokens:
         """Finds the visual tokens by their placeholder ids.
 
@@ -49,6 +53,8 @@ class VisualTokens:
             token_ids (`int` or sequence of `int`): The ids that stand for visual tokens.
             attention_mask (`Tensor` of shape `(batch, prompt_length)`, *optional*): 1 for prompt tokens, 0 for
                 padding, on either side.
+            max_gap (`int`, defaults to 0): The most other tokens that may stand between two visual tokens of one
+                image.
 
         Returns:
             `VisualTokens`: Their places; `num_visual_tokens` is 0 if there are none at all.
@@ -83,9 +89,9 @@ class VisualTokens:
         front = torch.argsort(~is_visual, dim=1, stable=True)[:, :num_visual_tokens]
         positions = front.masked_fill(~valid, 0)
 
-        # A token opens a new image wherever it does not directly follow another visual token.
+        # A token opens a new image wherever it does not follow another visual token closely.
         gap = torch.ones_like(valid)
-        gap[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        gap[:, 1:] = positions[:, 1:] > positions[:, :-1] + 1 + max_gap
         image_index = (gap.cumsum(dim=1) - 1).masked_fill(~valid, -1)
         return cls(positions, valid, image_index, prompt_mask)
 
