@@ -37,14 +37,23 @@ class TinyArchitecture:
             the architecture allows it.
         videos: The same for videos; `None` where the architecture knows none.
         joined: How the image inputs of samples become those of a batch.
-        token_types: The name of the input that marks visual tokens with 1 (images) and 2 (videos), if there is one.
+        token_types: The name of the input that marks visual tokens with 1 (images) and 2 (videos), or, where that is
+            not all, a function from `input_ids` to the inputs of the same shape.
     """
 
     config: Callable[[int], PreTrainedConfig]
     images: Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]]
     videos: Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]] | None = None
     joined: Callable[[list[Inputs]], Inputs] = _joined
-    token_types: str | None = None
+    token_types: str | Callable[[Tensor], Inputs] | None = None
+
+    def per_token(self, input_ids: Tensor) -> Inputs:
+        """The inputs beside `input_ids` that have one entry per prompt token; 0 stands for text and padding."""
+        if self.token_types is None:
+            return {}
+        if callable(self.token_types):
+            return self.token_types(input_ids)
+        return {self.token_types: (input_ids == IMAGE).long() + 2 * (input_ids == VIDEO).long()}
 
 
 TINY: dict[str, TinyArchitecture] = {}  # filled by the modules of this package, with what this transformers has
@@ -66,7 +75,11 @@ def tiny_model(
 
 
 def tiny_samples(
-    name: str, images: tuple[int, ...] = (1, 2, 1), text: tuple[int, ...] = (5, 3, 9), seed: int = 0, video: bool = False
+    name: str,
+    images: tuple[int, ...] = (1, 2, 1),
+    text: tuple[int, ...] = (5, 3, 9),
+    seed: int = 0,
+    video: bool = False,
 ) -> list[Inputs]:
     """Prompts one by one: so many images (or videos) with a text token between them, then so many text tokens."""
     tiny = TINY[name]
@@ -82,9 +95,8 @@ def tiny_samples(
             row += span + _text(1, generator)
         row += _text(length, generator)
         input_ids = torch.tensor([row])
-        samples.append({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **inputs})
-        if tiny.token_types:
-            samples[-1][tiny.token_types] = (input_ids == IMAGE).long() + 2 * (input_ids == VIDEO).long()
+        per_token = {"attention_mask": torch.ones_like(input_ids), **tiny.per_token(input_ids)}
+        samples.append({"input_ids": input_ids, **per_token, **inputs})
     return samples
 
 
@@ -98,8 +110,7 @@ def tiny_batch(name: str, samples: list[Inputs], padding_side: str = "left") -> 
         return torch.nn.functional.pad(row, (left, right), value=value)
 
     per_token = {"input_ids": PAD, "attention_mask": 0}
-    if TINY[name].token_types:
-        per_token[TINY[name].token_types] = 0
+    per_token.update(dict.fromkeys(TINY[name].per_token(samples[0]["input_ids"]), 0))
     batch = {key: torch.cat([padded(sample[key], value) for sample in samples]) for key, value in per_token.items()}
     rest = [{key: value for key, value in sample.items() if key not in per_token} for sample in samples]
     rest = [inputs for inputs in rest if inputs]
@@ -108,3 +119,7 @@ def tiny_batch(name: str, samples: list[Inputs], padding_side: str = "left") -> 
 
 def _text(length: int, generator: Generator) -> list[int]:
     return torch.randint(0, NUM_TEXT_IDS, (length,), generator=generator).tolist()
+
+
+# At the end, because these modules fill the table above.
+from . import grids  # noqa: E402, F401
