@@ -235,6 +235,127 @@ _add(
 )
 
 
+_QWEN3_VISION = {"out_hidden_size": 32, "num_position_embeddings": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_QWEN = {"images": _patches(), "token_types": "mm_token_type_ids"}
+
+
+def _qwen2_5_videos(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
+    """Positions in time depend on how many seconds a time step takes."""
+    name = "second_per_grid_ts" if "omni" not in config.model_type else "video_second_per_grid"
+    spans, inputs = _videos(_one_span)(config, number, generator)
+    return spans, {**inputs, name: 0.5 + torch.rand(number, generator=generator)}
+
+
+# A vision encoder with attention in windows, whose output is put back in order.
+_WINDOWS = _blocks(out_hidden_size=32, window_size=8, fullatt_block_indexes=[1])
+_add(
+    "qwen2_5_vl",
+    TinyArchitecture(
+        config=_config("qwen2_5_vl", _WINDOWS, {"rope_parameters": MROPE}, **_IDS), videos=_qwen2_5_videos, **_QWEN
+    ),
+)
+_add(
+    "qwen3_vl_moe",
+    TinyArchitecture(
+        config=_config(
+            "qwen3_vl_moe",
+            _blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
+            {"rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 8, "mlp_only_layers": [0], **_EXPERTS},
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+_add(
+    "qwen3_5_moe",
+    TinyArchitecture(
+        config=_config(
+            "qwen3_5_moe",
+            _blocks(**_QWEN3_VISION),
+            {**_LINEAR, "shared_expert_intermediate_size": 16, **_EXPERTS},
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+
+# Several residual streams, attention to selected blocks of keys, and embeddings of n-grams in one layer.
+_add(
+    "qwen4_exp",
+    TinyArchitecture(
+        config=_config(
+            "qwen4_exp",
+            _blocks(**_QWEN3_VISION),
+            {
+                **_LINEAR,
+                "layer_types": _repeated("linear_attention", "indexed_attention"),
+                "shared_expert_intermediate_size": 16,
+                **_EXPERTS,
+                "hc_count": 2,
+                "hc_lowrank": 8,
+                "ple_layer_ids": [1],
+                "heads_per_ngram": 2,
+                "ngram_vocab_size_base": 50,
+                "make_ngram_vocab_size_divisible_by": 8,
+                "split_ngram_parts": 1,
+                "indexer_n_heads": 8,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_budget": 8,
+                "indexer_compress_ratio": 2,
+            },
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+
+# The language models of the Omni family, which can hear as well; here they only see.
+_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 8}
+_OMNI_IDS = {"vision_start_token_id": START, "audio_start_token_id": 52, "initializer_range": 0.3}
+_add(
+    "qwen2_5_omni_thinker",
+    TinyArchitecture(
+        config=_config(
+            "qwen2_5_omni_thinker",
+            _WINDOWS,
+            {"rope_parameters": MROPE},
+            audio_config={**_AUDIO, "output_dim": 32},
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            audio_token_index=51,
+            audio_end_token_id=50,
+            position_id_per_seconds=4,
+            **_OMNI_IDS,
+        ),
+        images=_patches(),
+        videos=_qwen2_5_videos,
+    ),
+)
+_add(
+    "qwen3_omni_moe_thinker",
+    TinyArchitecture(
+        config=_config(
+            "qwen3_omni_moe_thinker",
+            _blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
+            {"rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 8, **_EXPERTS},
+            audio_config={**_AUDIO, "output_dim": 32, "downsample_hidden_size": 8},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=51,
+            position_id_per_seconds=4,
+            **_OMNI_IDS,
+        ),
+        images=_patches(),
+        videos=_qwen2_5_videos,
+    ),
+)
+
+
 # GLM-4V writes the images' placeholder for the frames of a video as well; what surrounds them tells which it is.
 def _glm4v_types(input_ids: Tensor) -> Inputs:
     inside = (input_ids == VIDEO_START).cumsum(dim=1) > (input_ids == VIDEO_END).cumsum(dim=1)
@@ -266,6 +387,78 @@ _add(
         images=_patches(),
         videos=_videos(_glm4v_frames),
         token_types=_glm4v_types,
+    ),
+)
+
+
+_GLM = {"images": _patches(), "videos": _videos(_glm4v_frames), "token_types": _glm4v_types}
+_GLM_ROPE = {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+for _name in ("glm46v", "glmga"):
+    _add(
+        _name,
+        TinyArchitecture(
+            config=_config(
+                _name,
+                _blocks(model_type="glm4v_vision", out_hidden_size=32, image_size=8),
+                {"model_type": "glm4v_text", "rope_parameters": _GLM_ROPE, "head_dim": 16},
+                **_GLM_IDS,
+            ),
+            **_GLM,
+        ),
+    )
+_add(
+    "glm_ocr",
+    TinyArchitecture(
+        config=_config(
+            "glm_ocr", _blocks(out_hidden_size=32), {"rope_parameters": _GLM_ROPE, "head_dim": 16}, **_GLM_IDS
+        ),
+        **_GLM,
+    ),
+)
+_GLM_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_add(
+    "glm4v_moe",
+    TinyArchitecture(
+        config=_config(
+            "glm4v_moe",
+            _blocks(out_hidden_size=32, image_size=8),
+            {"rope_parameters": _GLM_ROPE, "head_dim": 16, **_GLM_EXPERTS},
+            **_GLM_IDS,
+        ),
+        **_GLM,
+    ),
+)
+
+# No positions at all: linear attention, and latent attention to selected keys, of which every second layer takes over
+# the choice of the layer before it.
+_add(
+    "glm5_next",
+    TinyArchitecture(
+        config=_config(
+            "glm5_next",
+            _blocks(out_hidden_size=32, projection_intermediate_size=32, image_size=8),
+            {
+                "num_key_value_heads": 4,
+                "layer_types": _repeated("linear_attention", "indexed_attention", "indexed_attention"),
+                "indexer_types": _repeated("full", "full", "shared"),
+                "mlp_layer_types": _repeated("dense", "sparse"),
+                "kv_lora_rank": 16,
+                "q_lora_rank": 16,
+                "v_head_dim": 8,
+                "qk_nope_head_dim": 8,
+                "index_topk": 8,
+                "index_head_dim": 8,
+                "index_n_heads": 8,
+                "index_kpool": 2,
+                "linear_head_dim": 8,
+                "linear_num_heads": 2,
+                "hc_mult": 2,
+                **_GLM_EXPERTS,
+            },
+            **_GLM_IDS,
+        ),
+        images=_patches(),
+        videos=_videos(_glm4v_frames),
     ),
 )
 
