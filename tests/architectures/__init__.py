@@ -126,4 +126,4 @@ def _text(length: int, generator: Generator) -> list[int]:
 
 
 # At the end, because these modules fill the table above.
-from . import tiles  # noqa: E402, F401
+from . import grids, tiles  # noqa: E402, F401
