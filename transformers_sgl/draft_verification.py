@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformers_sgl.architectures import visual_token_ids
@@ -164,12 +165,18 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         and draft.shape[0] == input_ids.shape[0]
         and isinstance(past, DynamicCache)
         and past.get_seq_length() == 0
+        and all(_can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
         and kwargs.get("logits_to_keep") == 1
         and not (generation_config.output_attentions or generation_config.output_hidden_states)
         and generation_config.guidance_scale in (None, 1)
         and generation_config.prefill_chunk_size is None
         and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
     )
+
+
+def _can_be_cut_back(layer: Any, max_length: int) -> bool:
+    """Whether a layer's cache still has what lies before the tokens that are cut off."""
+    return isinstance(layer, DynamicLayer) and (not layer.is_sliding or max_length < layer.get_max_length())
 
 
 class _Run:
