@@ -66,8 +66,11 @@ def tiny_model(
     config = TINY[name].config(num_layers)
     for attribute, value in changes.items():
         setattr(config.get_text_config(decoder=True), attribute, value)
+    # For the decoder alone, because some vision towers know only eager attention.
+    decoder = next((key for key, part in vars(config).items() if part is config.get_text_config(decoder=True)), None)
+    implementation = {decoder: attn_implementation} if decoder else attn_implementation
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn_implementation).eval()
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():  # what training would move away from zero
             if not path.endswith("bias") and not parameter.any():
