@@ -291,7 +291,7 @@ _add(
             _blocks(**_QWEN3_VISION),
             {
                 **_LINEAR,
-                "layer_types": _repeated("linear_attention", "indexed_attention"),
+                "layer_types": _repeated("linear_attention", "full_attention"),
                 "shared_expert_intermediate_size": 16,
                 **_EXPERTS,
                 "hc_count": 2,
@@ -439,7 +439,7 @@ _add(
             _blocks(out_hidden_size=32, projection_intermediate_size=32, image_size=8),
             {
                 "num_key_value_heads": 4,
-                "layer_types": _repeated("linear_attention", "indexed_attention", "indexed_attention"),
+                "layer_types": _repeated("linear_attention", "full_attention", "full_attention"),
                 "indexer_types": _repeated("full", "full", "shared"),
                 "mlp_layer_types": _repeated("dense", "sparse"),
                 "kv_lora_rank": 16,
