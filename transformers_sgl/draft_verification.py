@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformers_sgl.architectures import visual_token_ids
+from transformers_sgl.batching import append_tokens
 
 __all__ = ["DraftVerifier"]
 
@@ -149,9 +150,7 @@ class DraftVerifier:
             run.cut_back(run.num_chosen - 1)
             draft = run.rest()
             if draft.shape[1]:
-                for _ in range(draft.shape[1]):  # one by one: several are not always given one token's type
-                    inputs = extend({}, inputs)
-                inputs["input_ids"] = torch.cat([inputs["input_ids"], draft.to(inputs["input_ids"].device)], dim=1)
+                inputs = append_tokens(inputs, draft, extend)
                 inputs["logits_to_keep"] = draft.shape[1] + 1
             run.learn(forward(**inputs).logits, draft.shape[1])
         return run.next_output()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import near_copy, state, tiny_tokenizer
 from torch import Tensor
@@ -19,13 +21,14 @@ from transformers_sgl.architectures import (
     attention_modules,
     attention_pattern,
     decoder_layers,
+    key_sources,
     visual_token_ids,
 )
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.guidance import visual_tokens_of
 from transformers_sgl.vocabulary import Vocabularies
 
-from . import VOCAB_SIZE, Inputs, tiny_batch, tiny_model, tiny_samples
+from . import TINY, VOCAB_SIZE, Inputs, tiny_batch, tiny_model, tiny_samples
 
 NUM_LAYERS, NUM_NEW_TOKENS = 4, 5
 PRUNE_LAYERS = (0, 1, 2)
@@ -37,15 +40,13 @@ _DETAILS = {"return_dict_in_generate": True, "output_logits": True}
 
 def check_guides(name: str) -> None:
     """Importance is the sum of eager attentions, per sample in a padded batch, whatever the kernel."""
-    samples = tiny_samples(name)
-    batch = tiny_batch(name, samples)
-    eager = tiny_model(name, attn_implementation="eager")
+    eager, fast = tiny_model(name, attn_implementation="eager"), tiny_model(name)
     assert len(decoder_layers(eager)) == NUM_LAYERS
-    wanted = [_eager_importance(eager, sample) for sample in samples]
-    models = [eager]
-    if not _shares_keys(eager):  # those leave out queries, unless attentions are asked for
-        models.append(tiny_model(name))
-    for model in models:
+    # Models whose layers share keys leave out queries, unless attentions are asked for.
+    models = [eager] if key_sources(eager.config) else [eager, fast]
+    for model, samples in product(models, _batches(name)):
+        batch = tiny_batch(name, samples)
+        wanted = [_eager_importance(eager, sample) for sample in samples]
         model.generate(**batch, **_GREEDY)  # transformers leaves attributes on a model at its first call
         before = state(model)
         tokens = visual_tokens_of(model.config, batch)
@@ -56,7 +57,8 @@ def check_guides(name: str) -> None:
         for row, valid, each in zip(recorder.importance, tokens.valid, wanted, strict=True):
             torch.testing.assert_close(row[valid], each, **_TOLERANCE)
         assert state(model) == before
-    _check_scores(name, tiny_model(name), batch)
+    for samples in _batches(name):
+        _check_scores(fast, tiny_batch(name, samples))
 
 
 def check_identity(name: str, video: bool = False) -> None:
@@ -65,7 +67,7 @@ def check_identity(name: str, video: bool = False) -> None:
     batch = tiny_batch(name, tiny_samples(name, video=video))
     stock = model.generate(**batch, **_GREEDY, **_DETAILS)
     before = state(model)
-    for prune_layer in PRUNE_LAYERS:
+    for prune_layer in _prune_layers(model):
         with VisualTokenPruner(model, batch["attention_mask"].bool(), prune_layer):
             output = model.generate(**batch, **_GREEDY, **_DETAILS)
         assert torch.equal(output.sequences, stock.sequences)
@@ -74,21 +76,23 @@ def check_identity(name: str, video: bool = False) -> None:
     assert state(model) == before
     whole = _pair(model, model, batch, retention_ratio=1.0)
     assert torch.equal(whole.sequences, stock.sequences)
-    drafted = _pair(model, near_copy(model, 0.05), batch, retention_ratio=1.0, verify_draft=True)
-    assert torch.equal(drafted.sequences, stock.sequences)
+    for small in (model, near_copy(model, 0.05)):  # a draft that is right, and one that is not
+        drafted = _pair(model, small, batch, retention_ratio=1.0, verify_draft=True, output_logits=True)
+        assert torch.equal(drafted.sequences, stock.sequences)
+        for logits, wanted in zip(drafted.logits, stock.logits, strict=True):
+            torch.testing.assert_close(logits, wanted, **_TOLERANCE)
     assert state(model) == before
 
 
 def check_is_guided(name: str, video: bool = False) -> None:
     """A pruned batch writes what each sample writes alone where its dropped tokens are masked in the upper layers."""
     model = tiny_model(name)
-    samples = tiny_samples(name, video=video)
-    batch = tiny_batch(name, samples)
-    tokens = visual_tokens_of(model.config, batch)
-    keep = _some(tokens)
-    model.generate(**batch, **_GREEDY)
+    model.generate(**tiny_samples(name, video=video)[0], **_GREEDY)
     before = state(model)
-    for prune_layer in PRUNE_LAYERS:
+    for samples, prune_layer in product(_batches(name, video), _prune_layers(model)):
+        batch = tiny_batch(name, samples)
+        tokens = visual_tokens_of(model.config, batch)
+        keep = _some(tokens)
         with VisualTokenPruner(model, tokens.prompt_keep_mask(keep), prune_layer):
             output = model.generate(**batch, **_GREEDY, **_DETAILS)
         assert state(model) == before
@@ -98,7 +102,7 @@ def check_is_guided(name: str, video: bool = False) -> None:
         for number, sample in enumerate(samples):
             own = visual_tokens_of(model.config, sample)
             own_keep = own.prompt_keep_mask(keep[number : number + 1, : own.num_visual_tokens])
-            if _mixes_otherwise(model):
+            if _mixes_otherwise(model) or key_sources(model.config):
                 # A recurrence has no mask to hide a token from it: there the batch is compared with the sample alone.
                 with VisualTokenPruner(model, own_keep, prune_layer):
                     wanted = model.generate(**sample, **_GREEDY, **_DETAILS)
@@ -114,9 +118,15 @@ def check_is_guided(name: str, video: bool = False) -> None:
 def check_pair(name: str, video: bool = False) -> None:
     """Guided generation of a batch is that of its samples, with early exits and drafts, and keeps every image."""
     large, small = tiny_model(name), tiny_model(name, seed=1)
-    samples = tiny_samples(name, video=video)
+    for samples in _batches(name, video):
+        _check_pair(name, large, small, samples, may_divide=not video or TINY[name].divides_videos)
+
+
+def _check_pair(
+    name: str, large: PreTrainedModel, small: PreTrainedModel, samples: list[Inputs], may_divide: bool
+) -> None:
     batch = tiny_batch(name, samples)
-    settings = {"retention_ratio": 0.3, "prune_layer": 1}
+    settings = {"retention_ratio": 0.3, "prune_layer": min(1, _prune_layers(large)[-1])}
     together = _pair(large, small, batch, **settings)
     alone = [_pair(large, small, sample, **settings) for sample in samples]
     undrafted = _pair(large, small, batch, verify_draft=False, **settings)
@@ -127,14 +137,26 @@ def check_pair(name: str, video: bool = False) -> None:
         assert torch.equal(each.keep_mask[0], together.keep_mask[number, :width])
         counts = int(each.keep_mask.sum()), int(each.num_visual_tokens)
         assert counts[0] == max(1, int(0.3 * counts[1]))
-    # Exactly the middle one of three samples goes on to the large model.
+    if len(samples) == 1:
+        return
+    # The sample with the lowest score goes on to the large model, alone.
     scores = together.decision_score
     order = scores.sort().values
-    threshold = float((order[0] + order[1]) / 2)
-    partial = _pair(large, small, batch, early_exit_threshold=threshold, **settings)
-    assert partial.exited_early.tolist() == (scores >= threshold).tolist()
-    late = int((~partial.exited_early).nonzero()[0])
+    settings["early_exit_threshold"] = float((order[0] + order[1]) / 2)
+    if not may_divide:
+        with pytest.raises(ValueError, match="nothing tells to which prompts the"):
+            _pair(large, small, batch, **settings)
+        return
+    partial = _pair(large, small, batch, **settings)
+    late = int(scores.argmin())
+    assert partial.exited_early.tolist() == [number != late for number in range(len(samples))]
     assert torch.equal(partial.sequences[late], together.sequences[late])
+
+
+def _batches(name: str, video: bool = False) -> list[list[Inputs]]:
+    """Three samples, as one batch or, where the stock model cannot do that faithfully, each as its own."""
+    samples = tiny_samples(name, video=video)
+    return [samples] if TINY[name].batches_alike else [[sample] for sample in samples]
 
 
 def _pair(large: PreTrainedModel, small: PreTrainedModel, inputs: Inputs, **settings: Any) -> Any:
@@ -157,8 +179,9 @@ def _mixes_otherwise(model: PreTrainedModel) -> bool:
     return len(attention_modules(model)) < NUM_LAYERS
 
 
-def _shares_keys(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+def _prune_layers(model: PreTrainedModel) -> list[int]:
+    """The layers at which to try: some, as far as the model allows."""
+    return [layer for layer in PRUNE_LAYERS if layer <= min(key_sources(model.config).values(), default=NUM_LAYERS)]
 
 
 def _eager_importance(model: PreTrainedModel, sample: Inputs) -> Tensor:
@@ -182,16 +205,17 @@ def _eager_importance(model: PreTrainedModel, sample: Inputs) -> Tensor:
     return importance
 
 
-def _check_scores(name: str, model: PreTrainedModel, batch: Inputs) -> None:
+def _check_scores(model: PreTrainedModel, batch: Inputs) -> None:
     """Where nothing is dropped, the consistency is the probability with which the draft was written."""
-    output = _pair(model, model, batch, retention_ratio=0.5, consistency_retention_ratio=1.0, early_exit_threshold=1.0)
+    settings = {"retention_ratio": 0.5, "prune_layer": 0, "early_exit_threshold": 1.0}
+    output = _pair(model, model, batch, consistency_retention_ratio=1.0, **settings)
     length = output.draft_sequences.shape[1]
     torch.testing.assert_close(output.consistency, output.confidence**length, **_TOLERANCE)
 
 
 def _check_cache(model: PreTrainedModel, cache: Any, num_kept: int, batch: Inputs, prune_layer: int) -> None:
     """Lower layers have read the whole prompt, upper ones the kept tokens."""
-    for index in attention_modules(model):
+    for index in sorted({key_sources(model.config).get(each, each) for each in attention_modules(model)}):
         prompt_length = batch["input_ids"].shape[1] if index < prune_layer else num_kept
         length = prompt_length + NUM_NEW_TOKENS - 1
         window = attention_pattern(model, index).window
