@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import FuyuForCausalLM, PreTrainedConfig
 
-from . import BREAK, END, IMAGE, START, VIDEO, Generator, Inputs, TinyArchitecture
+from . import BREAK, END, IMAGE, START, VIDEO, VOCAB_SIZE, Generator, Inputs, TinyArchitecture
 from .tiles import (
     GRID,
     PATCH,
@@ -28,6 +29,7 @@ from .tiles import (
     padded,
     pixels,
     register,
+    single,
     text,
     tower,
     unpadded,
@@ -448,3 +450,89 @@ register(
     "instructblipvideo",
     TinyArchitecture(_blip2("instructblipvideo"), _instructblipvideo_videos, _instructblipvideo_videos),
 )
+
+
+# --- Early fusion: pictures as words of the vocabulary, or as bare patches. ---
+
+NUM_CODES = 16
+CODES = range(30, 30 + NUM_CODES)  # the ids of the words that stand for pieces of a picture
+
+
+def _chameleon(num_layers: int) -> PreTrainedConfig:
+    digits = [str(code).translate(str.maketrans("0123456789", "ABCDEFGHIJ")) for code in range(NUM_CODES)]
+    fields = decoder("chameleon", num_layers)
+    del fields["model_type"]
+    return config_of(
+        "chameleon",
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": NUM_CODES,
+            "latent_channels": 8,
+            "resolution": SIDE,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1],
+            "num_res_blocks": 1,
+        },
+        vocabulary_map={"<image>": IMAGE, **{f"IMGIMG{name}Z": id_ for name, id_ in zip(digits, CODES, strict=True)}},
+        **fields,
+    )
+
+
+register("chameleon", TinyArchitecture(_chameleon, single(GRID**2, (START,), (END,))))
+
+
+def _emu3(num_layers: int) -> PreTrainedConfig:
+    words = {f"<|visual token {code:06}|>": id_ for code, id_ in enumerate(CODES)}
+    return config_of(
+        "emu3",
+        vq_config={
+            "codebook_size": NUM_CODES,
+            "embed_dim": 4,
+            "latent_channels": 4,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [1],
+            "hidden_size": 32,
+        },
+        text_config=decoder("emu3_text_model", num_layers),
+        vocabulary_map={"<image>": IMAGE, "<|extra_200|>": BREAK, **words},
+    )
+
+
+def _emu3_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    sizes = [one_of(((8, 8), (8, 4), (4, 6)), generator) for _ in range(number)]
+    # A placeholder ends each row, too.
+    spans = [
+        [START, *text(2, generator), ROW, *[IMAGE] * (height // 2 * (width // 2 + 1)), ROW, END]
+        for height, width in sizes
+    ]
+    return spans, {"pixel_values": pixels(number, generator, 8), "image_sizes": torch.tensor(sizes)}
+
+
+register("emu3", TinyArchitecture(_emu3, _emu3_images))
+
+
+def _fuyu(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "fuyu",
+        text_config=decoder("persimmon", num_layers),
+        hidden_size=32,
+        vocab_size=VOCAB_SIZE,
+        patch_size=PATCH,
+        image_size=SIDE,
+        image_token_id=IMAGE,
+    )
+
+
+def _fuyu_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    grids = [one_of(((2, 3), (3, 2), (1, 4)), generator) for _ in range(number)]
+    spans = [[*[*[IMAGE] * columns, BREAK] * rows, START] for rows, columns in grids]
+    num_patches = sum(rows * columns for rows, columns in grids)
+    patches = torch.randn(num_patches, 3 * PATCH**2, generator=generator)
+    # The name of before is `image_patches`.
+    parameters = inspect.signature(FuyuForCausalLM.forward).parameters
+    return spans, {"pixel_values" if "pixel_values" in parameters else "image_patches": patches}
+
+
+register("fuyu", TinyArchitecture(_fuyu, _fuyu_images))
