@@ -42,10 +42,11 @@ class Architecture:
         per_token_arguments (`dict` from `str` to `int`): Further arguments of a decoder layer that hold one row per
             token, and along which dimension.
         deepstack (`tuple` of `str`, *optional*): The arguments of the decoder that hold the places of visual tokens
-            and what is added to them after each of the first layers.
+            and what is added to them between its first layers.
         inputs (`dict`): What a row of each image input belongs to: a `"tile"` or a patch, all of which give equally
-            many visual tokens; an `"image"`; a `"video"`; a `"sample"`; or the name of the input that holds the height
-            and width of each row, whose product goes with its visual tokens.
+            many visual tokens; an `"image"`; a `"video"`; a `"sample"`; the name of the input that holds the height
+            and width of each row, whose product goes with its visual tokens; or `"batch"`, where only the whole can
+            be understood.
         image_gap (`int`): The most text tokens that may stand between two visual tokens of one image.
     """
 
@@ -81,18 +82,23 @@ _SIZED = {"pixel_values": "image", "image_sizes": "image"}
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
 _SPATIAL = dict.fromkeys(("pixel_values", "pixel_attention_mask", "spatial_shapes"), "spatial_shapes")
 _SECONDS = {"second_per_grid_ts": "video", "video_second_per_grid": "video"}
+_LOCAL = dict.fromkeys(("pixel_values", "num_local_patches", "pixel_values_local"), "batch")
 _LLAVA = Architecture()
 _QWEN = Architecture(inputs={**_PATCHES, **_SECONDS})
 
 ARCHITECTURES: dict[str, Architecture] = {
     "aria": Architecture(inputs={"pixel_values": "tile", "pixel_mask": "tile"}),
     "aya_vision": _LLAVA,
+    "chameleon": _LLAVA,
     "cohere2_vision": _LLAVA,
     "deepseek_vl": _LLAVA,
     "deepseek_vl_hybrid": Architecture(inputs={"pixel_values": "tile", "high_res_pixel_values": "tile"}),
+    "deepseek_ocr2": Architecture(inputs=_LOCAL),
+    "emu3": Architecture(inputs=_SIZED),
     "ernie4_5_vl_moe": Architecture(inputs=_PATCHES, per_token_arguments={"moe_mm_token_type_ids": -1}),
     "exaone4_5": _QWEN,
     "fast_vlm": _LLAVA,
+    "fuyu": Architecture(inputs={"pixel_values": "tile", "image_patches": "tile"}, image_gap=1),
     "gemma3": _LLAVA,
     "gemma3n": Architecture(per_token_arguments={"per_layer_input": -2}),
     "gemma4": Architecture(
@@ -104,6 +110,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm_ocr": _QWEN,
     "glmga": _QWEN,
     "got_ocr2": _LLAVA,
+    "granite4_vision": Architecture(inputs=_SIZED, deepstack=("vision_mask", "deepstack_features")),
+    "granite_docling": Architecture(
+        inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}, deepstack=_DEEPSTACK
+    ),
     "hunyuan_vl": _QWEN,
     "hyperclovax_vision_v2": _QWEN,
     "idefics2": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
@@ -121,6 +131,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         inputs={**_SIZED, "batch_num_images": "sample", "pixel_values_videos": "video"},
     ),
     "mistral3": Architecture(inputs=_SIZED, image_gap=1),
+    "molmo2": Architecture(
+        inputs=dict.fromkeys(
+            (
+                *("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"),
+                *("pixel_values_videos", "video_token_pooling", "video_grids"),
+            ),
+            "batch",
+        ),
+        image_gap=1,
+    ),
+    "nemotron_h_omni": Architecture(
+        inputs={"pixel_values": "tile", "image_grid_hw": "image_grid_hw"},
+        decoder_attribute="model",
+        attention_attributes=("mixer",),
+    ),
     "ovis2": _LLAVA,
     "paddleocr_vl": _QWEN,
     "paligemma": _LLAVA,
@@ -137,8 +162,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_vl_moe": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
     "shieldgemma2": _LLAVA,
     "smolvlm": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
+    "step3p7": Architecture(inputs=_LOCAL),
     "video_llama_3": Architecture(
-        inputs={"pixel_values": "tile", "image_grid_thw": "image_grid_thw", "image_merge_sizes": "image"}
+        inputs={
+            **{"pixel_values": "tile", "image_grid_thw": "image_grid_thw", "image_merge_sizes": "image"},
+            **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "video_merge_sizes"), "batch"),
+            "video_compression_mask": "batch",
+        }
     ),
     "video_llava": Architecture(
         inputs={"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
@@ -146,14 +176,37 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vipllava": _LLAVA,
 }
 
+_ENCODER_DECODER = "it is an encoder-decoder, whose decoder sees the image only through cross-attention"
+_CROSS_ATTENTION = "its decoder sees images only through cross-attention layers"
+_INNER_GENERATE = "its `generate` hands everything on to the `generate` of a model inside"
+_MASKED_PLACES = (
+    "its configuration names no id for visual tokens; only `image_embeds_position_mask` tells their places"
+)
 _INDEXED = "its layers choose single tokens by their index, and hand the choice on to each other"
 
 # Why the others cannot be guided and cannot guide.
 UNSUPPORTED: dict[str, str] = {
+    "blip": _CROSS_ATTENTION,
+    "blip-2": _INNER_GENERATE,
+    "evolla": "it reads proteins, through cross-attention layers, and no images",
+    "florence2": _ENCODER_DECODER,
+    "git": "it puts an image's features in front of the text, where no placeholder stands for them",
     "glm5_next": _INDEXED,
+    "idefics": _CROSS_ATTENTION,
+    "instructblip": _INNER_GENERATE,
+    "instructblipvideo": _INNER_GENERATE,
     "janus": "its own `generate` withholds logits processors from the text that it writes",
+    "kosmos-2": _MASKED_PLACES,
+    "kosmos-2.5": _MASKED_PLACES,
     "mistral_large4": _INDEXED,
+    "mllama": _CROSS_ATTENTION,
+    "pix2struct": _ENCODER_DECODER,
+    "pp_formulanet": _ENCODER_DECODER,
     "qwen4_exp": _INDEXED,
+    "t5gemma2": "it is an encoder-decoder, and its visual tokens stand in the encoder's prompt",
+    "udop": _ENCODER_DECODER,
+    "unlimited_ocr": "its cache remembers how long the prompt was, so no layer can be handed a shorter one",
+    "vision-encoder-decoder": _ENCODER_DECODER,
 }
 
 # Attention functions that are handed a block mask or a paged cache, which can neither be recorded nor cut.
@@ -297,8 +350,9 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for index, layer in enumerate(decoder_layers(model)):
         for name in attributes:
-            if getattr(layer, name, None) is not None:
-                found[index] = getattr(layer, name)
+            module = getattr(layer, name, None)
+            if hasattr(module, "is_causal"):
+                found[index] = module
     return found
 
 

@@ -126,8 +126,8 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
             selected[name] = value[chosen.to(value.device)]
         else:
             raise ValueError(
-                f"Some prompts of this batch exit early, but nothing tells to which prompts the {value.shape[0]} rows "
-                f"of `{name}` belong: pass such prompts one at a time, or without `early_exit_threshold`."
+                f"Some prompts of this batch exit early, but nothing tells to which prompts the rows of `{name}` "
+                "belong: pass such prompts one at a time, or without `early_exit_threshold`."
             )
     return selected
 

@@ -426,6 +426,11 @@ def _row_owners(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Ten
     for name, kind in check_supported(model.config).inputs.items():
         if kind == "sample" or inputs.get(name) is None:
             continue
+        if kind == "batch":
+            raise ValueError(
+                f"Some prompts of this batch exit early, but nothing tells to which prompts the rows of `{name}` "
+                "belong: pass such prompts one at a time, or without `early_exit_threshold`."
+            )
         tokens = visual_tokens_of(model.config, inputs, "video" if "video" in name or kind == "video" else "image")
         if not tokens.counts.any():  # some models write videos with the placeholders of images
             tokens = visual_tokens_of(model.config, inputs)

@@ -109,7 +109,7 @@ class VisualTokenPruner(HookContext):
         self._kept = _KeptTokens.from_mask(keep_mask)
         # Of the forward pass that is running:
         self._cuts: dict[torch.device, _Cut] = {}  # by device
-        self._added: dict[nn.Module, Tensor] = {}  # what deepstack adds to the outputs of pruned layers
+        self._added: dict[int, Tensor] = {}  # what deepstack adds to the inputs of pruned layers
         self._positions_given = True
 
     def _register(self, stack: ExitStack) -> None:
@@ -121,8 +121,6 @@ class VisualTokenPruner(HookContext):
         stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
         for layer in self._patterns:
             stack.callback(layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True).remove)
-            if self._deepstack is not None:
-                stack.callback(layer.register_forward_hook(self._add_to_output).remove)
 
     def _note_positions(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: whether the model was told its positions, or has to count them."""
@@ -147,12 +145,20 @@ class VisualTokenPruner(HookContext):
         self._added.clear()
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
             places, added = (kwargs[name] for name in self._deepstack)
-            kwargs[self._deepstack[1]] = added[: self.prune_layer]
-            layers = list(self._index)
-            for index in range(self.prune_layer, len(added)):
-                whole = added[index].new_zeros(*places.shape[:2], added[index].shape[-1])
-                whole[places] = added[index]
-                self._added[layers[index]] = cut.rows_of(whole)
+            # Either layers are named before which something is added, or something is added behind the first layers.
+            # The model goes on to add what comes before the tokens are dropped; the rest is ours.
+            if isinstance(added, dict):
+                kwargs[self._deepstack[1]] = {
+                    index: each for index, each in added.items() if index <= self.prune_layer
+                }
+            else:
+                kwargs[self._deepstack[1]] = added[: self.prune_layer]
+                added = dict(enumerate(added, start=1))
+            for index, each in added.items():
+                if index > self.prune_layer:
+                    whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
+                    whole[places.reshape(inputs.shape[:2])] = each
+                    self._added[index] = cut.rows_of(whole)
         return args, kwargs
 
     def _prune_layer_inputs(
@@ -166,6 +172,8 @@ class VisualTokenPruner(HookContext):
         cut = self._cuts.setdefault(hidden_states.device, cut.to(hidden_states.device))
         if self._index[layer] == self.prune_layer:
             hidden_states = cut.rows_of(hidden_states)
+        if self._index[layer] in self._added:
+            hidden_states = hidden_states + self._added[self._index[layer]].to(hidden_states)
 
         num_queries = hidden_states.shape[-2]  # fewer where the model itself goes on with the last tokens only
         for name, axis in self._per_token.items():
@@ -183,15 +191,6 @@ class VisualTokenPruner(HookContext):
                 mask, pattern, num_queries, num_keys, self._implementation, hidden_states.dtype
             )
         return (hidden_states,), kwargs
-
-    def _add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Layer hook: adds what deepstack adds, in the places of the kept tokens."""
-        added = self._added.get(layer)
-        if added is None:
-            return output
-        if isinstance(output, Tensor):
-            return output + added.to(output)
-        return (output[0] + added.to(output[0]), *output[1:])
 
     def _past_length(self, cache: Cache | None) -> int:
         """How many tokens of the whole sequence lie before this pass, to judge by the cache."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ VOCAB_SIZE, NUM_TEXT_IDS = 64, 50
 IMAGE, EOS, PAD, VIDEO, START, END, BREAK = 60, 61, 62, 59, 58, 57, 56
 
 Generator = torch.Generator
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors, but for a few lists that processors do not turn into tensors
 
 
 def _joined(inputs: list[Inputs]) -> Inputs:
     """The image inputs of several samples as those of one batch: one below the other."""
-    return {name: torch.cat([each[name] for each in inputs if name in each]) for name in inputs[0]}
+    joined: Inputs = {}
+    for name in dict.fromkeys(name for each in inputs for name in each):
+        rows = [each[name] for each in inputs if name in each]
+        joined[name] = list(chain(*rows)) if isinstance(rows[0], list) else torch.cat(rows)
+    return joined
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,11 @@ def tiny_model(
         for path, parameter in model.named_parameters():  # what training would move away from zero
             if not path.endswith("bias") and not parameter.any():
                 parameter.normal_(std=0.3)
-    model.generation_config.eos_token_id = EOS
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, VOCAB_SIZE)]
+    for part in model.modules():  # some models hand `generate` on to their decoder
+        if hasattr(part, "generation_config"):
+            part.generation_config.eos_token_id = EOS
+            part.generation_config.pad_token_id = PAD
+            part.generation_config.suppress_tokens = [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, VOCAB_SIZE)]
     return model
 
 
@@ -131,4 +138,4 @@ def _text(length: int, generator: Generator) -> list[int]:
 
 
 # At the end, because these modules fill the table above.
-from . import grids, tiles  # noqa: E402, F401
+from . import grids, others, tiles  # noqa: E402, F401

@@ -624,6 +624,7 @@ def _video_llama_videos(config: PreTrainedConfig, number: int, generator: Genera
 _add(
     "video_llama_3",
     TinyArchitecture(
+        divides_videos=False,
         config=_config(
             "video_llama_3",
             _layers(),
@@ -908,6 +909,7 @@ def _hunyuan_images(config: PreTrainedConfig, number: int, generator: Generator)
 _add(
     "hunyuan_vl",
     TinyArchitecture(
+        batches_alike=False,
         config=_config(
             "hunyuan_vl",
             {

@@ -130,8 +130,8 @@ def single(
 def padded(inputs: list[Inputs], dims: dict[str, int]) -> Inputs:
     """Joins the image inputs of samples, of which some are padded with zeros along a dimension."""
     joined = {}
-    for name in inputs[0]:
-        tensors = [each[name] for each in inputs]
+    for name in dict.fromkeys(name for each in inputs for name in each):
+        tensors = [each[name] for each in inputs if name in each]
         if name in dims:
             width = max(tensor.shape[dims[name]] for tensor in tensors)
             tensors = [_widened(tensor, dims[name], width) for tensor in tensors]
@@ -217,10 +217,10 @@ register("vipllava", TinyArchitecture(_vipllava, single(GRID**2)))
 register("fast_vlm", TinyArchitecture(_fast_vlm, single(GRID**2)))
 
 
-def _unpadded(size: tuple[int, int]) -> tuple[int, int, int]:
+def unpadded(size: tuple[int, int], patch: int = PATCH) -> tuple[int, int, int]:
     """How many tiles an image of that height and width is cut into, and the rows and columns of features left."""
     height, width = select_best_resolution(size, PINPOINTS)
-    rows, columns = height // PATCH, width // PATCH
+    rows, columns = height // patch, width // patch
     if size[1] / size[0] > columns / rows:
         left = int(round(size[0] * columns / size[1], 7))
         return (height // SIDE) * (width // SIDE), rows - (rows - left) // 2 * 2, columns
@@ -247,13 +247,13 @@ def _llava_next_images(config: PreTrainedConfig, number: int, generator: Generat
     sizes = [one_of(SIZES, generator) for _ in range(number)]
     spans, tiles = [], []
     for size in sizes:
-        count, rows, columns = _unpadded(size)
+        count, rows, columns = unpadded(size)
         spans.append([IMAGE] * (GRID**2 + rows * (columns + 1)))
         tiles.append({"pixel_values": pixels(count + 1, generator)[None], "image_sizes": torch.tensor([size])})
     return spans, padded(tiles, {"pixel_values": 1})
 
 
-def _join_tiles(inputs: list[Inputs]) -> Inputs:
+def join_tiles(inputs: list[Inputs]) -> Inputs:
     return padded(inputs, {"pixel_values": 1})
 
 
@@ -267,10 +267,10 @@ def _frames(frames: int, tokens: int, side: int = SIDE) -> Callable[[PreTrainedC
     return videos
 
 
-register("llava_next", TinyArchitecture(_llava_next("llava_next"), _llava_next_images, joined=_join_tiles))
+register("llava_next", TinyArchitecture(_llava_next("llava_next"), _llava_next_images, joined=join_tiles))
 register(
     "llava_next_video",
-    TinyArchitecture(_llava_next("llava_next_video"), _llava_next_images, _frames(3, 3 * 4), _join_tiles),
+    TinyArchitecture(_llava_next("llava_next_video"), _llava_next_images, _frames(3, 3 * 4), join_tiles),
 )
 
 
@@ -289,7 +289,7 @@ def _llava_onevision(num_layers: int) -> PreTrainedConfig:
 def _llava_onevision_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
     if number == 1:
         (size,) = sizes = [one_of(SIZES, generator)]
-        count, rows, columns = _unpadded(size)
+        count, rows, columns = unpadded(size)
         ratio = (rows * columns / (2 * GRID**2)) ** 0.5
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
@@ -305,7 +305,7 @@ def _llava_onevision_images(config: PreTrainedConfig, number: int, generator: Ge
 
 register(
     "llava_onevision",
-    TinyArchitecture(_llava_onevision, _llava_onevision_images, _frames(3, 3 * 4 + 1), _join_tiles),
+    TinyArchitecture(_llava_onevision, _llava_onevision_images, _frames(3, 3 * 4 + 1), join_tiles),
 )
 
 
