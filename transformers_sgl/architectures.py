@@ -165,7 +165,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "step3p7": Architecture(inputs=_LOCAL),
     "video_llama_3": Architecture(
         inputs={
-            **{"pixel_values": "tile", "image_grid_thw": "image_grid_thw", "image_merge_sizes": "image"},
+            "pixel_values": "tile",
+            "image_grid_thw": "image_grid_thw",
+            "image_merge_sizes": "image",
             **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "video_merge_sizes"), "batch"),
             "video_compression_mask": "batch",
         }

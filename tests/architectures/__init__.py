@@ -52,7 +52,6 @@ class TinyArchitecture:
     joined: Callable[[list[Inputs]], Inputs] = _joined
     token_types: str | Callable[[Tensor], Inputs] | None = None
     batches_alike: bool = True
-    divides_videos: bool = True
 
     def per_token(self, input_ids: Tensor) -> Inputs:
         """The inputs beside `input_ids` that have one entry per prompt token; 0 stands for text and padding."""

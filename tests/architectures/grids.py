@@ -624,7 +624,6 @@ def _video_llama_videos(config: PreTrainedConfig, number: int, generator: Genera
 _add(
     "video_llama_3",
     TinyArchitecture(
-        divides_videos=False,
         config=_config(
             "video_llama_3",
             _layers(),
