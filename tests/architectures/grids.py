@@ -939,3 +939,166 @@ _add(
         token_types="mm_token_type_ids",
     ),
 )
+
+
+# Cohere Compass: as Qwen3-VL, with sliding layers and full layers without positions.
+_add(
+    "cohere_compass",
+    TinyArchitecture(
+        config=_config(
+            "cohere_compass",
+            _blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
+            {
+                "layer_types": _repeated("sliding_attention", "full_attention"),
+                "sliding_window": 8,
+                "rope_parameters": {
+                    "sliding_attention": {**MROPE, "mrope_interleaved": True},
+                    "full_attention": None,
+                },
+            },
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+_add(
+    "cosmos3_edge",
+    TinyArchitecture(
+        config=_config(
+            "cosmos3_edge",
+            {**_layers(), "num_patches": 16, "spatial_merge_size": 2},
+            {"rope_parameters": MROPE, "head_dim": 8},
+            projector_hidden_size=32,
+            **_IDS,
+        ),
+        images=_patches(shape=(3 * PATCH**2,)),
+        videos=_videos(_timed_spans, shape=(3 * PATCH**2,)),
+        token_types="mm_token_type_ids",
+    ),
+)
+_add(
+    "cosmos3_omni",
+    TinyArchitecture(
+        config=_config(
+            "cosmos3_omni",
+            {
+                **_blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
+                "model_type": "qwen3_vl_vision",
+            },
+            {"model_type": "qwen3_vl_text", "rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 8},
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+
+# dots.note: latent attention, in sliding windows or to selected keys.
+_SLIDING_LATENT = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
+_add(
+    "dots3_note",
+    TinyArchitecture(
+        config=_config(
+            "dots3_note",
+            {
+                **_layers(num_hidden_layers=2),
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_local_experts": 4,
+                "moe_intermediate_size": 16,
+                "adapter_in_dim": 16,
+                "adapter_out_dim": 32,
+            },
+            {
+                **_LATENT,
+                **_SLIDING_LATENT,
+                "head_dim": 16,
+                "layer_types": _repeated("sliding_attention", "indexed_attention"),
+                "sliding_window": 8,
+                "index_topk": 8,
+                "index_head_dim": 16,
+                "index_n_heads": 8,
+                "shared_experts_intermediate_size": 16,
+            },
+            audio_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "feature_size": 8,
+                "downsample_hidden_size": 8,
+                "adapter_input_size": 16,
+                "adapter_out_dim": 32,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=51,
+        ),
+        images=_patches(shape=(3 * PATCH**2,)),
+        videos=_videos(_one_span, shape=(3 * PATCH**2,)),
+    ),
+)
+
+
+# MiniCPM-V: an image and its slices, all patches one behind the other in a single picture.
+def _minicpm_images(reduction: int) -> Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]]:
+    def make(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
+        spans, views = [], []
+        for index in range(number):
+            rows, columns = ((0, 0), (1, 2), (2, 1))[_side(generator, 0, 2)]
+            whole, part = _sides(generator), (_side(generator, 1, 2), 2)
+            span = [*_texts(generator), START, *[IMAGE] * (whole[0] * whole[1]), END]
+            for row in range(rows):
+                span += [BREAK] * (row > 0) + [VIDEO_START, *[IMAGE] * (part[0] * part[1]), VIDEO_END] * columns
+            spans.append(span)
+            views += [whole] + [part] * (rows * columns)
+        sizes = reduction * torch.tensor(views)
+        width = PATCH * int(sizes.prod(dim=1).sum())
+        return spans, {
+            "pixel_values": torch.randn(1, 3, PATCH, width, generator=generator),
+            "target_sizes": sizes.int(),
+        }
+
+    return make
+
+
+def _minicpm_joined(inputs: list[Inputs]) -> Inputs:
+    return {
+        "pixel_values": torch.cat([each["pixel_values"] for each in inputs], dim=-1),
+        "target_sizes": torch.cat([each["target_sizes"] for each in inputs]),
+    }
+
+
+# Its mode "16x" merges 4 x 4 patches; in transformers 5.17 that works only for views of one size.
+for _name, _reduction, _mode in (("minicpmv4_6", 2, "4x"), ("minicpmv4_7", 4, "16x"), ("minicpm_ocr", 2, "4x")):
+    _add(
+        _name,
+        TinyArchitecture(
+            config=_config(
+                _name,
+                {**_layers(num_hidden_layers=2), "image_size": 16},
+                {**_LINEAR, "model_type": "qwen3_5_text"},
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+                image_start_id=START,
+                image_end_id=END,
+                slice_start_id=VIDEO_START,
+                slice_end_id=VIDEO_END,
+                newline_id=BREAK,
+                insert_layer_id=0,
+                downsample_mode=_mode,
+                tie_word_embeddings=False,
+            ),
+            images=_minicpm_images(_reduction),
+            joined=_minicpm_joined,
+            token_types="mm_token_type_ids" if _name == "minicpmv4_7" else None,
+        ),
+    )
