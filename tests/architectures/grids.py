@@ -1052,7 +1052,7 @@ _add(
 def _minicpm_images(reduction: int) -> Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]]:
     def make(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
         spans, views = [], []
-        for index in range(number):
+        for _ in range(number):
             rows, columns = ((0, 0), (1, 2), (2, 1))[_side(generator, 0, 2)]
             whole, part = _sides(generator), (_side(generator, 1, 2), 2)
             span = [*_texts(generator), START, *[IMAGE] * (whole[0] * whole[1]), END]
