@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ VOCAB_SIZE, NUM_TEXT_IDS = 64, 50
 IMAGE, EOS, PAD, VIDEO, START, END, BREAK = 60, 61, 62, 59, 58, 57, 56
 
 Generator = torch.Generator
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors, but for a few lists that processors do not turn into tensors
 
 
 def _joined(inputs: list[Inputs]) -> Inputs:
     """The image inputs of several samples as those of one batch: one below the other."""
-    return {name: torch.cat([each[name] for each in inputs if name in each]) for name in inputs[0]}
+    joined: Inputs = {}
+    for name in dict.fromkeys(name for each in inputs for name in each):
+        rows = [each[name] for each in inputs if name in each]
+        joined[name] = list(chain(*rows)) if isinstance(rows[0], list) else torch.cat(rows)
+    return joined
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class TinyArchitecture:
         joined: How the image inputs of samples become those of a batch.
         token_types: The name of the input that marks visual tokens with 1 (images) and 2 (videos), or, where that is
             not all, a function from `input_ids` to the inputs of the same shape.
+        attn_implementations: What its decoder's attention can run on without a GPU.
     """
 
     config: Callable[[int], PreTrainedConfig]
@@ -46,6 +52,7 @@ class TinyArchitecture:
     videos: Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]] | None = None
     joined: Callable[[list[Inputs]], Inputs] = _joined
     token_types: str | Callable[[Tensor], Inputs] | None = None
+    attn_implementations: tuple[str, ...] = ("sdpa", "eager")
 
     def per_token(self, input_ids: Tensor) -> Inputs:
         """The inputs beside `input_ids` that have one entry per prompt token; 0 stands for text and padding."""
@@ -60,17 +67,27 @@ TINY: dict[str, TinyArchitecture] = {}  # filled by the modules of this package,
 
 
 def tiny_model(
-    name: str, num_layers: int = 4, attn_implementation: str = "sdpa", seed: int = 0, **changes: Any
+    name: str, num_layers: int = 4, attn_implementation: str | None = None, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """A random model of that architecture, with weights large enough that its answers depend on everything."""
     config = TINY[name].config(num_layers)
     for attribute, value in changes.items():
         setattr(config.get_text_config(decoder=True), attribute, value)
+    # For the decoder alone, because some vision towers know only eager attention.
+    decoder = next((key for key, part in vars(config).items() if part is config.get_text_config(decoder=True)), None)
+    attn_implementation = attn_implementation or TINY[name].attn_implementations[0]
+    implementation = {decoder: attn_implementation} if decoder else attn_implementation
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn_implementation).eval()
-    model.generation_config.eos_token_id = EOS
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, VOCAB_SIZE)]
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():  # what training would move away from zero
+            if not path.endswith("bias") and not parameter.any():
+                parameter.normal_(std=0.3)
+    for part in model.modules():  # some models hand `generate` on to their decoder
+        if hasattr(part, "generation_config"):
+            part.generation_config.eos_token_id = EOS
+            part.generation_config.pad_token_id = PAD
+            part.generation_config.suppress_tokens = [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, VOCAB_SIZE)]
     return model
 
 
