@@ -206,6 +206,7 @@ _DISTANCES = "its layers count the distances between tokens in their caches, whi
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS_ATTENTION,
     "blip-2": _INNER_GENERATE,
+    "diffusion_gemma": "it writes blocks of tokens by diffusion, and not one after the other",
     "dots3_note": _INDEXED,
     "evolla": "it reads proteins, through cross-attention layers, and no images",
     "florence2": _ENCODER_DECODER,
@@ -219,8 +220,10 @@ UNSUPPORTED: dict[str, str] = {
     "janus": "its own `generate` withholds logits processors from the text that it writes",
     "kosmos-2": _MASKED_PLACES,
     "kosmos-2.5": _MASKED_PLACES,
+    "mistral4": "it is a text decoder alone, which sees images as a part of a 'mistral3' model",
     "mistral_large4": _INDEXED,
     "mllama": _CROSS_ATTENTION,
+    "pi0": "it writes the actions of a robot, and no text",
     "pix2struct": _ENCODER_DECODER,
     "pp_formulanet": _ENCODER_DECODER,
     "qwen4_exp": _INDEXED,
