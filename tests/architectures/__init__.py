@@ -139,4 +139,4 @@ def _text(length: int, generator: Generator) -> list[int]:
 
 
 # At the end, because these modules fill the table above.
-from . import grids  # noqa: E402, F401
+from . import grids, natives  # noqa: E402, F401
