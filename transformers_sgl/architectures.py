@@ -391,7 +391,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     for index, layer in enumerate(decoder_layers(model)):
         for name in attributes:
             module = getattr(layer, name, None)
-            if hasattr(module, "is_causal"):
+            if isinstance(module, nn.Module) and hasattr(module, "is_causal"):
                 found[index] = module
     return found
 
