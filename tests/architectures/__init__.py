@@ -66,7 +66,11 @@ def tiny_model(
 
 
 def tiny_samples(
-    name: str, images: tuple[int, ...] = (1, 2, 1), text: tuple[int, ...] = (5, 3, 9), seed: int = 0, video: bool = False
+    name: str,
+    images: tuple[int, ...] = (1, 2, 1),
+    text: tuple[int, ...] = (5, 3, 9),
+    seed: int = 0,
+    video: bool = False,
 ) -> list[Inputs]:
     """Prompts one by one: so many images (or videos) with a text token between them, then so many text tokens."""
     tiny = TINY[name]
