@@ -187,6 +187,16 @@ _add(
     vision_feature_select_strategy="full",
 )
 _add(
+    "llava_onevision_shrunk",
+    "LlavaOnevisionProcessor",
+    "LlavaOnevisionImageProcessor",
+    {"size": square(35), "image_grid_pinpoints": [[35 * i, 35 * j] for i in range(1, 4) for j in range(1, 4)]},
+    video="LlavaOnevisionVideoProcessor",
+    num_image_tokens=16,
+    vision_feature_select_strategy="full",
+    vision_aspect_ratio="anyres_max_4",
+)
+_add(
     "mistral3",
     "PixtralProcessor",
     "PixtralImageProcessor",
