@@ -125,6 +125,17 @@ def packed_tiles(processor: ProcessorMixin, inputs: BatchFeature) -> Iterator[To
                 yield token.reshape(-1, 3).T
 
 
+def packed_picture(processor: ProcessorMixin, inputs: BatchFeature) -> Iterator[Token]:
+    """The same for one picture, whose patches know their places."""
+    places = inputs["image_position_ids"][0].tolist()
+    patches = {(row, column): patch for patch, (column, row) in zip(inputs["pixel_values"][0], places, strict=True)}
+    size = processor.image_processor.pooling_kernel_size
+    for top in range(0, max(row for row, _ in patches) + 1, size):
+        for left in range(0, max(column for _, column in patches) + 1, size):
+            own = [patches[top + i, left + j] for i in range(size) for j in range(size)]
+            yield torch.cat(own).reshape(-1, 3).T
+
+
 def native_size(processor: ProcessorMixin, inputs: BatchFeature) -> Iterator[Token]:
     """One picture of any aspect ratio."""
     [(height, width)] = inputs["image_sizes"].tolist()
@@ -164,17 +175,20 @@ _shrunk = any_resolution(transformers.LlavaOnevisionModel, 8, vision_aspect_rati
 # Name: the processor, what is different about its settings, and what its tokens show.
 CASES: dict[str, tuple[str, dict[str, Any], Tokens]] = {
     "aya_vision": ("aya_vision", {}, tiles(4)),
+    "chameleon": ("chameleon", {}, tiles(6)),
     "cohere2_vision": ("cohere2_vision", {}, tiles(4)),
     "cohere_compass": ("cohere_compass", {}, merged_patches),
     "cosmos3_edge": ("cosmos3_edge", {}, channels_last),
     "deepseek_vl": ("deepseek_vl", {}, tiles(6)),
     "deepseek_vl_hybrid": ("deepseek_vl_hybrid", {}, tiles(6)),
+    "dots3_note": ("dots3_note", {}, merged_patches),
     "ernie4_5_vl_moe": ("ernie4_5_vl_moe", {}, merged_patches),
     "exaone4_5": ("exaone4_5", {}, merged_patches),
     "fast_vlm": ("fast_vlm", {}, tiles(6)),
     "gemma3": ("gemma3", {}, tiles(6)),
     "gemma3, crops": ("gemma3", _PAN_AND_SCAN, tiles(6)),
     "gemma3n": ("gemma3n", {}, tiles(6)),
+    "gemma4": ("gemma4", {}, packed_picture),
     "glm46v": ("glm46v", {}, merged_patches),
     "glm4v": ("glm4v", {}, merged_patches),
     "got_ocr2": ("got_ocr2", {}, tiles(16)),
@@ -205,6 +219,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Tokens]] = {
     "minimax_m3_vl": ("minimax_m3_vl", {}, merged_patches),
     "mistral3": ("mistral3", {}, native_size),
     "muse_glimmer": ("muse_glimmer", {}, patches_to_merge),
+    "muse_spark": ("muse_spark", {}, patches_to_merge),
     "ovis2": ("ovis2", {}, tiles(4)),
     "paddleocr_vl": ("paddleocr_vl", {}, patches_to_merge),
     "paligemma": ("paligemma", {}, tiles(6)),
@@ -214,6 +229,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Tokens]] = {
     "qwen2_5_omni": ("qwen2_5_omni", {}, merged_patches),
     "qwen2_5_vl": ("qwen2_5_vl", {}, merged_patches),
     "qwen2_vl": ("qwen2_vl", {}, merged_patches),
+    "qwen3_omni_moe": ("qwen3_omni_moe", {}, merged_patches),
     "qwen3_vl": ("qwen3_vl", {}, merged_patches),
     "smolvlm": ("smolvlm", {}, tiles(4)),
     "video_llama_3": ("video_llama_3", {}, merged_patches),

@@ -37,13 +37,14 @@ OTHER_TOKENS = [
     "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL", "<IMG_ATOM>", "<imgpad>", "[IMG]",
     "[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|vision_start|>",
     "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|begin_of_video|>", "<|end_of_video|>",
-    "]<]image[>[", "]<]video[>[", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>",
+    "]<]image[>[", "]<]video[>[", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>", "<|imgpad|>",
+    "<|audio_comp_pad|>",
 ]  # fmt: skip
 
 
 def tiny_tokenizer(**names: str) -> PreTrainedTokenizerFast:
     """One token for each special token, and one for everything else; some may be named otherwise."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *NAMED_TOKENS.values(), *OTHER_TOKENS]
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<sep>", *NAMED_TOKENS.values(), *OTHER_TOKENS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
     fast = PreTrainedTokenizerFast(
@@ -52,6 +53,7 @@ def tiny_tokenizer(**names: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
+        sep_token="<sep>",
         extra_special_tokens={**NAMED_TOKENS, **names},
     )
     fast.add_tokens(OTHER_TOKENS, special_tokens=True)
@@ -83,8 +85,9 @@ def _add(
             parts["video_processor"] = getattr(transformers, video)()
         if audio is not None:
             parts["feature_extractor"] = getattr(transformers, audio)()
-        if kind == "SmolVLMProcessor":  # would like to write the numbers of a video's frames in words
-            sys.modules[getattr(transformers, kind).__module__].num2words = str
+        if kind == "SmolVLMProcessor":  # would like to write the number of a video's frames in words
+            own_module = sys.modules[getattr(transformers, kind).__module__]
+            own_module.num2words = own_module.num2words or str
         names = {"image_token": "<|IMAGE_PAD|>"} if kind == "CohereCompassProcessor" else {}
         return getattr(transformers, kind)(**parts, tokenizer=tiny_tokenizer(**names), **own)
 
@@ -322,4 +325,43 @@ _add(
     {"size": {"shortest_edge": 48}, "crop_size": square(48)},
     "VideoLlavaVideoProcessor",
     **_CLIP,
+)
+_add(
+    "chameleon",
+    "ChameleonProcessor",
+    "ChameleonImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48)},
+    image_seq_length=36,
+)
+_add(
+    "dots3_note",
+    "Dots3NoteProcessor",
+    "Qwen2VLImageProcessor",
+    _PATCHES,
+    "Qwen2VLVideoProcessor",
+    "Dots3NoteFeatureExtractor",
+)
+_add(
+    "gemma4",
+    "Gemma4Processor",
+    "Gemma4ImageProcessor",
+    {"patch_size": 4, "max_soft_tokens": 70},
+    "Gemma4VideoProcessor",
+    "Gemma4AudioFeatureExtractor",
+)
+_add(
+    "muse_spark",
+    "MuseSparkProcessor",
+    "MuseGlimmerImageProcessor",
+    {"patch_size": 4, "merge_size": 2, "max_image_tokens": 64},
+    "MuseGlimmerVideoProcessor",
+    "MuseSparkFeatureExtractor",
+)
+_add(
+    "qwen3_omni_moe",
+    "Qwen3OmniMoeProcessor",
+    "Qwen2VLImageProcessor",
+    _PATCHES,
+    "Qwen2VLVideoProcessor",
+    "WhisperFeatureExtractor",
 )

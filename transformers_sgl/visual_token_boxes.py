@@ -47,7 +47,7 @@ def has_boxes(processor: ProcessorMixin) -> bool:
 def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image], **kwargs: Any) -> list[Tensor]:
     """Which part of the original image every visual token stands for.
 
-    The first image of a size takes as long as processing three such images; further ones cost nothing.
+    The first image of a size takes a little longer than processing three such images; further ones cost nothing.
 
     Args:
         processor (`ProcessorMixin`): The processor.
@@ -62,6 +62,22 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
 
     Raises:
         ValueError: If it is not known how the processor's tokens lie on an image, or they lie otherwise.
+
+    Example:
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoProcessor
+        >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.visual_token_boxes import visual_token_boxes
+
+        >>> processor = AutoProcessor.from_pretrained(embedded_pair() / "small")
+        >>> [boxes] = visual_token_boxes(processor, [Image.new("RGB", (128, 128))])  # four tiles and a thumbnail
+        >>> boxes.shape
+        torch.Size([320, 4])
+        >>> [round(edge, 2) for edge in boxes[0].tolist()], [round(edge, 2) for edge in boxes[-1].tolist()]
+        ([0.0, 0.0, 0.06, 0.06], [0.88, 0.88, 1.0, 1.0])
+
+        ```
     """
     layout = _layout(processor)
     in_company = layout.depends_on_company and len(images) > 1
@@ -311,17 +327,27 @@ def _native_size(processed: _Processed) -> Iterator[_View]:
     yield _View(_spans(width // size, size), _spans(height // size, size), picture[..., :height, :width])
 
 
-def _packed_patches(processed: _Processed) -> Iterator[_View]:
+def _packed_tiles(processed: _Processed) -> Iterator[_View]:
     """Tiles and thumbnail already cut into patches, `spatial_shapes` of them, which are then merged to tokens."""
-    patches = processed.pixels()  # (3, num_tiles, num_patches, values)
-    merge_size = processed.processor.image_processor.downsample_factor
+    tiles = processed.pixels().unbind(dim=1)
+    for patches, (rows, columns) in zip(tiles, processed.outputs[0]["spatial_shapes"].tolist(), strict=True):
+        yield _packed_view(patches, rows, columns, processed.processor.image_processor.downsample_factor)
+
+
+def _packed_picture(processed: _Processed) -> Iterator[_View]:
+    """One picture already cut into patches, whose places are `image_position_ids`, which are then merged to tokens."""
+    [patches] = processed.pixels().unbind(dim=1)
+    columns, rows = (int(last) + 1 for last in processed.outputs[0]["image_position_ids"][0].amax(dim=0))
+    yield _packed_view(patches, rows, columns, processed.processor.image_processor.pooling_kernel_size)
+
+
+def _packed_view(patches: Tensor, rows: int, columns: int, merge_size: int) -> _View:
+    """A picture of patches, `(3, num_patches, values)`, of which those beyond its rows and columns only fill up."""
     size = math.isqrt(patches.shape[-1] // 3)
-    for number, shape in enumerate(processed.outputs[0]["spatial_shapes"].tolist()):
-        rows, columns = shape
-        own = patches[:, number, : rows * columns].reshape(3, rows, columns, size, size, 3)
-        picture = own.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)
-        cell = merge_size * size
-        yield _View(_spans(math.ceil(columns / merge_size), cell), _spans(math.ceil(rows / merge_size), cell), picture)
+    picture = patches[:, : rows * columns].reshape(3, rows, columns, size, size, 3)
+    picture = picture.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)
+    cell = merge_size * size
+    return _View(_spans(math.ceil(columns / merge_size), cell), _spans(math.ceil(rows / merge_size), cell), picture)
 
 
 def _any_resolution(processed: _Processed) -> Iterator[_View]:
@@ -376,15 +402,18 @@ def _merged(spans: Tensor, count: int) -> Tensor:
 
 LAYOUTS: dict[str, Layout] = {
     "AyaVisionProcessor": Layout(_tiles, placeholder="img_patch_token"),
+    "ChameleonProcessor": Layout(_tiles),
     "Cohere2VisionProcessor": Layout(_tiles),
     "CohereCompassProcessor": Layout(_whole_grid),
     "Cosmos3EdgeProcessor": Layout(_whole_grid),
     "DeepseekVLHybridProcessor": Layout(_tiles),
     "DeepseekVLProcessor": Layout(_tiles),
+    "Dots3NoteProcessor": Layout(_whole_grid),
     "Ernie4_5_VLMoeProcessor": Layout(_whole_grid),
     "Exaone4_5_Processor": Layout(_whole_grid),
     "Gemma3Processor": Layout(_tiles, placeholder="tokenizer.image_token"),
     "Gemma3nProcessor": Layout(_tiles),
+    "Gemma4Processor": Layout(_packed_picture),
     "Glm46VProcessor": Layout(_whole_grid),
     "Glm4vProcessor": Layout(_whole_grid),
     "GotOcr2Processor": Layout(_tiles),
@@ -393,7 +422,7 @@ LAYOUTS: dict[str, Layout] = {
     "Idefics3Processor": Layout(_tiles),
     "InternVLProcessor": Layout(_tiles),
     "JanusProcessor": Layout(_tiles),
-    "Lfm2VlProcessor": Layout(_packed_patches),
+    "Lfm2VlProcessor": Layout(_packed_tiles),
     "Lfm3VlProcessor": Layout(_whole_grid),
     "LightOnOcrProcessor": Layout(_native_size),
     "Llama4Processor": Layout(_tiles, placeholder="img_patch_token"),
@@ -403,6 +432,7 @@ LAYOUTS: dict[str, Layout] = {
     "LlavaProcessor": Layout(_patches),
     "MiniMaxM3VLProcessor": Layout(_whole_grid),
     "MuseGlimmerProcessor": Layout(_whole_grid),
+    "MuseSparkProcessor": Layout(_whole_grid),
     "Ovis2Processor": Layout(_tiles, placeholder="<IMG_ATOM>"),
     "PaddleOCRVLProcessor": Layout(_whole_grid),
     "PaliGemmaProcessor": Layout(_tiles),
@@ -412,6 +442,7 @@ LAYOUTS: dict[str, Layout] = {
     "Qwen2VLProcessor": Layout(_whole_grid),
     "Qwen2_5OmniProcessor": Layout(_whole_grid),
     "Qwen2_5_VLProcessor": Layout(_whole_grid),
+    "Qwen3OmniMoeProcessor": Layout(_whole_grid),
     "Qwen3VLProcessor": Layout(_whole_grid),
     "SmolVLMProcessor": Layout(_tiles),
     "VideoLlama3Processor": Layout(_whole_grid),
