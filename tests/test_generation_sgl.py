@@ -434,3 +434,11 @@ def test_a_compiled_model_is_guided_like_any_other() -> None:
 def test_continuous_batching_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match="cannot run with continuous batching, .* call `generate` with a batch"):
         getattr(tiny_pair(), method)([[1, 2, 3]])
+
+
+def test_the_cache_of_older_checkpoints_is_no_obstacle() -> None:
+    plain, older = tiny_pair(), tiny_pair()
+    for model in (older.large, older.small, older):
+        model.generation_config.cache_implementation = "hybrid"
+    settings = {**GREEDY, "retention_ratio": 0.3, "prune_layer": 1}
+    assert torch.equal(older.generate(**prompts(), **settings), plain.generate(**prompts(), **settings))

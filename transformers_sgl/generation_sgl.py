@@ -57,8 +57,9 @@ _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokeniz
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 # Plain inputs that are an object of one model.
 _LARGE_ONLY = ("past_key_values",)
-# Caches whose layers may differ in length, and that can be cut back.
-_DYNAMIC_CACHES = (None, "dynamic", "offloaded")
+# Caches whose layers may differ in length, and that can be cut back; "hybrid", as older checkpoints have it, means
+# nothing to transformers any more.
+_DYNAMIC_CACHES = (None, "dynamic", "offloaded", "hybrid")
 # What `generate` writes at the most where nobody said, as in transformers.
 _DEFAULT_MAX_NEW_TOKENS = 20
 # Settings that shape an answer, and so the draft, too: in any vocabulary, and where both models share one.
