@@ -14,7 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     InternVLForConditionalGeneration,
-    LlavaConfig,
+    MllamaConfig,
 )
 
 import transformers_sgl
@@ -155,18 +155,17 @@ class TestRefusals:
 
     def test_an_architecture_that_is_not_supported(self, pair: SGLForConditionalGeneration) -> None:
         large = tiny_internvl()
-        large.config = LlavaConfig()
+        large.config = MllamaConfig()
         before = state(pair.small)
-        with pytest.raises(ValueError, match=r"Models of type 'llava' are not supported, .* use one of 'internvl'"):
+        with pytest.raises(ValueError, match=r"Models of type 'mllama' are not supported, .* use a model that"):
             SGLForConditionalGeneration(large=large, small=pair.small)
         assert state(pair.small) == before
 
-    def test_a_decoder_with_sliding_windows(self) -> None:
-        with pytest.raises(ValueError, match=r"has layers of the types .*'sliding_attention'.* use a model whose"):
-            SGLForConditionalGeneration(
-                large=tiny_internvl(use_sliding_window=True, sliding_window=8, max_window_layers=1),
-                small=tiny_internvl(),
-            )
+    def test_a_decoder_with_layers_of_another_kind(self) -> None:
+        large = tiny_internvl()
+        large.config.text_config.layer_types = ["full_attention", "indexed_attention"] * 2
+        with pytest.raises(ValueError, match=r"has layers of the types \['indexed_attention'\].* use a model with"):
+            SGLForConditionalGeneration(large=large, small=tiny_internvl())
 
     def test_a_bundle_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="nowhere"):

@@ -266,7 +266,7 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"Models of type {config.model_type!r} are not supported, because guidance and pruning have not been "
-            f"verified on them: use one of {', '.join(map(repr, sorted(ARCHITECTURES)))}."
+            "verified on them: use one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
     types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     unknown = sorted(types - _LAYER_TYPES)

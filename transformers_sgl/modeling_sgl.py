@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from transformers_sgl.architectures import ARCHITECTURES, check_supported
+from transformers_sgl.architectures import check_supported
 from transformers_sgl.checkpoints import (
     HUB_KWARGS,
     PARTS,
@@ -499,7 +499,7 @@ def _checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Ch
     else:
         raise ValueError(
             f"The {name} model {checkpoint} is of the type {config.get('model_type')!r}, for which transformers has "
-            f"no code of its own: name one of type {', '.join(map(repr, sorted(ARCHITECTURES)))}."
+            "no code of its own: name one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
     if not str(config.get("transformers_weights") or ".safetensors").endswith((".safetensors", ".index.json")):
         raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))

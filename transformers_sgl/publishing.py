@@ -241,8 +241,7 @@ def _pin(api: HfApi, folder: Path, config: dict[str, Any], notes: list[str]) -> 
             raise ValueError(f"{name!r} has no safetensors weights, and others are never loaded: name another model.")
         model_type = (info.config or {}).get("model_type")
         if model_type is not None and model_type not in ARCHITECTURES:
-            known = ", ".join(map(repr, sorted(ARCHITECTURES)))
-            raise ValueError(f"{name!r} is of type {model_type!r}, but a pair takes {known}: name another model.")
+            raise ValueError(f"{name!r} is of type {model_type!r}, which no pair can have: name another model.")
         if info.private or info.gated:
             notes.append(f"config.json: {name!r} is {'private' if info.private else 'gated'}: not all can load it.")
         pinned[part] = config[part]["revision"] = str(info.sha)

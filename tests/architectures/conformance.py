@@ -219,9 +219,10 @@ def _check_cache(model: PreTrainedModel, cache: Any, num_kept: int, batch: Input
     for index in sorted({key_sources(model.config).get(each, each) for each in attention_modules(model)}):
         prompt_length = batch["input_ids"].shape[1] if index < prune_layer else num_kept
         length = prompt_length + NUM_NEW_TOKENS - 1
-        window = attention_pattern(model, index).window
+        pattern = attention_pattern(model, index)
+        window = pattern.window or pattern.chunk or length + 1
         assert cache.get_seq_length(index) == length
-        assert cache.layers[index].keys.shape[-2] == (length if window is None else min(length, window - 1))
+        assert cache.layers[index].keys.shape[-2] == min(length, window - 1)
 
 
 def _masked(model: PreTrainedModel, sample: Inputs, keep: Tensor, prune_layer: int) -> Any:
