@@ -131,7 +131,7 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config that is no object": (add("config.json", b"[]"), "config.json: is not a JSON object"),
     "half a pair": (entries("config.json", small_config=None), "config.json: cannot be loaded: A pair needs two"),
     "no large config": (remove("large/config.json"), "large/config.json: is missing"),
-    "unsupported model": (entries("large/config.json", model_type="mllama"), "no pair can have: Models of"),
+    "unsupported model": (entries("large/config.json", model_type="idefics"), "no pair can have: Models of"),
     "unknown model": (
         entries("large/config.json", model_type="nothing"),
         "large/config.json: names a large model that no pair",

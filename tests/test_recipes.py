@@ -302,7 +302,7 @@ def test_a_part_that_is_a_pair(write: Write, embedded_pair_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mllama"}, "Models of type 'mllama' are not supported"),
+        ({"model_type": "idefics"}, "Models of type 'idefics' are not supported"),
         ({"model_type": "only_on_the_hub"}, "type 'only_on_the_hub', for which transformers has no code of its own"),
         ({"transformers_weights": "weights.bin"}, "has no weights in safetensors format, and pickled ones"),
     ],
