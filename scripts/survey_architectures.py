@@ -144,7 +144,9 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
             ]
         )
     columns = ["architecture", "guide", "guided", "images", "video", "across families", "transformers", "limits"]
+    num_types = len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     caption = (
+        f"{len(rows)} of the {num_types} types that answer to `AutoModelForImageTextToText`. "
         "Tiny random models of each architecture's own configuration class. Guide: its importance equals the sum of "
         "its eager attentions; guided: pruned, it writes what it writes with the dropped tokens masked, in batches as "
         "alone, with drafts and early exits; across families: it is known which part of an image each of its tokens "
@@ -160,7 +162,7 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         "unsupported-architectures": {
             "columns": ["architecture", "not supported, because"],
             "rows": reasons,
-            "caption": "Each is refused with this reason.",
+            "caption": f"{len(reasons)} types are refused, each with this reason.",
         },
     }
 
