@@ -261,7 +261,12 @@ _add(
         config=_config(
             "qwen3_vl_moe",
             _blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
-            {"rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 8, "mlp_only_layers": [0], **_EXPERTS},
+            {
+                "rope_parameters": {**MROPE, "mrope_interleaved": True},
+                "head_dim": 8,
+                "mlp_only_layers": [0],
+                **_EXPERTS,
+            },
             **_IDS,
         ),
         videos=_videos(_timed_spans),
