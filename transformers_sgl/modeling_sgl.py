@@ -53,7 +53,8 @@ from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["SGLForConditionalGeneration"]
 
-logger = logging.get_logger(__name__)
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _MARKER_OF_A_FINISHED_SAVE = "config.json"
 # What of a model's loading is part of what it is, and so of a recipe that is written down.

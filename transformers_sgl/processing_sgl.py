@@ -39,12 +39,13 @@ from transformers_sgl.visual_token_boxes import has_boxes, visual_token_boxes
 
 __all__ = ["SGLProcessor"]
 
-logger = logging.get_logger(__name__)
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _CONFIG_FILE = "processor_config.json"
 
 # Heights and widths in pixels that are cut in every way: smaller than a tile, square, wide, tall, large.
-_PROBE_SIZES = [[height, width] for height in (64, 448, 1500) for width in (64, 448, 1500)]
+_PROBE_SIZES = [[height, width] for height in (16, 64, 448, 1500) for width in (16, 64, 448, 1500)]
 # Those that show whether an image is stretched, cropped or padded.
 _PLACED_PROBE_SIZES = [[96, 96], [96, 300], [300, 96]]
 # How far apart two tokens' edges may lie and still be the same, as a fraction of the image.
@@ -222,7 +223,8 @@ class SGLProcessor(ProcessorMixin):
         Args:
             images (image or list of images, *optional*): As the models' own processors take them.
             text (`str` or list of `str`, *optional*): Prompts, with the large model's image token where images stand.
-            **kwargs: Arguments of the processors.
+            **kwargs: Arguments of the processors. With resampling plain ones go to both, `large_*` and `small_*` to
+                one.
 
         Returns:
             `BatchFeature`: The large model's inputs, and `small_*` where the small model's differ; with resampling
@@ -232,29 +234,28 @@ class SGLProcessor(ProcessorMixin):
         Raises:
             ValueError: If there are videos, whose frames cannot be resampled.
         """
-        resamples = self.importance_transfer == "resampling"
-        if resamples:
-            _check_no_videos(kwargs.get("videos"))
-            images = _loaded(images)
-        inputs = self.large_processor(images=images, text=text, **kwargs)
-        if self.reads_the_same:
-            return inputs
-        small_inputs = self.small_processor(images=images, text=self._small_text(text), **kwargs)
-        if not resamples:
-            return _merge(inputs, small_inputs)
-        by_prompt = [] if text is None else _by_prompt(images, text, _placeholder(self.large_processor))
-        return self._with_boxes(inputs, small_inputs, by_prompt, kwargs)
+        if self.importance_transfer == "identity":
+            inputs = self.large_processor(images=images, text=text, **kwargs)
+            if self.reads_the_same:
+                return inputs
+            return _merge(inputs, self.small_processor(images=images, text=self._small_text(text), **kwargs))
 
-    def apply_chat_template(
-        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+        _check_no_videos(kwargs.get("videos"))
+        images, options = _loaded(images), split_kwargs(kwargs)
+        inputs = self.large_processor(images=images, text=text, **options["large"])
+        small_inputs = self.small_processor(images=images, text=self._small_text(text), **options["small"])
+        by_prompt = [] if text is None else _by_prompt(images, text, _placeholder(self.large_processor))
+        return self._with_boxes((inputs, small_inputs), by_prompt, options)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepares conversations, each model by its own chat template.
 
         Args:
             conversation (list of `dict`, or a list of such): The conversations.
-            chat_template (`str`, *optional*): Another template; with resampling it is the large model's alone.
-            *args: As in `ProcessorMixin.apply_chat_template`.
-            **kwargs: As in `ProcessorMixin.apply_chat_template`.
+            *args: As in `ProcessorMixin.apply_chat_template`; with resampling for the large model alone.
+            **kwargs: As in `ProcessorMixin.apply_chat_template`. With resampling plain arguments go to both
+                processors, `large_*` and `small_*` to one, in `processor_kwargs` too; `chat_template` is the large
+                model's.
 
         Returns:
             `BatchFeature` with `tokenize=True, return_dict=True`: The large model's inputs, and `small_*` where the
@@ -263,19 +264,27 @@ class SGLProcessor(ProcessorMixin):
         Raises:
             ValueError: If there are videos, whose frames cannot be resampled.
         """
-        resamples = self.importance_transfer == "resampling"
-        processor_kwargs = dict(kwargs.get("processor_kwargs") or {})
+        if self.importance_transfer == "identity":
+            inputs = self.large_processor.apply_chat_template(conversation, *args, **kwargs)
+            if self.reads_the_same or not isinstance(inputs, BatchFeature):
+                return inputs
+            return _merge(inputs, self.small_processor.apply_chat_template(conversation, *args, **kwargs))
+
+        if "chat_template" in kwargs:
+            kwargs["large_chat_template"] = kwargs.pop("chat_template")
+        options = split_kwargs(kwargs)
+        processor_options = split_kwargs(kwargs.get("processor_kwargs") or {})
+        for name in PARTS:
+            options[name]["processor_kwargs"] = processor_options[name]
         images: list[list[Any]] = []
-        if resamples and kwargs.get("tokenize"):
+        if kwargs.get("tokenize"):
             conversation, images = _with_loaded_images(conversation)
-        inputs = self.large_processor.apply_chat_template(conversation, chat_template, *args, **kwargs)
-        if self.reads_the_same or not isinstance(inputs, BatchFeature):
+        inputs = self.large_processor.apply_chat_template(conversation, *args, **options["large"])
+        if not isinstance(inputs, BatchFeature):
             return inputs
-        template = None if resamples else chat_template
-        small_inputs = self.small_processor.apply_chat_template(conversation, template, *args, **kwargs)
-        if not resamples:
-            return _merge(inputs, small_inputs)
-        return self._with_boxes(inputs, small_inputs, images, {**processor_kwargs, **kwargs})
+        small_inputs = self.small_processor.apply_chat_template(conversation, **options["small"])
+        options = {name: {**processor_options[name], **options[name]} for name in PARTS}
+        return self._with_boxes((inputs, small_inputs), images, options)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the large model's processor."""
@@ -322,15 +331,18 @@ class SGLProcessor(ProcessorMixin):
         return text.replace(large, small) if isinstance(text, str) else [one.replace(large, small) for one in text]
 
     def _with_boxes(
-        self, inputs: BatchFeature, small_inputs: BatchFeature, images: list[list[Any]], kwargs: dict[str, Any]
+        self, inputs: tuple[BatchFeature, BatchFeature], images: list[list[Any]], options: dict[str, dict[str, Any]]
     ) -> BatchFeature:
         """Both models' inputs, and where their visual tokens lie on each prompt's images."""
-        data = {**inputs, **{f"small_{name}": value for name, value in small_inputs.items()}}
-        if any(images) and "input_ids" in inputs:
-            for name, processor in zip(BOX_INPUTS, (self.large_processor, self.small_processor), strict=True):
-                own = _image_kwargs(processor, kwargs)
-                boxes = [visual_token_boxes(processor, [_as_pil(one) for one in few], **own) for few in images]
-                data[name] = _like(inputs["input_ids"], pad_boxes(boxes))
+        large_inputs, small_inputs = inputs
+        data = {**large_inputs, **{f"small_{name}": value for name, value in small_inputs.items()}}
+        if any(images) and "input_ids" in large_inputs:
+            pictures = [[_as_pil(image) for image in few] for few in images]
+            for key, name in zip(BOX_INPUTS, PARTS, strict=True):
+                processor = getattr(self, f"{name}_processor")
+                own = _image_kwargs(processor, options[name])
+                boxes = [visual_token_boxes(processor, few, **own) for few in pictures]
+                data[key] = _like(large_inputs["input_ids"], pad_boxes(boxes))
         return BatchFeature(data)
 
 
