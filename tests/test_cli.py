@@ -117,6 +117,16 @@ class TestRun:
         arguments = (example, QUESTION, "--model", str(embedded_pair_path), "--dtype", "float32", "--device", "cpu")
         assert run(capsys, *arguments)[0] == 0
 
+    def test_a_guide_that_cuts_the_image_otherwise(self, capsys, example, regridded_pair_path, tmp_path):
+        overlay = tmp_path / "overlay.png"
+        options = ("--model", str(regridded_pair_path), "--show", str(overlay), "--max-new-tokens", "16", "--json")
+        code, out, _ = run(capsys, example, QUESTION, *options)
+        report = json.loads(out)
+        assert code == 0
+        assert report["answer"] == "a red triangle labelled B in the bottom left"
+        assert (report["num_visual_tokens"], report["num_visual_tokens_kept"]) == (320, 64)
+        assert Image.open(overlay).width > 2 * 512
+
 
 class TestErrors:
     """Each is one sentence on standard error, without a traceback, and exit code 2."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_serving
 import torch
 from PIL import Image
 from tiny_families import PROCESSORS, internvl_processor, llava_processor, picture, tiny_family_model, tiny_family_pair
@@ -583,18 +584,19 @@ def test_the_pipeline_answers(tmp_path: Path, dtype: str) -> None:
         assert [answer["generated_text"] for [answer] in batched] == expected
 
 
-@pytest.fixture(scope="module")
-def regridded(embedded_pair_path: Path) -> SGLProcessor:
-    """The embedded pair's processor, whose small half cuts the image into tiles of 9 x 9 tokens, not 8 x 8."""
-    processor = AutoProcessor.from_pretrained(embedded_pair_path)
-    other = copy.deepcopy(processor.small_processor)
-    other.image_processor.size = {"height": 72, "width": 72}
-    other.image_seq_length = 81
-    return SGLProcessor(processor.large_processor, other)
+@mechanics
+def test_the_server_answers(regridded_pair_path: Path) -> None:
+    image = Image.open(regridded_pair_path / "example.png").convert("RGB")
+    processor = AutoProcessor.from_pretrained(regridded_pair_path)
+    with test_serving.in_a_thread(regridded_pair_path, image) as (server, model):
+        answer = server.answer(test_serving.chat(image))
+        assert answer == test_serving.generated(model, processor, image, test_serving.QUESTION)[0]
+        assert answer == test_serving.ANSWER
 
 
-def test_kept_tokens_show_the_object_that_is_asked_for(embedded_pair_path: Path, regridded: SGLProcessor) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(embedded_pair_path)
+def test_kept_tokens_show_the_object_that_is_asked_for(regridded_pair_path: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(regridded_pair_path)
+    regridded = AutoProcessor.from_pretrained(regridded_pair_path)
     asked, on_object = [], []
     for scene in Scenes("test", seed=4, questions_per_scene=1, kinds=("label",), length=24):
         [question] = scene.questions
