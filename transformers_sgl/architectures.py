@@ -24,6 +24,7 @@ __all__ = [
     "check_supported",
     "decoder",
     "decoder_layers",
+    "key_sources",
     "visual_token_ids",
 ]
 
@@ -34,23 +35,25 @@ class Architecture:
 
     Attributes:
         visual_token_attributes (`tuple` of `str`): The configuration's attributes that hold the ids of visual tokens.
-        layers_attribute (`str`): The attribute of `model.get_decoder()` that holds the decoder layers.
+        decoder_attribute (`str`, *optional*): The attribute of `model.get_decoder()` that holds the decoder, where
+            that is not the decoder itself.
         attention_attributes (`tuple` of `str`): The attributes of a decoder layer that may hold its attention. A layer
             with none of them mixes its tokens otherwise: by linear attention or a convolution.
-        per_token_arguments (`tuple` of `str`): Further arguments of a decoder layer that hold one row per token, along
-            their second dimension.
+        per_token_arguments (`dict` from `str` to `int`): Further arguments of a decoder layer that hold one row per
+            token, and along which dimension.
         deepstack (`tuple` of `str`, *optional*): The arguments of the decoder that hold the places of visual tokens
-            and what is added to them after each of the first layers.
-        inputs (`dict`): What a row of each image input is: a `"tile"` or a patch, all of which give equally many
-            visual tokens; a `"grid"`, the sizes of an image in patches, whose product goes with its tokens; something
-            else of one `"image"`; or of one `"sample"`.
+            and what is added to them between its first layers.
+        inputs (`dict`): What a row of each image input belongs to: a `"tile"` or a patch, all of which give equally
+            many visual tokens; an `"image"`; a `"video"`; a `"sample"`; the name of the input that holds the height
+            and width of each row, whose product goes with its visual tokens; or `"batch"`, where only the whole can
+            be understood.
         image_gap (`int`): The most text tokens that may stand between two visual tokens of one image.
     """
 
     visual_token_attributes: tuple[str, ...] = ("image_token_id", "video_token_id")
-    layers_attribute: str = "layers"
+    decoder_attribute: str | None = None
     attention_attributes: tuple[str, ...] = ("self_attn",)
-    per_token_arguments: tuple[str, ...] = ()
+    per_token_arguments: dict[str, int] = field(default_factory=dict)
     deepstack: tuple[str, str] | None = None
     inputs: dict[str, str] = field(default_factory=lambda: {"pixel_values": "tile"})
     image_gap: int = 0
@@ -71,25 +74,140 @@ class AttentionPattern:
 
 _PATCHES = {
     "pixel_values": "tile",
-    "image_grid_thw": "grid",
+    "image_grid_thw": "image_grid_thw",
     "pixel_values_videos": "tile",
-    "video_grid_thw": "grid",
+    "video_grid_thw": "video_grid_thw",
 }
+_SIZED = {"pixel_values": "image", "image_sizes": "image"}
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+_SPATIAL = dict.fromkeys(("pixel_values", "pixel_attention_mask", "spatial_shapes"), "spatial_shapes")
+_SECONDS = {"second_per_grid_ts": "video", "video_second_per_grid": "video"}
+_LOCAL = dict.fromkeys(("pixel_values", "num_local_patches", "pixel_values_local"), "batch")
+_LLAVA = Architecture()
+_QWEN = Architecture(inputs={**_PATCHES, **_SECONDS})
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "internvl": Architecture(inputs={"pixel_values": "tile", "pixel_values_videos": "tile"}),
-    "llava": Architecture(),
-    "gemma3": Architecture(),
-    "qwen2_vl": Architecture(inputs=_PATCHES),
-    "qwen2_5_vl": Architecture(inputs=_PATCHES),
+    "aria": Architecture(inputs={"pixel_values": "tile", "pixel_mask": "tile"}),
+    "aya_vision": _LLAVA,
+    "chameleon": _LLAVA,
+    "cohere2_vision": _LLAVA,
+    "deepseek_vl": _LLAVA,
+    "deepseek_vl_hybrid": Architecture(inputs={"pixel_values": "tile", "high_res_pixel_values": "tile"}),
+    "deepseek_ocr2": Architecture(inputs=_LOCAL),
+    "emu3": Architecture(inputs=_SIZED),
+    "ernie4_5_vl_moe": Architecture(inputs=_PATCHES, per_token_arguments={"moe_mm_token_type_ids": -1}),
+    "exaone4_5": _QWEN,
+    "fast_vlm": _LLAVA,
+    "fuyu": Architecture(inputs={"pixel_values": "tile", "image_patches": "tile"}, image_gap=1),
+    "gemma3": _LLAVA,
+    "gemma3n": Architecture(per_token_arguments={"per_layer_input": -2}),
+    "gemma4": Architecture(
+        inputs={"pixel_values": "image", "image_position_ids": "image"}, per_token_arguments={"per_layer_input": -2}
+    ),
+    "glm46v": _QWEN,
+    "glm4v": _QWEN,
+    "glm4v_moe": _QWEN,
+    "glm_ocr": _QWEN,
+    "glmga": _QWEN,
+    "got_ocr2": _LLAVA,
+    "granite4_vision": Architecture(inputs=_SIZED, deepstack=("vision_mask", "deepstack_features")),
+    "granite_docling": Architecture(
+        inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}, deepstack=_DEEPSTACK
+    ),
+    "hunyuan_vl": _QWEN,
+    "hyperclovax_vision_v2": _QWEN,
+    "idefics2": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
+    "idefics3": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
+    "internvl": _LLAVA,
+    "kimi_k25": _QWEN,
+    "lfm2_vl": Architecture(inputs=_SPATIAL, image_gap=1),
+    "lfm3_vl": _QWEN,
+    "lighton_ocr": Architecture(inputs=_SIZED),
+    "llama4": Architecture(decoder_attribute="model", image_gap=2),
+    "llava": _LLAVA,
+    "llava_next": Architecture(inputs=_SIZED),
+    "llava_next_video": Architecture(inputs={**_SIZED, "pixel_values_videos": "video"}),
+    "llava_onevision": Architecture(
+        inputs={**_SIZED, "batch_num_images": "sample", "pixel_values_videos": "video"},
+    ),
+    "mistral3": Architecture(inputs=_SIZED, image_gap=1),
+    "molmo2": Architecture(
+        inputs=dict.fromkeys(
+            (
+                *("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"),
+                *("pixel_values_videos", "video_token_pooling", "video_grids"),
+            ),
+            "batch",
+        ),
+        image_gap=1,
+    ),
+    "nemotron_h_omni": Architecture(
+        inputs={"pixel_values": "tile", "image_grid_hw": "image_grid_hw"},
+        decoder_attribute="model",
+        attention_attributes=("mixer",),
+    ),
+    "ovis2": _LLAVA,
+    "paddleocr_vl": _QWEN,
+    "paligemma": _LLAVA,
+    "perception_lm": Architecture(inputs={"pixel_values": "image", "pixel_values_videos": "video"}),
+    "pp_chart2table": _LLAVA,
+    "qianfan_ocr": _LLAVA,
+    "qwen2_5_omni_thinker": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen2_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+    "qwen3_omni_moe_thinker": Architecture(inputs={**_PATCHES, **_SECONDS}, deepstack=_DEEPSTACK),
     "qwen3_vl": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
     "qwen3_vl_moe": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
-    "qwen3_5": Architecture(inputs=_PATCHES),
+    "shieldgemma2": _LLAVA,
+    "smolvlm": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
+    "step3p7": Architecture(inputs=_LOCAL),
+    "video_llama_3": Architecture(
+        inputs={
+            **{"pixel_values": "tile", "image_grid_thw": "image_grid_thw", "image_merge_sizes": "image"},
+            **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "video_merge_sizes"), "batch"),
+            "video_compression_mask": "batch",
+        }
+    ),
+    "video_llava": Architecture(
+        inputs={"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
+    ),
+    "vipllava": _LLAVA,
 }
 
+_ENCODER_DECODER = "it is an encoder-decoder, whose decoder sees the image only through cross-attention"
+_CROSS_ATTENTION = "its decoder sees images only through cross-attention layers"
+_INNER_GENERATE = "its `generate` hands everything on to the `generate` of a model inside"
+_MASKED_PLACES = (
+    "its configuration names no id for visual tokens; only `image_embeds_position_mask` tells their places"
+)
+_INDEXED = "its layers choose single tokens by their index, and hand the choice on to each other"
+
 # Why the others cannot be guided and cannot guide.
-UNSUPPORTED: dict[str, str] = {}
+UNSUPPORTED: dict[str, str] = {
+    "blip": _CROSS_ATTENTION,
+    "blip-2": _INNER_GENERATE,
+    "evolla": "it reads proteins, through cross-attention layers, and no images",
+    "florence2": _ENCODER_DECODER,
+    "git": "it puts an image's features in front of the text, where no placeholder stands for them",
+    "glm5_next": _INDEXED,
+    "idefics": _CROSS_ATTENTION,
+    "instructblip": _INNER_GENERATE,
+    "instructblipvideo": _INNER_GENERATE,
+    "janus": "its own `generate` withholds logits processors from the text that it writes",
+    "kosmos-2": _MASKED_PLACES,
+    "kosmos-2.5": _MASKED_PLACES,
+    "mistral_large4": _INDEXED,
+    "mllama": _CROSS_ATTENTION,
+    "pix2struct": _ENCODER_DECODER,
+    "pp_formulanet": _ENCODER_DECODER,
+    "qwen4_exp": _INDEXED,
+    "t5gemma2": "it is an encoder-decoder, and its visual tokens stand in the encoder's prompt",
+    "udop": _ENCODER_DECODER,
+    "unlimited_ocr": "its cache remembers how long the prompt was, so no layer can be handed a shorter one",
+    "vision-encoder-decoder": _ENCODER_DECODER,
+}
 
 # Attention functions that are handed a block mask or a paged cache, which can neither be recorded nor cut.
 _UNSUPPORTED_ATTENTION = ("flex_attention", "paged")
@@ -120,21 +238,42 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def check_prunable(config: PreTrainedConfig) -> None:
-    """Raises if a model of a supported architecture can guide, but not be guided.
+def check_prunable(config: PreTrainedConfig, prune_layer: int) -> None:
+    """Raises if a model's layers cannot be handed fewer tokens from some layer on.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        prune_layer (`int`): The first layer that would see fewer tokens.
+
+    Raises:
+        ValueError: If a layer above reads keys and values of a layer below.
+    """
+    check_supported(config)
+    lowest = min(key_sources(config).values(), default=prune_layer)
+    if lowest < prune_layer:
+        raise ValueError(
+            f"Some upper layers of this {config.model_type!r} model read the keys and values of layer {lowest}, which "
+            f"would see more tokens than they: set `prune_layer` to {lowest} or less."
+        )
+
+
+def key_sources(config: PreTrainedConfig) -> dict[int, int]:
+    """Which layers have no keys and values of their own, and whose they read.
 
     Args:
         config (`PreTrainedConfig`): The model's configuration.
 
-    Raises:
-        ValueError: If its layers cannot be handed fewer tokens.
+    Returns:
+        `dict` from `int` to `int`: The index of such a layer, and of the lower one; empty in most models.
     """
-    check_supported(config)
-    if getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", None):
-        raise ValueError(
-            f"This {config.model_type!r} model cannot be pruned, because its upper layers read the keys and values of "
-            "lower ones, which see every token: use it as the small model, or one without shared layers as the large."
-        )
+    text: Any = config.get_text_config(decoder=True)
+    num_shared = getattr(text, "num_kv_shared_layers", None) or 0
+    first = text.num_hidden_layers - num_shared
+    own = text.layer_types[:first] if num_shared else []
+    return {
+        index: max(lower for lower, kind in enumerate(own) if kind == text.layer_types[index])
+        for index in range(first, text.num_hidden_layers)
+    }
 
 
 def visual_token_ids(config: PreTrainedConfig, modality: str = "") -> tuple[int, ...]:
@@ -161,8 +300,8 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         `PreTrainedModel`: The decoder.
     """
-    check_supported(model.config)
-    return model.get_decoder()
+    attribute = check_supported(model.config).decoder_attribute
+    return model.get_decoder() if attribute is None else getattr(model.get_decoder(), attribute)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -195,7 +334,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     Returns:
         `nn.ModuleList`: The layers.
     """
-    return getattr(decoder(model), check_supported(model.config).layers_attribute)
+    return decoder(model).layers
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -211,8 +350,9 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for index, layer in enumerate(decoder_layers(model)):
         for name in attributes:
-            if getattr(layer, name, None) is not None:
-                found[index] = getattr(layer, name)
+            module = getattr(layer, name, None)
+            if hasattr(module, "is_causal"):
+                found[index] = module
     return found
 
 

@@ -6,14 +6,22 @@ and whoever listens to its stream, gets the whole batch all the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["WholeBatchStreamer", "left_padded", "merge_answers", "pad_rows", "row_owners", "select_samples"]
+__all__ = [
+    "WholeBatchStreamer",
+    "append_tokens",
+    "left_padded",
+    "merge_answers",
+    "pad_rows",
+    "row_owners",
+    "select_samples",
+]
 
 
 def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +91,9 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
     Returns:
         `dict`: The inputs of the chosen samples, in their order.
 
+    Raises:
+        ValueError: If an input cannot be divided.
+
     Example:
         ```python
         >>> import torch
@@ -109,9 +120,37 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
             rows = chosen.to(owners[name].device)[owners[name]].to(value.device)
             if rows.any():
                 selected[name] = value[rows]
+        elif value.dim() == 0:
+            selected[name] = value
+        elif value.shape[0] == chosen.shape[0]:
+            selected[name] = value[chosen.to(value.device)]
         else:
-            selected[name] = value[chosen.to(value.device)] if value.shape[:1] == chosen.shape else value
+            raise ValueError(
+                f"Some prompts of this batch exit early, but nothing tells to which prompts the rows of `{name}` "
+                "belong: pass such prompts one at a time, or without `early_exit_threshold`."
+            )
     return selected
+
+
+def append_tokens(inputs: dict[str, Any], tokens: Tensor, extend: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The inputs of a forward pass that reads more tokens, all of them text.
+
+    Args:
+        inputs (`dict`): Inputs as `generate` has prepared them, `input_ids` of shape `(batch, length)` among them.
+        tokens (`Tensor` of shape `(batch, num_tokens)`): What follows.
+        extend (`Callable`): The model's own way to lengthen its inputs by a token.
+
+    Returns:
+        `dict`: The lengthened inputs; those passed stay as they are.
+    """
+    ids, extended = inputs["input_ids"], dict(inputs)
+    for _ in range(tokens.shape[1]):  # one by one, because several are not always given one token's type
+        extended = extend({}, extended)
+    for name in _per_token(inputs):
+        if extended[name].shape == ids.shape:  # which `extend` does not know
+            extended[name] = torch.nn.functional.pad(extended[name], (0, tokens.shape[1]))
+    extended["input_ids"] = torch.cat([ids, tokens.to(ids.device)], dim=1)
+    return extended
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

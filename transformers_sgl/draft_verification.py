@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformers_sgl.architectures import visual_token_ids
+from transformers_sgl.batching import append_tokens
 
 __all__ = ["DraftVerifier"]
 
@@ -148,9 +150,7 @@ class DraftVerifier:
             run.cut_back(run.num_chosen - 1)
             draft = run.rest()
             if draft.shape[1]:
-                for _ in range(draft.shape[1]):  # one by one: several are not always given one token's type
-                    inputs = extend({}, inputs)
-                inputs["input_ids"] = torch.cat([inputs["input_ids"], draft.to(inputs["input_ids"].device)], dim=1)
+                inputs = append_tokens(inputs, draft, extend)
                 inputs["logits_to_keep"] = draft.shape[1] + 1
             run.learn(forward(**inputs).logits, draft.shape[1])
         return run.next_output()
@@ -164,12 +164,18 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         and draft.shape[0] == input_ids.shape[0]
         and isinstance(past, DynamicCache)
         and past.get_seq_length() == 0
+        and all(_can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
         and kwargs.get("logits_to_keep") == 1
         and not (generation_config.output_attentions or generation_config.output_hidden_states)
         and generation_config.guidance_scale in (None, 1)
         and generation_config.prefill_chunk_size is None
         and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
     )
+
+
+def _can_be_cut_back(layer: Any, max_length: int) -> bool:
+    """Whether a layer's cache still has what lies before the tokens that are cut off."""
+    return isinstance(layer, DynamicLayer) and (not layer.is_sliding or max_length < layer.get_max_length())
 
 
 class _Run:

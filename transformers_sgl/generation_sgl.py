@@ -200,7 +200,7 @@ def generate(
     check_supported(small.config)
     _check_guidable(large_inputs)
     if processors:
-        check_prunable(large.config)
+        check_prunable(large.config, prune_layer)
         _check_prunable(large_inputs, settings, generate_kwargs)
     if may_exit:
         _check_exits(settings, generate_kwargs, vocabularies)
@@ -547,15 +547,18 @@ def _row_owners(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Ten
     for name, kind in check_supported(model.config).inputs.items():
         if kind == "sample" or inputs.get(name) is None:
             continue
-        modality = "video" if "video" in name else "image"
-        tokens = visual_tokens_of(model.config, inputs, modality)
-        weights = tokens.counts
-        sizes = None
-        if kind == "grid":
-            sizes = inputs[name].prod(dim=1)
-        elif kind == "image":
-            weights = tokens.image_index.amax(dim=1) + 1
-        owners[name] = row_owners(inputs[name].shape[0], weights, sizes)
+        if kind == "batch":
+            raise ValueError(
+                f"Some prompts of this batch exit early, but nothing tells to which prompts the rows of `{name}` "
+                "belong: pass such prompts one at a time, or without `early_exit_threshold`."
+            )
+        tokens = visual_tokens_of(model.config, inputs, "video" if "video" in name or kind == "video" else "image")
+        if not tokens.counts.any():  # some models write videos with the placeholders of images
+            tokens = visual_tokens_of(model.config, inputs)
+        of_images = kind in ("image", "video")
+        weights = tokens.image_index.amax(dim=1) + 1 if of_images else tokens.counts
+        sizes = inputs[kind].prod(dim=1) if kind in inputs else None
+        owners[name] = row_owners(len(inputs[name]), weights, sizes)
     return owners
 
 

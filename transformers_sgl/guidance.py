@@ -27,6 +27,7 @@ from transformers import (
 from transformers_sgl import early_exit
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.attention_recorder import AttentionRecorder
+from transformers_sgl.batching import append_tokens
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hook_context import HookContext
 from transformers_sgl.importance_process import ImportanceProcessorList, RetentionRatioProcessor
@@ -230,10 +231,8 @@ def _log_probs_when_pruned(
     keep_mask = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(
         visual_tokens, importance
     )
-    inputs, length = dict(draft.prompt_inputs), draft_sequences.shape[1]
-    for _ in range(length):  # one by one, because several new tokens are not always given one token's type
-        inputs = small._update_model_kwargs_for_generation({}, inputs)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], draft_sequences.to(inputs["input_ids"].device)], dim=1)
+    length = draft_sequences.shape[1]
+    inputs = append_tokens(draft.prompt_inputs, draft_sequences, small._update_model_kwargs_for_generation)
     with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
         logits = small(**{**inputs, "past_key_values": None, "use_cache": False, "logits_to_keep": length + 1}).logits
     return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -40,6 +40,7 @@ from transformers_sgl.architectures import (
     check_supported,
     decoder,
     decoder_layers,
+    key_sources,
 )
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
 from transformers_sgl.hook_context import HookContext
@@ -86,13 +87,14 @@ class VisualTokenPruner(HookContext):
     """
 
     def __init__(self, model: PreTrainedModel, keep_mask: Tensor, prune_layer: int | float = 9 / 48) -> None:
-        check_prunable(model.config)
         architecture = check_supported(model.config)
         layers = list(decoder_layers(model))
         self.prune_layer = resolve_prune_layer(prune_layer, len(layers))
+        check_prunable(model.config, self.prune_layer)
         self._model = model
         self._decoder = decoder(model)
-        self._per_token = architecture.per_token_arguments
+        self._per_token = {"position_embeddings": -2, **architecture.per_token_arguments}
+        self._key_sources = key_sources(model.config)
         self._deepstack = architecture.deepstack
         self._implementation = attention_implementation(model)
         # Where attention is, what a token sees there; elsewhere `None`.
@@ -107,7 +109,7 @@ class VisualTokenPruner(HookContext):
         self._kept = _KeptTokens.from_mask(keep_mask)
         # Of the forward pass that is running:
         self._cuts: dict[torch.device, _Cut] = {}  # by device
-        self._added: dict[nn.Module, Tensor] = {}  # what deepstack adds to the outputs of pruned layers
+        self._added: dict[int, Tensor] = {}  # what deepstack adds to the inputs of pruned layers
         self._positions_given = True
 
     def _register(self, stack: ExitStack) -> None:
@@ -119,8 +121,6 @@ class VisualTokenPruner(HookContext):
         stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
         for layer in self._patterns:
             stack.callback(layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True).remove)
-            if self._deepstack is not None:
-                stack.callback(layer.register_forward_hook(self._add_to_output).remove)
 
     def _note_positions(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: whether the model was told its positions, or has to count them."""
@@ -145,12 +145,20 @@ class VisualTokenPruner(HookContext):
         self._added.clear()
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
             places, added = (kwargs[name] for name in self._deepstack)
-            kwargs[self._deepstack[1]] = added[: self.prune_layer]
-            layers = list(self._index)
-            for index in range(self.prune_layer, len(added)):
-                whole = added[index].new_zeros(*places.shape[:2], added[index].shape[-1])
-                whole[places] = added[index]
-                self._added[layers[index]] = cut.rows_of(whole)
+            # Either layers are named before which something is added, or something is added behind the first layers.
+            # The model goes on to add what comes before the tokens are dropped; the rest is ours.
+            if isinstance(added, dict):
+                kwargs[self._deepstack[1]] = {
+                    index: each for index, each in added.items() if index <= self.prune_layer
+                }
+            else:
+                kwargs[self._deepstack[1]] = added[: self.prune_layer]
+                added = dict(enumerate(added, start=1))
+            for index, each in added.items():
+                if index > self.prune_layer:
+                    whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
+                    whole[places.reshape(inputs.shape[:2])] = each
+                    self._added[index] = cut.rows_of(whole)
         return args, kwargs
 
     def _prune_layer_inputs(
@@ -164,29 +172,25 @@ class VisualTokenPruner(HookContext):
         cut = self._cuts.setdefault(hidden_states.device, cut.to(hidden_states.device))
         if self._index[layer] == self.prune_layer:
             hidden_states = cut.rows_of(hidden_states)
+        if self._index[layer] in self._added:
+            hidden_states = hidden_states + self._added[self._index[layer]].to(hidden_states)
 
-        for name in ("position_embeddings", *self._per_token):
+        num_queries = hidden_states.shape[-2]  # fewer where the model itself goes on with the last tokens only
+        for name, axis in self._per_token.items():
             if kwargs.get(name) is not None:
-                kwargs[name] = _map_tensors(cut.rows_of, kwargs[name])
+                kwargs[name] = _map_tensors(partial(cut.last_rows_of, num=num_queries, axis=axis), kwargs[name])
         if kwargs.get("position_ids") is not None:
             is_flash = "flash" in self._implementation
-            kwargs["position_ids"] = None if is_flash else cut.rows_of(kwargs["position_ids"], axis=-1)
+            kwargs["position_ids"] = None if is_flash else cut.last_rows_of(kwargs["position_ids"], num_queries, -1)
         mask, pattern = kwargs.get("attention_mask"), self._patterns[layer]
         if pattern is None:
             kwargs["attention_mask"] = cut.padding_mask(mask)
         else:
-            num_keys = self._num_keys(kwargs.get("past_key_values"), layer, hidden_states.shape[-2])
-            kwargs["attention_mask"] = cut.mask(mask, pattern, num_keys, self._implementation, hidden_states.dtype)
+            num_keys = self._num_keys(kwargs.get("past_key_values"), layer, num_queries, cut)
+            kwargs["attention_mask"] = cut.mask(
+                mask, pattern, num_queries, num_keys, self._implementation, hidden_states.dtype
+            )
         return (hidden_states,), kwargs
-
-    def _add_to_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Layer hook: adds what deepstack adds, in the places of the kept tokens."""
-        added = self._added.get(layer)
-        if added is None:
-            return output
-        if isinstance(output, Tensor):
-            return output + added.to(output)
-        return (output[0] + added.to(output[0]), *output[1:])
 
     def _past_length(self, cache: Cache | None) -> int:
         """How many tokens of the whole sequence lie before this pass, to judge by the cache."""
@@ -206,12 +210,19 @@ class VisualTokenPruner(HookContext):
             return length  # not a cache of these prompts, which `cut` refuses
         return self._kept.prompt_length + length - num_kept
 
-    def _num_keys(self, cache: Cache | None, layer: nn.Module, query_length: int) -> int:
+    def _num_keys(self, cache: Cache | None, layer: nn.Module, num_queries: int, cut: _Cut) -> int:
         """How many keys the layer's attention will have before it, its own included."""
         index = self._index[layer]
-        if cache is None or index >= len(cache.layers):
-            return query_length
-        return int(cache.get_mask_sizes(query_length, index)[0])
+        source = self._key_sources.get(index, index)
+        if cache is None or source >= len(cache.layers):
+            return cut.key_positions.shape[1]
+        if source == index:
+            return int(cache.get_mask_sizes(num_queries, index)[0])
+        # The lower layer has run, so its cache holds this pass's tokens already.
+        num_new = cut.end - cut.past if cut.past else cut.key_positions.shape[1]
+        before = int(cache.get_seq_length(source)) - num_new
+        window = (self._patterns[layer] or AttentionPattern()).window
+        return num_new + (before if window is None else min(before, window - 1))
 
 
 @dataclass(frozen=True)
@@ -329,6 +340,13 @@ class _Cut:
             tensor = tensor.expand(*tensor.shape[: axis - 1], index.shape[0], *tensor.shape[axis:])
         return torch.take_along_dim(tensor, index.expand(*tensor.shape[: axis - 1], *index.shape), dim=axis)
 
+    def last_rows_of(self, tensor: Tensor, num: int, axis: int) -> Tensor:
+        """The last of the remaining rows of a tensor that the model may have cut to as many already."""
+        if tensor.shape[axis] == num:
+            return tensor if self.end - self.past != num else self.rows_of(tensor, axis)
+        rows = self.rows_of(tensor, axis)
+        return rows.narrow(axis, rows.shape[axis] - num, num)
+
     def padding_mask(self, padding_mask: Tensor | None) -> Tensor | None:
         """The mask of a layer without attention; `(batch, num_queries)`, or `None` if nothing is padding."""
         if self.past:
@@ -339,6 +357,7 @@ class _Cut:
         self,
         attention_mask: Any,
         pattern: AttentionPattern,
+        num_queries: int,
         num_keys: int,
         implementation: str,
         dtype: torch.dtype,
@@ -348,6 +367,7 @@ class _Cut:
         Args:
             attention_mask (`Tensor` or `None`): The mask of an unpruned layer: 4-D boolean or additive, 2-D, or none.
             pattern (`AttentionPattern`): Which of the tokens before it a token sees in this layer.
+            num_queries (`int`): How many tokens the layer reads, the last ones.
             num_keys (`int`): How many keys the layer has; with a sliding window perhaps only the last ones.
             implementation (`str`): The name of the attention function.
             dtype (`torch.dtype`): The dtype of an additive mask.
@@ -372,21 +392,22 @@ class _Cut:
             return None if self.key_valid is None else self.key_valid[:, -num_keys:]
         is_additive = implementation.endswith("eager")
         if self.past:
-            allowed = self._allowed(pattern)[..., -num_keys:]
-            num_queries = allowed.shape[2]
+            allowed = self._allowed(pattern)[:, :, -num_queries:, -num_keys:]
             if num_queries == 1 and self.key_valid is None and pattern == AttentionPattern():
                 return None
             return _in_form(allowed, dtype if is_additive else None)
         if attention_mask is None or attention_mask.dim() == 2:
             if self.key_valid is None and not is_additive:
                 return None  # plain causal attention, which the fast kernels do best without a mask
-            return _in_form(self._allowed(pattern), dtype if is_additive else None)
+            return _in_form(self._allowed(pattern)[:, :, -num_queries:], dtype if is_additive else None)
         # Sliding and bidirectional patterns survive, because the mask is cut and not made anew. With a device map it
         # still lies where the model made it.
         attention_mask = attention_mask.to(self.key_positions.device)
-        cut = self.rows_of(attention_mask.expand(self.key_positions.shape[0], -1, -1, -1).transpose(0, 1))
+        attention_mask = attention_mask.expand(self.key_positions.shape[0], -1, -1, -1).transpose(0, 1)
+        cut = self.last_rows_of(attention_mask, num_queries, axis=-2)
         cut = self.rows_of(cut.transpose(-1, -2)).transpose(-1, -2).transpose(0, 1)
         fillers = self._self_attending_fillers()
+        fillers = None if fillers is None else fillers[:, :, -num_queries:]
         if self.key_valid is None or fillers is None:
             return cut
         allowed = (cut if cut.dtype == torch.bool else cut >= 0) & self.key_valid[:, None, None, :] | fillers

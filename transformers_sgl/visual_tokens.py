@@ -89,10 +89,15 @@ class VisualTokens:
         front = torch.argsort(~is_visual, dim=1, stable=True)[:, :num_visual_tokens]
         positions = front.masked_fill(~valid, 0)
 
-        # A token opens a new image wherever it does not follow another visual token closely.
-        gap = torch.ones_like(valid)
-        gap[:, 1:] = positions[:, 1:] > positions[:, :-1] + 1 + max_gap
-        image_index = (gap.cumsum(dim=1) - 1).masked_fill(~valid, -1)
+        # A token opens a new image wherever it does not follow another visual token closely, and also where the two
+        # have that between them that follows the last of all: an end of image.
+        opens = torch.ones_like(valid)
+        opens[:, 1:] = positions[:, 1:] > positions[:, :-1] + 1 + max_gap
+        if max_gap and num_visual_tokens:
+            follower = input_ids.roll(-1, dims=1).gather(1, positions)
+            end = follower.gather(1, (counts[:, None] - 1).clamp(min=0))
+            opens[:, 1:] |= (positions[:, 1:] > positions[:, :-1] + 1) & (follower[:, :-1] == end)
+        image_index = (opens.cumsum(dim=1) - 1).masked_fill(~valid, -1)
         return cls(positions, valid, image_index, prompt_mask)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ VOCAB_SIZE, NUM_TEXT_IDS = 64, 50
 IMAGE, EOS, PAD, VIDEO, START, END, BREAK = 60, 61, 62, 59, 58, 57, 56
 
 Generator = torch.Generator
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors, but for a few lists that processors do not turn into tensors
 
 
 def _joined(inputs: list[Inputs]) -> Inputs:
     """The image inputs of several samples as those of one batch: one below the other."""
-    return {name: torch.cat([each[name] for each in inputs if name in each]) for name in inputs[0]}
+    joined: Inputs = {}
+    for name in dict.fromkeys(name for each in inputs for name in each):
+        rows = [each[name] for each in inputs if name in each]
+        joined[name] = list(chain(*rows)) if isinstance(rows[0], list) else torch.cat(rows)
+    return joined
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class TinyArchitecture:
     videos: Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]] | None = None
     joined: Callable[[list[Inputs]], Inputs] = _joined
     token_types: str | Callable[[Tensor], Inputs] | None = None
+    batches_alike: bool = True
+    divides_videos: bool = True
 
     def per_token(self, input_ids: Tensor) -> Inputs:
         """The inputs beside `input_ids` that have one entry per prompt token; 0 stands for text and padding."""
@@ -66,15 +73,20 @@ def tiny_model(
     config = TINY[name].config(num_layers)
     for attribute, value in changes.items():
         setattr(config.get_text_config(decoder=True), attribute, value)
+    # For the decoder alone, because some vision towers know only eager attention.
+    decoder = next((key for key, part in vars(config).items() if part is config.get_text_config(decoder=True)), None)
+    implementation = {decoder: attn_implementation} if decoder else attn_implementation
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attn_implementation).eval()
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():  # what training would move away from zero
             if not path.endswith("bias") and not parameter.any():
                 parameter.normal_(std=0.3)
-    model.generation_config.eos_token_id = EOS
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, VOCAB_SIZE)]
+    for part in model.modules():  # some models hand `generate` on to their decoder
+        if hasattr(part, "generation_config"):
+            part.generation_config.eos_token_id = EOS
+            part.generation_config.pad_token_id = PAD
+            part.generation_config.suppress_tokens = [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, VOCAB_SIZE)]
     return model
 
 
@@ -126,4 +138,4 @@ def _text(length: int, generator: Generator) -> list[int]:
 
 
 # At the end, because these modules fill the table above.
-from . import grids, tiles  # noqa: E402, F401
+from . import grids, others, tiles  # noqa: E402, F401

@@ -296,7 +296,7 @@ _add(
             _blocks(**_QWEN3_VISION),
             {
                 **_LINEAR,
-                "layer_types": _repeated("linear_attention", "indexed_attention"),
+                "layer_types": _repeated("linear_attention", "full_attention"),
                 "shared_expert_intermediate_size": 16,
                 **_EXPERTS,
                 "hc_count": 2,
@@ -444,7 +444,7 @@ _add(
             _blocks(out_hidden_size=32, projection_intermediate_size=32, image_size=8),
             {
                 "num_key_value_heads": 4,
-                "layer_types": _repeated("linear_attention", "indexed_attention", "indexed_attention"),
+                "layer_types": _repeated("linear_attention", "full_attention", "full_attention"),
                 "indexer_types": _repeated("full", "full", "shared"),
                 "mlp_layer_types": _repeated("dense", "sparse"),
                 "kv_lora_rank": 16,
@@ -502,6 +502,90 @@ _add(
     ),
 )
 
+# Keys and values from a smaller latent vector, and queries that grow with their position.
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+_add(
+    "mistral3",
+    TinyArchitecture(
+        config=_config(
+            "mistral3",
+            _PIXTRAL,
+            {
+                "model_type": "mistral4",
+                **_LATENT,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 100.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "max_position_embeddings": 512,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "mscale_all_dim": 1.0,
+                    "mscale": 1.0,
+                    "llama_4_scaling_beta": 0.1,
+                },
+            },
+            image_token_index=IMAGE,
+            spatial_merge_size=2,
+        ),
+        images=_pixel_rows(),
+    ),
+    variant="mistral4",
+)
+# The same with attention to selected keys; the last two layers take over the keys of the first two, one of which has
+# no positions, and the last one their choice as well.
+_add(
+    "mistral_large4",
+    TinyArchitecture(
+        config=_config(
+            "mistral_large4",
+            _PIXTRAL,
+            {
+                **_LATENT,
+                "index_topk": 8,
+                "index_head_dim": 16,
+                "index_n_heads": 8,
+                "no_rope_layers": _repeated(1, 0),
+                "kv_source_layers": lambda num_layers: [min(index, index % 2) for index in range(num_layers)],
+                "indexer_types": lambda num_layers: ["full"] * (num_layers - 1) + ["shared"],
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 100.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "attention_factor": 1.0,
+                },
+            },
+            image_token_index=IMAGE,
+            spatial_merge_size=2,
+            initializer_range=0.3,
+        ),
+        images=_pixel_rows(),
+    ),
+)
+_add(
+    "lighton_ocr",
+    TinyArchitecture(
+        config=_config(
+            "lighton_ocr", _PIXTRAL, {"model_type": "qwen3", "head_dim": 8}, image_token_id=IMAGE, spatial_merge_size=2
+        ),
+        images=_pixel_rows(separator=None, end=None),
+    ),
+)
+
 # PaddleOCR-VL: patches in reading order, merged by the projector.
 _add(
     "paddleocr_vl",
@@ -540,6 +624,7 @@ def _video_llama_videos(config: PreTrainedConfig, number: int, generator: Genera
 _add(
     "video_llama_3",
     TinyArchitecture(
+        divides_videos=False,
         config=_config(
             "video_llama_3",
             _layers(),
@@ -594,6 +679,41 @@ _add(
             projector_hidden_size=32,
         ),
         images=_lfm2_images,
+    ),
+)
+
+
+_add(
+    "lfm3_vl",
+    TinyArchitecture(
+        config=_config(
+            "lfm3_vl",
+            _blocks(
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                layer_types=["conv", "full_attention"],
+            ),
+            {
+                "model_type": "lfm3",
+                "layer_types": _repeated("conv", "sliding_attention", "conv", "full_attention"),
+                "sliding_window": 8,
+                "head_dim": 8,
+                "conv_L_cache": 3,
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                    "full_attention": {
+                        "rope_type": "proportional",
+                        "partial_rotary_factor": 0.5,
+                        "rope_theta": 1000.0,
+                    },
+                },
+            },
+            projector_hidden_size=32,
+            **_IDS,
+        ),
+        images=_patches(),
+        videos=_videos(_timed_spans),
     ),
 )
 
@@ -724,4 +844,100 @@ _add(
         token_types="mm_token_type_ids",
     ),
     variant="moe",
+)
+
+
+# Exaone 4.5: positions only in sliding layers.
+_add(
+    "exaone4_5",
+    TinyArchitecture(
+        config=_config(
+            "exaone4_5",
+            {**_WINDOWS, "num_key_value_heads": 2},
+            {
+                "model_type": "exaone4",
+                "layer_types": _repeated("sliding_attention", "full_attention"),
+                "sliding_window": 8,
+                "sliding_window_pattern": 2,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        ),
+        images=_patches(),
+        videos=_videos(_one_span),
+    ),
+)
+_add(
+    "hyperclovax_vision_v2",
+    TinyArchitecture(
+        config=_config(
+            "hyperclovax_vision_v2",
+            {**_WINDOWS, "model_type": "qwen2_5_vl_vision"},
+            {"model_type": "hyperclovax", "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            tie_word_embeddings=False,
+        ),
+        images=_patches(),
+        videos=_videos(_one_span),
+    ),
+)
+_add(
+    "kimi_k25",
+    TinyArchitecture(
+        config=_config(
+            "kimi_k25",
+            {**_layers(), "pos_emb_height": 4, "pos_emb_width": 4, "merge_kernel_size": (2, 2)},
+            {"model_type": "deepseek_v3", **_LATENT, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+            projection_hidden_size=16,
+            tie_word_embeddings=False,
+            **_IDS,
+        ),
+        images=_patches(shape=(3, PATCH, PATCH)),
+    ),
+)
+
+
+# HunYuan-VL: the vision encoder writes a mark before and behind an image and at the end of every row, and these stand
+# at placeholders too.
+def _hunyuan_images(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
+    _, inputs = _patches(shape=(3 * PATCH**2,))(config, number, generator)
+    sizes = (inputs["image_grid_thw"][:, 1:] // 2).tolist()
+    return [[START, *[IMAGE] * (height * (width + 1) + 2), END] for height, width in sizes], inputs
+
+
+_add(
+    "hunyuan_vl",
+    TinyArchitecture(
+        batches_alike=False,
+        config=_config(
+            "hunyuan_vl",
+            {
+                **_layers(),
+                "out_hidden_size": 32,
+                "spatial_merge_size": 2,
+                "img_max_token_num": 16,
+                "max_image_size": 16,
+                "min_image_size": 4,
+                "max_vit_seq_len": 64,
+            },
+            {
+                "head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "alpha": 10.0,
+                    "factor": 1.0,
+                    "rope_theta": 100.0,
+                    "mrope_section": [1, 1, 1, 1],
+                },
+            },
+            image_token_id=IMAGE,
+            im_start_id=START,
+            im_end_id=END,
+            im_newline_id=BREAK,
+            tie_word_embeddings=False,
+        ),
+        images=_hunyuan_images,
+        token_types="mm_token_type_ids",
+    ),
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, VideoLlavaForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
 
 from . import (
@@ -27,7 +28,7 @@ from . import (
 )
 
 Images = tuple[list[list[int]], Inputs]
-ROW = 55  # one more id with a meaning: what ends a row of tiles
+ROW, GRID_FOLLOWS = 55, 54  # more ids with a meaning: what ends a row of tiles, and what announces tiles
 SIDE, PATCH = 16, 4  # of a tile and of a patch, in pixels
 GRID = SIDE // PATCH
 SPREAD = 0.3  # of the weights: with the usual 0.02 narrow models answer the same to everything
@@ -129,8 +130,8 @@ def single(
 def padded(inputs: list[Inputs], dims: dict[str, int]) -> Inputs:
     """Joins the image inputs of samples, of which some are padded with zeros along a dimension."""
     joined = {}
-    for name in inputs[0]:
-        tensors = [each[name] for each in inputs]
+    for name in dict.fromkeys(name for each in inputs for name in each):
+        tensors = [each[name] for each in inputs if name in each]
         if name in dims:
             width = max(tensor.shape[dims[name]] for tensor in tensors)
             tensors = [_widened(tensor, dims[name], width) for tensor in tensors]
@@ -216,10 +217,10 @@ register("vipllava", TinyArchitecture(_vipllava, single(GRID**2)))
 register("fast_vlm", TinyArchitecture(_fast_vlm, single(GRID**2)))
 
 
-def _unpadded(size: tuple[int, int]) -> tuple[int, int, int]:
+def unpadded(size: tuple[int, int], patch: int = PATCH) -> tuple[int, int, int]:
     """How many tiles an image of that height and width is cut into, and the rows and columns of features left."""
     height, width = select_best_resolution(size, PINPOINTS)
-    rows, columns = height // PATCH, width // PATCH
+    rows, columns = height // patch, width // patch
     if size[1] / size[0] > columns / rows:
         left = int(round(size[0] * columns / size[1], 7))
         return (height // SIDE) * (width // SIDE), rows - (rows - left) // 2 * 2, columns
@@ -246,13 +247,13 @@ def _llava_next_images(config: PreTrainedConfig, number: int, generator: Generat
     sizes = [one_of(SIZES, generator) for _ in range(number)]
     spans, tiles = [], []
     for size in sizes:
-        count, rows, columns = _unpadded(size)
+        count, rows, columns = unpadded(size)
         spans.append([IMAGE] * (GRID**2 + rows * (columns + 1)))
         tiles.append({"pixel_values": pixels(count + 1, generator)[None], "image_sizes": torch.tensor([size])})
     return spans, padded(tiles, {"pixel_values": 1})
 
 
-def _join_tiles(inputs: list[Inputs]) -> Inputs:
+def join_tiles(inputs: list[Inputs]) -> Inputs:
     return padded(inputs, {"pixel_values": 1})
 
 
@@ -266,10 +267,10 @@ def _frames(frames: int, tokens: int, side: int = SIDE) -> Callable[[PreTrainedC
     return videos
 
 
-register("llava_next", TinyArchitecture(_llava_next("llava_next"), _llava_next_images, joined=_join_tiles))
+register("llava_next", TinyArchitecture(_llava_next("llava_next"), _llava_next_images, joined=join_tiles))
 register(
     "llava_next_video",
-    TinyArchitecture(_llava_next("llava_next_video"), _llava_next_images, _frames(3, 3 * 4), _join_tiles),
+    TinyArchitecture(_llava_next("llava_next_video"), _llava_next_images, _frames(3, 3 * 4), join_tiles),
 )
 
 
@@ -288,7 +289,7 @@ def _llava_onevision(num_layers: int) -> PreTrainedConfig:
 def _llava_onevision_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
     if number == 1:
         (size,) = sizes = [one_of(SIZES, generator)]
-        count, rows, columns = _unpadded(size)
+        count, rows, columns = unpadded(size)
         ratio = (rows * columns / (2 * GRID**2)) ** 0.5
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
@@ -304,7 +305,7 @@ def _llava_onevision_images(config: PreTrainedConfig, number: int, generator: Ge
 
 register(
     "llava_onevision",
-    TinyArchitecture(_llava_onevision, _llava_onevision_images, _frames(3, 3 * 4 + 1), _join_tiles),
+    TinyArchitecture(_llava_onevision, _llava_onevision_images, _frames(3, 3 * 4 + 1), join_tiles),
 )
 
 
@@ -510,3 +511,275 @@ def _llama4_images(config: PreTrainedConfig, number: int, generator: Generator) 
 
 
 register("llama4", TinyArchitecture(_llama4, _llama4_images))
+
+
+def _qianfan_ocr(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "qianfan_ocr",
+        vision_config=tower("qianfan_ocr_vision", image_size=(SIDE, SIDE), patch_size=(PATCH, PATCH)),
+        text_config=decoder("qwen3", num_layers, head_dim=8),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+
+
+register("qianfan_ocr", TinyArchitecture(_qianfan_ocr, _internvl_images))
+
+
+def _video_llava(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "video_llava",
+        vision_config=tower("clip_vision_model"),
+        text_config=decoder("llama", num_layers),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_seq_length=GRID**2,
+        video_seq_length=2 * (GRID**2 + 1),
+    )
+
+
+def _video_llava_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    parameters = inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters
+    name = "pixel_values" if "pixel_values" in parameters else "pixel_values_images"  # the second is the old one
+    return [[IMAGE] * GRID**2] * number, {name: pixels(number, generator)}
+
+
+# The frames of its videos keep the class token.
+register("video_llava", TinyArchitecture(_video_llava, _video_llava_images, _frames(2, 2 * (GRID**2 + 1))))
+
+
+def _perception_lm(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "perception_lm",
+        vision_config=CONFIG_MAPPING["clip_vision_model"](**tower("clip_vision_model", model_args={"embed_dim": 16})),
+        text_config=decoder("llama", num_layers),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        projector_pooling_ratio=2,
+    )
+
+
+def _perception_lm_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    tiles = pixels(3 * number, generator).view(number, 3, 3, SIDE, SIDE)
+    return [[IMAGE] * (3 * 4)] * number, {"pixel_values": tiles}
+
+
+register("perception_lm", TinyArchitecture(_perception_lm, _perception_lm_images, _frames(3, 3 * 4)))
+
+
+def _idefics2(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "idefics2",
+        vision_config=tower("idefics2_vision"),
+        perceiver_config={
+            "hidden_size": 32,
+            "resampler_n_latents": 5,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 2,
+            "initializer_range": SPREAD,
+        },
+        text_config=decoder("mistral", num_layers, sliding_window=None),
+        image_token_id=IMAGE,
+    )
+
+
+def _idefics2_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    spans, num_pictures = [], 0
+    for _ in range(number):
+        pictures = one_of((1, 5), generator)  # four crops and the whole image
+        spans.append([*[START, *[IMAGE] * 5] * pictures, START])
+        num_pictures += pictures
+    mask = torch.ones(1, num_pictures, SIDE, SIDE, dtype=torch.long)
+    mask[:, ::2, :, SIDE // 2 :] = 0  # narrow images are filled up
+    tiles = pixels(num_pictures, generator)[None] * mask[:, :, None]
+    return spans, {"pixel_values": tiles, "pixel_attention_mask": mask}
+
+
+register("idefics2", TinyArchitecture(_idefics2, _idefics2_images, joined=_join_idefics))
+
+
+def _aria(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "aria",
+        vision_config=tower("idefics3_vision"),
+        text_config=decoder("aria_text", num_layers, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={GRID**2: 6},
+    )
+
+
+def _aria_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    mask = torch.ones(number, SIDE, SIDE, dtype=torch.bool)
+    mask[::2, SIDE // 2 :] = False
+    return [[IMAGE] * 6] * number, {"pixel_values": pixels(number, generator) * mask[:, None], "pixel_mask": mask}
+
+
+register("aria", TinyArchitecture(_aria, _aria_images))
+
+
+# --- Cohere's: sliding layers with positions, full ones without. ---
+
+
+def _aya_vision(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "aya_vision",
+        vision_config=tower("siglip_vision_model", vision_use_head=False),
+        text_config=_cohere2(num_layers),
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def _cohere2_vision(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "cohere2_vision",
+        vision_config=tower("siglip_vision_model", vision_use_head=False),
+        text_config=_cohere2(num_layers),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=32,
+        tie_word_embeddings=False,
+    )
+
+
+def _cohere2(num_layers: int) -> dict[str, Any]:
+    layer_types = alternating("sliding_attention", "full_attention", num_layers)
+    return decoder("cohere2", num_layers, sliding_window=8, layer_types=layer_types, logit_scale=1.0)
+
+
+def _aya_vision_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    tiles = [one_of((1, 3, 5), generator) for _ in range(number)]
+    spans = [
+        [START, *[token for _ in range(count) for token in (*text(1, generator), *[IMAGE] * 4)], END]
+        for count in tiles
+    ]
+    return spans, {"pixel_values": pixels(sum(tiles), generator)}
+
+
+def _cohere2_vision_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    tiles = [one_of((1, 3, 5), generator) for _ in range(number)]
+    spans = [[START, *[*[IMAGE] * 4, BREAK] * count, END] for count in tiles]
+    return spans, {"pixel_values": pixels(sum(tiles), generator)}
+
+
+register("aya_vision", TinyArchitecture(_aya_vision, _aya_vision_images))
+register("cohere2_vision", TinyArchitecture(_cohere2_vision, _cohere2_vision_images))
+
+
+# --- Convolutions that shrink a map of features: GOT-OCR 2 and PP-Chart2Table. ---
+
+
+def _got_ocr2(model_type: str) -> Callable[[int], PreTrainedConfig]:
+    def config(num_layers: int) -> PreTrainedConfig:
+        vision = {key: value for key, value in feature_map().items() if key not in ("model_type", "num_pos_feats")}
+        return config_of(
+            model_type,
+            vision_config={**vision, "image_size": 2 * SIDE},
+            text_config=decoder("qwen2", num_layers),
+            image_token_index=IMAGE,
+            image_seq_length=4,
+        )
+
+    return config
+
+
+def _got_ocr2_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    tiles = [one_of((1, 3), generator) for _ in range(number)]
+    spans = [[START, *[IMAGE] * (4 * count), END] for count in tiles]
+    return spans, {"pixel_values": pixels(sum(tiles), generator, 2 * SIDE)}
+
+
+register("got_ocr2", TinyArchitecture(_got_ocr2("got_ocr2"), _got_ocr2_images))
+register("pp_chart2table", TinyArchitecture(_got_ocr2("pp_chart2table"), single(4, (START,), (END,), 2 * SIDE)))
+
+
+# --- DeepSeek-VL, Janus, Ovis 2. ---
+
+
+def _deepseek_vl(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "deepseek_vl",
+        vision_config=tower("siglip_vision_model", vision_use_head=False),
+        text_config=decoder("llama", num_layers),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def _deepseek_vl_hybrid(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "deepseek_vl_hybrid",
+        vision_config=tower("siglip_vision_model", vision_use_head=False),
+        high_res_vision_config={**feature_map(), "image_size": 2 * SIDE, "global_attn_indexes": [0]},
+        text_config=decoder("llama", num_layers),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def _deepseek_vl_hybrid_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    inputs = {"pixel_values": pixels(number, generator)}
+    inputs["high_res_pixel_values"] = pixels(number, generator, 2 * SIDE)
+    return [[IMAGE] * GRID**2] * number, inputs
+
+
+register("deepseek_vl", TinyArchitecture(_deepseek_vl, single(GRID**2)))
+register("deepseek_vl_hybrid", TinyArchitecture(_deepseek_vl_hybrid, _deepseek_vl_hybrid_images))
+
+
+def _janus(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "janus",
+        vision_config=tower("janus_vision_model", mlp_ratio=2.0, projection_dim=32, num_image_tokens=GRID**2),
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 16,
+            "latent_channels": 32,
+            "base_channels": 32,
+            "channel_multiplier": [1],
+            "num_res_blocks": 1,
+            "projection_dim": 32,
+            "num_hidden_layers": 1,
+            "image_token_embed_dim": 32,
+        },
+        text_config=decoder("llama", num_layers),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+register("janus", TinyArchitecture(_janus, single(GRID**2, (START,), (END,))))
+
+
+def _ovis2(num_layers: int) -> PreTrainedConfig:
+    return config_of(
+        "ovis2",
+        vision_config=tower("ovis2_vision", vocab_size=24, hidden_stride=2, num_visual_indicator_tokens=5),
+        text_config=decoder("qwen2", num_layers),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[START, GRID_FOLLOWS, BREAK, ROW, END],
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+
+
+def _ovis2_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    spans, num_tiles = [], 0
+    for _ in range(number):
+        rows, columns = one_of(((1, 1), (1, 2), (2, 2)), generator)
+        span = [START, *[IMAGE] * 4, GRID_FOLLOWS]
+        if rows * columns > 1:
+            for row in range(rows):
+                for column in range(columns):
+                    span += [*[IMAGE] * 4, *[BREAK] * (column < columns - 1)]
+                span += [ROW] * (row < rows - 1)
+            num_tiles += rows * columns
+        spans.append([*span, END])
+        num_tiles += 1
+    return spans, {"pixel_values": pixels(num_tiles, generator)}
+
+
+register("ovis2", TinyArchitecture(_ovis2, _ovis2_images))
