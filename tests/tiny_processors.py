@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,59 +35,200 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<s>", "</s>", "<unk>", *NAMED_TOKENS.values(), *OTHER_TOKENS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens=NAMED_TOKENS,
-        additional_special_tokens=OTHER_TOKENS,
     )
+    fast.add_tokens(OTHER_TOKENS, special_tokens=True)
+    return fast
 
 
 def square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def _processor(name: str, image_processor: str, video_processor: str | None = None, **own: Any) -> Any:
-    """A builder: the class of that name around an image processor made by `build`."""
-
-    def build(**settings: Any) -> ProcessorMixin:
-        parts = {"image_processor": getattr(transformers, image_processor)(**settings), "tokenizer": tiny_tokenizer()}
-        if video_processor is not None:
-            parts["video_processor"] = getattr(transformers, video_processor)()
-        return getattr(transformers, name)(**parts, **own)
-
-    return build
+# Name: a function from changes of the image processor's settings to a processor.
+PROCESSORS: dict[str, Callable[..., ProcessorMixin]] = {}
 
 
-def internvl(**settings: Any) -> ProcessorMixin:
-    settings = {"size": square(32), "max_patches": 6, "crop_to_patches": True, **settings}
-    return _processor("InternVLProcessor", "GotOcr2ImageProcessor", "InternVLVideoProcessor", image_seq_length=16)(
-        **settings
-    )
+def _add(
+    name: str, kind: str, image_processor: str, settings: dict[str, Any], video: str | None = None, **own: Any
+) -> None:
+    """Adds a processor, if this transformers has it: its class, its image processor's, and both their settings."""
+
+    def build(**changes: Any) -> ProcessorMixin:
+        parts = {"image_processor": getattr(transformers, image_processor)(**{**settings, **changes})}
+        if video is not None:
+            parts["video_processor"] = getattr(transformers, video)()
+        if kind == "SmolVLMProcessor":  # would like to write the numbers of a video's frames in words
+            sys.modules[getattr(transformers, kind).__module__].num2words = str
+        return getattr(transformers, kind)(**parts, tokenizer=tiny_tokenizer(), **own)
+
+    if hasattr(transformers, kind):
+        PROCESSORS[name] = build
 
 
-def llava(**settings: Any) -> ProcessorMixin:
-    settings = {"size": {"shortest_edge": 48}, "crop_size": square(48), **settings}
-    own = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return _processor("LlavaProcessor", "CLIPImageProcessor", **own)(**settings)
-
-
-def qwen2_vl(**settings: Any) -> ProcessorMixin:
-    settings = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 64 * 64}, **settings}
-    return _processor("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")(**settings)
-
-
-def idefics3(**settings: Any) -> ProcessorMixin:
-    settings = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}, **settings}
-    return _processor("Idefics3Processor", "Idefics3ImageProcessor", image_seq_len=16)(**settings)
-
-
-PROCESSORS: dict[str, Callable[..., ProcessorMixin]] = {
-    "idefics3": idefics3,
-    "internvl": internvl,
-    "llava": llava,
-    "qwen2_vl": qwen2_vl,
+_TILES = {"size": square(32), "crop_to_patches": True, "max_patches": 6}
+_PATCHES = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 64 * 64}}
+_SPLIT = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
+_ANYRES = {
+    "size": {"shortest_edge": 32},
+    "crop_size": square(32),
+    "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]],
 }
+_CLIP = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+_add(
+    "aya_vision",
+    "AyaVisionProcessor",
+    "GotOcr2ImageProcessor",
+    _TILES,
+    patch_size=4,
+    img_size=32,
+    downsample_factor=2,
+)
+_add(
+    "cohere2_vision",
+    "Cohere2VisionProcessor",
+    "Cohere2VisionImageProcessor",
+    {"size": square(32), "patch_size": 4, "max_patches": 6},
+)
+_add("deepseek_vl", "DeepseekVLProcessor", "DeepseekVLImageProcessor", {"size": square(48)}, num_image_tokens=36)
+_add(
+    "deepseek_vl_hybrid",
+    "DeepseekVLHybridProcessor",
+    "DeepseekVLHybridImageProcessor",
+    {"size": square(48), "high_res_size": square(96)},
+    num_image_tokens=36,
+)
+_add("gemma3", "Gemma3Processor", "Gemma3ImageProcessor", {"size": square(48)}, image_seq_length=36)
+_add(
+    "glm4v",
+    "Glm4vProcessor",
+    "Glm4vImageProcessor",
+    {**_PATCHES, "size": {"shortest_edge": 2 * 256, "longest_edge": 2 * 64 * 64}},
+    video="Glm4vVideoProcessor",
+)
+_add("got_ocr2", "GotOcr2Processor", "GotOcr2ImageProcessor", {"size": square(64)})
+_add("idefics3", "Idefics3Processor", "Idefics3ImageProcessor", _SPLIT, image_seq_len=16)
+_add(
+    "internvl",
+    "InternVLProcessor",
+    "GotOcr2ImageProcessor",
+    _TILES,
+    video="InternVLVideoProcessor",
+    image_seq_length=16,
+)
+_add("janus", "JanusProcessor", "JanusImageProcessor", {"size": square(48)}, num_image_tokens=36)
+_add(
+    "lfm2_vl",
+    "Lfm2VlProcessor",
+    "Lfm2VlImageProcessor",
+    {
+        "encoder_patch_size": 4,
+        "downsample_factor": 2,
+        "tile_size": 32,
+        "min_tiles": 2,
+        "max_tiles": 6,
+        "min_image_tokens": 4,
+        "max_image_tokens": 16,
+    },
+)
+_add(
+    "lighton_ocr",
+    "LightOnOcrProcessor",
+    "PixtralImageProcessor",
+    {"size": {"longest_edge": 64}, "patch_size": 8},
+    patch_size=4,
+    spatial_merge_size=2,
+)
+_add("llama4", "Llama4Processor", "Llama4ImageProcessor", {"size": square(32), "max_patches": 6}, patch_size=4)
+_add(
+    "llava",
+    "LlavaProcessor",
+    "CLIPImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48)},
+    **_CLIP,
+)
+_add(
+    "llava_class_token",
+    "LlavaProcessor",
+    "CLIPImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48)},
+    **{**_CLIP, "vision_feature_select_strategy": "full"},
+)
+_add(
+    "llava_padded",
+    "LlavaProcessor",
+    "LlavaImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48), "do_pad": True},
+    **_CLIP,
+)
+_add(
+    "fast_vlm",
+    "LlavaProcessor",
+    "CLIPImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48)},
+    patch_size=8,
+    vision_feature_select_strategy="full",
+)
+_add("llava_next", "LlavaNextProcessor", "LlavaNextImageProcessor", _ANYRES, **_CLIP)
+_add(
+    "llava_onevision",
+    "LlavaOnevisionProcessor",
+    "LlavaOnevisionImageProcessor",
+    {"size": square(35), "image_grid_pinpoints": [[35 * i, 35 * j] for i in range(1, 4) for j in range(1, 4)]},
+    video="LlavaOnevisionVideoProcessor",
+    num_image_tokens=16,
+    vision_feature_select_strategy="full",
+)
+_add(
+    "llava_onevision_shrunk",
+    "LlavaOnevisionProcessor",
+    "LlavaOnevisionImageProcessor",
+    {"size": square(35), "image_grid_pinpoints": [[35 * i, 35 * j] for i in range(1, 4) for j in range(1, 4)]},
+    video="LlavaOnevisionVideoProcessor",
+    num_image_tokens=16,
+    vision_feature_select_strategy="full",
+    vision_aspect_ratio="anyres_max_4",
+)
+_add(
+    "mistral3",
+    "PixtralProcessor",
+    "PixtralImageProcessor",
+    {"size": {"longest_edge": 64}, "patch_size": 4},
+    patch_size=4,
+    spatial_merge_size=2,
+)
+_add("ovis2", "Ovis2Processor", "Ovis2ImageProcessor", _TILES, image_seq_length=16)
+_add(
+    "paddleocr_vl",
+    "PaddleOCRVLProcessor",
+    "PaddleOCRVLImageProcessor",
+    {"patch_size": 4, "merge_size": 2, "min_pixels": 256, "max_pixels": 64 * 64},
+)
+_add("paligemma", "PaliGemmaProcessor", "SiglipImageProcessor", {"size": square(48), "image_seq_length": 36})
+_add(
+    "perception_lm",
+    "PerceptionLMProcessor",
+    "PerceptionLMImageProcessor",
+    {"tile_size": 32, "max_num_tiles": 6, "vision_input_type": "thumb+tile"},
+    video="PerceptionLMVideoProcessor",
+    patch_size=4,
+    pooling_ratio=2,
+)
+_add("qwen2_5_vl", "Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", _PATCHES, video="Qwen2VLVideoProcessor")
+_add("qwen2_vl", "Qwen2VLProcessor", "Qwen2VLImageProcessor", _PATCHES, video="Qwen2VLVideoProcessor")
+_add("qwen3_vl", "Qwen3VLProcessor", "Qwen2VLImageProcessor", _PATCHES, video="Qwen3VLVideoProcessor")
+_add("smolvlm", "SmolVLMProcessor", "SmolVLMImageProcessor", _SPLIT, video="SmolVLMVideoProcessor", image_seq_len=16)
+_add(
+    "video_llama_3",
+    "VideoLlama3Processor",
+    "VideoLlama3ImageProcessor",
+    {**_PATCHES, "merge_size": 1, "patch_size": 8},
+    video="VideoLlama3VideoProcessor",
+)

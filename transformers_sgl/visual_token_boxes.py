@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import select_best_resolution
 
 __all__ = ["LAYOUTS", "PLACELESS", "Layout", "has_boxes", "visual_token_boxes"]
 
@@ -99,7 +100,7 @@ class Layout:
 
     Attributes:
         views (`Callable`): From a processed image to its views, in the order of their tokens.
-        placeholder (`str`): The attribute of the processor that holds the placeholder token.
+        placeholder (`str`): The placeholder token, or the attribute of the processor that holds it.
         depends_on_company (`bool`): Whether an image is cut otherwise where its prompt holds further images.
     """
 
@@ -154,91 +155,89 @@ class _Processed:
 
 @dataclass(frozen=True)
 class _View:
-    """A picture that a model looks at: a tile, a thumbnail, or the whole image.
+    """A picture that a model looks at: a tile, a thumbnail, or the whole image; and the grid of its tokens.
 
     Attributes:
-        rows (`int`): How many rows of tokens it gives.
-        columns (`int`): How many tokens each row has.
+        columns (`Tensor` of shape `(num_columns, 2)`): From where to where each column of tokens looks, in pixels.
+        rows (`Tensor` of shape `(num_rows, 2)`): The same for the rows.
         pixels (`Tensor` of shape `(3, 3, height, width)`, *optional*): Black, white and ramp as it shows them; `None`
-            where it is known to show the whole image and nothing else.
-        cell (`tuple` of `float`, *optional*): Height and width of what a token sees, in pixels; by default the grid
-            covers as much of the view as whole pixels allow.
-        origin (`tuple` of `float`): Top and left of the first token, in pixels.
+            where it shows the whole image and nothing else, and columns and rows are fractions of it.
         placeless_before (`int`): How many tokens without a place precede the first.
         ends_of_rows (`bool`): Whether every row is followed by a token without a place.
     """
 
-    rows: int
-    columns: int
+    columns: Tensor
+    rows: Tensor
     pixels: Tensor | None = None
-    cell: tuple[float, float] | None = None
-    origin: tuple[float, float] = (0, 0)
     placeless_before: int = 0
     ends_of_rows: bool = False
 
     def boxes(self, size: tuple[int, int]) -> Tensor:
         """The boxes of its tokens, `(num_tokens, 4)` in float64, on an image of that width and height."""
-        if self.pixels is None:
-            edges_x, edges_y = torch.linspace(0, 1, self.columns + 1), torch.linspace(0, 1, self.rows + 1)
-        else:
-            edges_x, edges_y = self._edges(size)
-        lefts, tops = torch.meshgrid(edges_x[:-1], edges_y[:-1], indexing="xy")  # (rows, columns)
-        rights, bottoms = torch.meshgrid(edges_x[1:], edges_y[1:], indexing="xy")
-        boxes = torch.stack([lefts, tops, rights, bottoms], dim=-1).double()  # (rows, columns, 4)
-        boxes = boxes * ((rights > lefts) & (bottoms > tops))[..., None]
+        columns, rows = (self.columns, self.rows) if self.pixels is None else self._on_original(self.pixels, size)
+        corners = [torch.meshgrid(columns[:, i], rows[:, i], indexing="xy") for i in (0, 1)]  # (num_rows, num_columns)
+        boxes = torch.stack([*corners[0], *corners[1]], dim=-1)  # (num_rows, num_columns, 4)
+        boxes = boxes * (boxes[..., 2:] > boxes[..., :2]).all(dim=-1, keepdim=True)
         if self.ends_of_rows:
             boxes = torch.nn.functional.pad(boxes, (0, 0, 0, 1))
         return torch.nn.functional.pad(boxes.flatten(0, 1), (0, 0, self.placeless_before, 0))
 
-    def _edges(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Where the edges of its columns and of its rows lie on the original, as fractions of its width and height."""
-        assert self.pixels is not None
-        black, white, ramp = self.pixels.double()
+    def _on_original(self, pixels: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Its columns and rows, as fractions of the original's width and height."""
+        black, white, ramp = pixels.double()
         contrast = (white - black)[:2]  # (2, height, width): red and green
-        shown = contrast[0] > contrast[0].max() / 2
+        shown = contrast[0] > contrast[0].max() / 2  # (height, width): a rectangle
         if not shown.any():
-            return torch.zeros(self.columns + 1), torch.zeros(self.rows + 1)
+            return [torch.zeros_like(self.columns), torch.zeros_like(self.rows)]
         values = (ramp - black)[:2] / torch.where(shown, contrast, 1.0)
-        height, width = shown.shape
-        cell = self.cell or (height // self.rows, width // self.columns)
-        edges = []
-        for axis, count in ((1, self.columns), (0, self.rows)):
-            # The image is a rectangle in the view, and a line or column of it has one value.
-            inside = shown.any(dim=1 - axis).nonzero()[:, 0]
-            first, last = int(inside[0]), int(inside[-1]) + 1
-            across = shown.any(dim=axis)
-            profile = values[1 - axis].movedim(axis, 0)[first:last][:, across].mean(dim=1)
-            cuts = self.origin[axis] + cell[axis] * torch.arange(count + 1, dtype=torch.float64)
-            offset, scale = _line(profile.numpy(), first, size[1 - axis])
-            edges.append((offset + scale * cuts.clamp(first, last)).clamp(0, 1))
-        return edges[0], edges[1]
+        top, left = (int(index.min()) for index in shown.nonzero(as_tuple=True))
+        bottom, right = (int(index.max()) + 1 for index in shown.nonzero(as_tuple=True))
+        red, green = values[:, top:bottom, left:right]
+        found = []
+        for spans, profile, first, num_pixels in (
+            (self.columns, red.mean(dim=0), left, size[0]),
+            (self.rows, green.mean(dim=1), top, size[1]),
+        ):
+            start, end = _ends(profile.numpy(), num_pixels)
+            shares = ((spans - first) / len(profile)).clamp(0, 1)
+            found.append(start + (end - start) * shares)
+        return found
 
 
-def _line(profile: np.ndarray, first: int, num_pixels: int) -> tuple[float, float]:
-    """Offset and scale from a view's pixels to the original, as a fraction of its width (or height).
+def _spans(count: int, cell: float) -> Tensor:
+    """From where to where `count` tokens look that stand side by side; `(count, 2)` in float64."""
+    starts = cell * torch.arange(count, dtype=torch.float64)
+    return torch.stack([starts, starts + cell], dim=1)
+
+
+def _cell(length: int, count: int) -> float:
+    """What each of `count` tokens sees of a length; a vision tower cuts whole pixels and leaves the remainder."""
+    return length // count if length >= count else length / count
+
+
+def _ends(profile: np.ndarray, num_pixels: int) -> tuple[float, float]:
+    """From where to where a view shows the original, as fractions of its width (or height).
 
     Args:
         profile (`np.ndarray` of shape `(length,)`): What has become of the ramp, pixel by pixel.
-        first (`int`): The place of the profile's first pixel in the view.
         num_pixels (`int`): The original's width (or height).
 
     Returns:
-        `tuple` of `float`: Offset and scale.
+        `tuple` of `float`: The outer edge of the profile's first pixel, and that of its last.
     """
     # The ramp is 0 in the middle of the original's first pixel and 1 in the middle of its last.
     on_original = (profile * (num_pixels - 1) + 0.5) / num_pixels
-    centres = first + np.arange(len(profile)) + 0.5
     # Near its outermost pixels an enlarged image changes more slowly, or not at all.
     margin = min(0.1, 1.5 / max(1, num_pixels - 1))
     changing = (profile > margin) & (profile < 1 - margin)
     if len(np.unique(profile[changing].round(6))) > 2:
-        scale, offset = np.polyfit(centres[changing], on_original[changing], 1)
-        return float(offset), float(scale)
-    # Too little to draw a line through: it shows all of the pixels that it shows, and nothing else.
-    start = max(0.0, on_original.min() - 0.5 / num_pixels)
-    end = min(1.0, on_original.max() + 0.5 / num_pixels)
-    scale = (end - start) / len(profile)
-    return float(start - scale * first), float(scale)
+        scale, middle_of_first = np.polyfit(np.arange(len(profile))[changing], on_original[changing], 1)
+        start = middle_of_first - scale / 2
+        end = start + scale * len(profile)
+    else:  # too little to draw a line through: it shows all of the pixels that it shows, and nothing else
+        start = on_original.min() - 0.5 / num_pixels
+        end = on_original.max() + 0.5 / num_pixels
+    return max(0.0, float(start)), min(1.0, float(end))
 
 
 def _probes(size: tuple[int, int]) -> list[Image.Image]:
@@ -268,9 +267,10 @@ def _tiles(processed: _Processed) -> Iterator[_View]:
     tiles = processed.tiles()
     num_tiles, _, height, width = tiles.shape[1:]
     num_tokens = processed.num_tokens // num_tiles
-    rows = round(math.sqrt(num_tokens * height / width))
+    rows = max(1, round(math.sqrt(num_tokens * height / width)))
+    columns = num_tokens // rows
     for tile in tiles.unbind(dim=1):
-        yield _View(rows, num_tokens // max(1, rows), tile)
+        yield _View(_spans(columns, _cell(width, columns)), _spans(rows, _cell(height, rows)), tile)
 
 
 def _patches(processed: _Processed) -> Iterator[_View]:
@@ -278,24 +278,115 @@ def _patches(processed: _Processed) -> Iterator[_View]:
     [tile] = processed.tiles().unbind(dim=1)
     size = processed.processor.patch_size
     rows, columns = tile.shape[-2] // size, tile.shape[-1] // size
-    yield _View(rows, columns, tile, (size, size), placeless_before=processed.num_tokens - rows * columns)
+    class_tokens = processed.num_tokens - rows * columns
+    yield _View(_spans(columns, size), _spans(rows, size), tile, placeless_before=class_tokens)
 
 
 def _whole_grid(processed: _Processed) -> Iterator[_View]:
     """The whole image at its own aspect ratio, as `image_grid_thw` says, with patches merged to tokens."""
     merge_size = processed.processor.image_processor.merge_size
-    _, rows, columns = processed.outputs[0]["image_grid_thw"][0].tolist()
-    yield _View(rows // merge_size, columns // merge_size)
+    rows, columns = (int(count) // merge_size for count in processed.outputs[0]["image_grid_thw"][0][1:])
+    yield _View(_spans(columns, 1 / columns), _spans(rows, 1 / rows))
+
+
+def _native_size(processed: _Processed) -> Iterator[_View]:
+    """The image at its own aspect ratio, as `image_sizes` says, in the top left corner of what may be padded."""
+    [picture] = processed.tiles().unbind(dim=1)
+    height, width = (int(length) for length in processed.outputs[0]["image_sizes"][0])
+    size = processed.processor.patch_size * processed.processor.spatial_merge_size
+    yield _View(_spans(width // size, size), _spans(height // size, size), picture[..., :height, :width])
+
+
+def _packed_patches(processed: _Processed) -> Iterator[_View]:
+    """Tiles and thumbnail already cut into patches, `spatial_shapes` of them, which are then merged to tokens."""
+    patches = processed.stack().float().cpu()  # (3, num_tiles, num_patches, values)
+    merge_size = processed.processor.image_processor.downsample_factor
+    size = math.isqrt(patches.shape[-1] // 3)
+    for number, shape in enumerate(processed.outputs[0]["spatial_shapes"].tolist()):
+        rows, columns = shape
+        own = patches[:, number, : rows * columns].reshape(3, rows, columns, size, size, 3)
+        picture = own.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)
+        cell = merge_size * size
+        yield _View(_spans(math.ceil(columns / merge_size), cell), _spans(math.ceil(rows / merge_size), cell), picture)
+
+
+def _any_resolution(processed: _Processed) -> Iterator[_View]:
+    """A thumbnail, then tiles put together, with padding cut off and a token at the end of each row."""
+    processor = processed.processor
+    thumbnail, *tiles = processed.tiles().unbind(dim=1)
+    height, width = thumbnail.shape[-2:]
+    # Some processors know the vision tower's patches, some how many there are.
+    patch_size = getattr(processor, "patch_size", None)
+    side = height // patch_size if patch_size else math.isqrt(processor.num_image_tokens)
+    cells = _cell(width, side), _cell(height, side)
+    yield _View(_spans(side, cells[0]), _spans(side, cells[1]), thumbnail)
+    if not tiles:  # one of several images of a prompt
+        yield _View(_spans(0, 1), _spans(0, 1), placeless_before=1)
+        return
+
+    pinpoints = processor.image_processor.image_grid_pinpoints
+    best = select_best_resolution((processed.size[1], processed.size[0]), pinpoints)
+    num_rows, num_columns = best[0] // height, best[1] // width
+    canvas = torch.stack(tiles, dim=1).unflatten(1, (num_rows, num_columns))  # (3, rows, columns, 3, height, width)
+    canvas = canvas.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)
+    columns, rows = (
+        (_spans(side, cell) + length * torch.arange(count)[:, None, None]).flatten(0, 1)
+        for cell, length, count in zip(cells, (width, height), (num_columns, num_rows), strict=True)
+    )
+    # What of the canvas is padding the model reckons in tokens.
+    original_width, original_height = processed.size
+    if original_width / original_height > len(columns) / len(rows):
+        padding = (len(rows) - int(round(original_height * (len(columns) / original_width), 7))) // 2
+        rows = rows[padding : len(rows) - padding]
+    else:
+        padding = (len(columns) - int(round(original_width * (len(rows) / original_height), 7))) // 2
+        columns = columns[padding : len(columns) - padding]
+    # Where there are more tokens than allowed, it shrinks the grid.
+    most = getattr(processor, "vision_aspect_ratio", "").removeprefix("anyres_max_")
+    ratio = math.sqrt(len(columns) * len(rows) / (int(most) * side**2)) if most else 0
+    if ratio > 1.1:
+        columns, rows = (_merged(spans, int(len(spans) // ratio)) for spans in (columns, rows))
+    yield _View(columns, rows, canvas, ends_of_rows=True)
+
+
+def _merged(spans: Tensor, count: int) -> Tensor:
+    """The spans of `count` tokens into which a row of more tokens is shrunk; `(count, 2)`."""
+    edges = torch.linspace(0, len(spans), count + 1, dtype=torch.float64)
+
+    def place(edge: Tensor, which: Tensor) -> Tensor:
+        return spans[which, 0] + (edge - which) * (spans[which, 1] - spans[which, 0])
+
+    starts, ends = edges[:-1], edges[1:]
+    return torch.stack([place(starts, starts.long()), place(ends, ends.ceil().long() - 1)], dim=1)
 
 
 LAYOUTS: dict[str, Layout] = {
+    "AyaVisionProcessor": Layout(_tiles, placeholder="img_patch_token"),
+    "Cohere2VisionProcessor": Layout(_tiles),
+    "DeepseekVLHybridProcessor": Layout(_tiles),
+    "DeepseekVLProcessor": Layout(_tiles),
+    "Gemma3Processor": Layout(_tiles, placeholder="tokenizer.image_token"),
+    "Glm4vProcessor": Layout(_whole_grid),
+    "GotOcr2Processor": Layout(_tiles),
     "Idefics3Processor": Layout(_tiles),
     "InternVLProcessor": Layout(_tiles),
+    "JanusProcessor": Layout(_tiles),
+    "Lfm2VlProcessor": Layout(_packed_patches),
+    "LightOnOcrProcessor": Layout(_native_size),
+    "Llama4Processor": Layout(_tiles, placeholder="img_patch_token"),
+    "LlavaNextProcessor": Layout(_any_resolution),
+    "LlavaOnevisionProcessor": Layout(_any_resolution, depends_on_company=True),
     "LlavaProcessor": Layout(_patches),
+    "Ovis2Processor": Layout(_tiles, placeholder="<IMG_ATOM>"),
+    "PaddleOCRVLProcessor": Layout(_whole_grid),
+    "PaliGemmaProcessor": Layout(_tiles),
+    "PerceptionLMProcessor": Layout(_tiles),
+    "PixtralProcessor": Layout(_native_size),
     "Qwen2VLProcessor": Layout(_whole_grid),
     "Qwen2_5_VLProcessor": Layout(_whole_grid),
     "Qwen3VLProcessor": Layout(_whole_grid),
     "SmolVLMProcessor": Layout(_tiles),
+    "VideoLlama3Processor": Layout(_whole_grid),
 }
 
 # Their visual tokens are answers of a resampler to learned queries, each of which looks at the whole image.
@@ -325,4 +416,5 @@ def _layout(processor: ProcessorMixin) -> Layout:
 
 
 def _placeholder(processor: ProcessorMixin, layout: Layout) -> str:
-    return attrgetter(layout.placeholder)(processor)
+    """The token that stands for a visual token in the prompts of a processor."""
+    return layout.placeholder if layout.placeholder.startswith("<") else attrgetter(layout.placeholder)(processor)
