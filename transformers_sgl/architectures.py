@@ -83,6 +83,9 @@ _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
 _SPATIAL = dict.fromkeys(("pixel_values", "pixel_attention_mask", "spatial_shapes"), "spatial_shapes")
 _SECONDS = {"second_per_grid_ts": "video", "video_second_per_grid": "video"}
 _LOCAL = dict.fromkeys(("pixel_values", "num_local_patches", "pixel_values_local"), "batch")
+_MINICPM = Architecture(
+    inputs=dict.fromkeys(("pixel_values", "target_sizes", "pixel_values_videos", "target_sizes_videos"), "batch")
+)
 _LLAVA = Architecture()
 _QWEN = Architecture(inputs={**_PATCHES, **_SECONDS})
 
@@ -91,6 +94,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "aya_vision": _LLAVA,
     "chameleon": _LLAVA,
     "cohere2_vision": _LLAVA,
+    "cohere_compass": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
+    "cosmos3_edge": _QWEN,
+    "cosmos3_omni": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
     "deepseek_vl": _LLAVA,
     "deepseek_vl_hybrid": Architecture(inputs={"pixel_values": "tile", "high_res_pixel_values": "tile"}),
     "deepseek_ocr2": Architecture(inputs=_LOCAL),
@@ -102,6 +108,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": _LLAVA,
     "gemma3n": Architecture(per_token_arguments={"per_layer_input": -2}),
     "gemma4": Architecture(
+        inputs={"pixel_values": "image", "image_position_ids": "image"}, per_token_arguments={"per_layer_input": -2}
+    ),
+    "gemma4_unified": Architecture(
         inputs={"pixel_values": "image", "image_position_ids": "image"}, per_token_arguments={"per_layer_input": -2}
     ),
     "glm46v": _QWEN,
@@ -130,6 +139,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llava_onevision": Architecture(
         inputs={**_SIZED, "batch_num_images": "sample", "pixel_values_videos": "video"},
     ),
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
+    "minimax_m3_vl": _QWEN,
     "mistral3": Architecture(inputs=_SIZED, image_gap=1),
     "molmo2": Architecture(
         inputs=dict.fromkeys(
@@ -141,6 +154,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         image_gap=1,
     ),
+    "muse_glimmer": _QWEN,
+    "muse_spark": _QWEN,
     "nemotron_h_omni": Architecture(
         inputs={"pixel_values": "tile", "image_grid_hw": "image_grid_hw"},
         decoder_attribute="model",
@@ -165,7 +180,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "step3p7": Architecture(inputs=_LOCAL),
     "video_llama_3": Architecture(
         inputs={
-            **{"pixel_values": "tile", "image_grid_thw": "image_grid_thw", "image_merge_sizes": "image"},
+            "pixel_values": "tile",
+            "image_grid_thw": "image_grid_thw",
+            "image_merge_sizes": "image",
             **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "video_merge_sizes"), "batch"),
             "video_compression_mask": "batch",
         }
@@ -182,24 +199,31 @@ _INNER_GENERATE = "its `generate` hands everything on to the `generate` of a mod
 _MASKED_PLACES = (
     "its configuration names no id for visual tokens; only `image_embeds_position_mask` tells their places"
 )
-_INDEXED = "its layers choose single tokens by their index, and hand the choice on to each other"
+_INDEXED = "its layers choose single tokens by their index"
+_DISTANCES = "its layers count the distances between tokens in their caches, which a shorter prompt would change"
 
 # Why the others cannot be guided and cannot guide.
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS_ATTENTION,
     "blip-2": _INNER_GENERATE,
+    "diffusion_gemma": "it writes blocks of tokens by diffusion, and not one after the other",
+    "dots3_note": _INDEXED,
     "evolla": "it reads proteins, through cross-attention layers, and no images",
     "florence2": _ENCODER_DECODER,
     "git": "it puts an image's features in front of the text, where no placeholder stands for them",
     "glm5_next": _INDEXED,
     "idefics": _CROSS_ATTENTION,
+    "inkling2": _DISTANCES,
+    "inkling_mm_model": _DISTANCES,
     "instructblip": _INNER_GENERATE,
     "instructblipvideo": _INNER_GENERATE,
     "janus": "its own `generate` withholds logits processors from the text that it writes",
     "kosmos-2": _MASKED_PLACES,
     "kosmos-2.5": _MASKED_PLACES,
+    "mistral4": "it is a text decoder alone, which sees images as a part of a 'mistral3' model",
     "mistral_large4": _INDEXED,
     "mllama": _CROSS_ATTENTION,
+    "pi0": "it writes the actions of a robot, and no text",
     "pix2struct": _ENCODER_DECODER,
     "pp_formulanet": _ENCODER_DECODER,
     "qwen4_exp": _INDEXED,
@@ -207,6 +231,12 @@ UNSUPPORTED: dict[str, str] = {
     "udop": _ENCODER_DECODER,
     "unlimited_ocr": "its cache remembers how long the prompt was, so no layer can be handed a shorter one",
     "vision-encoder-decoder": _ENCODER_DECODER,
+}
+
+# Kinds of decoder layers that can be handed fewer tokens.
+_LAYER_TYPES = {
+    *("full_attention", "sliding_attention", "chunked_attention"),
+    *("linear_attention", "conv", "moe", "mlp"),
 }
 
 # Attention functions that are handed a block mask or a paged cache, which can neither be recorded nor cut.
@@ -234,6 +264,13 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
         raise ValueError(
             f"Models of type {config.model_type!r} are not supported, because guidance and pruning have not been "
             f"verified on them: use one of {', '.join(map(repr, sorted(ARCHITECTURES)))}."
+        )
+    types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    unknown = sorted(types - _LAYER_TYPES)
+    if unknown:
+        raise ValueError(
+            f"The text decoder of this {config.model_type!r} model has layers of the types {unknown}, whose choice of "
+            f"tokens guidance and pruning cannot follow: use a model with layers of {', '.join(sorted(_LAYER_TYPES))}."
         )
     return ARCHITECTURES[config.model_type]
 

@@ -44,6 +44,7 @@ class TinyArchitecture:
         joined: How the image inputs of samples become those of a batch.
         token_types: The name of the input that marks visual tokens with 1 (images) and 2 (videos), or, where that is
             not all, a function from `input_ids` to the inputs of the same shape.
+        attn_implementations: What its decoder's attention can run on without a GPU.
     """
 
     config: Callable[[int], PreTrainedConfig]
@@ -52,7 +53,7 @@ class TinyArchitecture:
     joined: Callable[[list[Inputs]], Inputs] = _joined
     token_types: str | Callable[[Tensor], Inputs] | None = None
     batches_alike: bool = True
-    divides_videos: bool = True
+    attn_implementations: tuple[str, ...] = ("sdpa", "eager")
 
     def per_token(self, input_ids: Tensor) -> Inputs:
         """The inputs beside `input_ids` that have one entry per prompt token; 0 stands for text and padding."""
@@ -67,7 +68,7 @@ TINY: dict[str, TinyArchitecture] = {}  # filled by the modules of this package,
 
 
 def tiny_model(
-    name: str, num_layers: int = 4, attn_implementation: str = "sdpa", seed: int = 0, **changes: Any
+    name: str, num_layers: int = 4, attn_implementation: str | None = None, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
     """A random model of that architecture, with weights large enough that its answers depend on everything."""
     config = TINY[name].config(num_layers)
@@ -75,6 +76,7 @@ def tiny_model(
         setattr(config.get_text_config(decoder=True), attribute, value)
     # For the decoder alone, because some vision towers know only eager attention.
     decoder = next((key for key, part in vars(config).items() if part is config.get_text_config(decoder=True)), None)
+    attn_implementation = attn_implementation or TINY[name].attn_implementations[0]
     implementation = {decoder: attn_implementation} if decoder else attn_implementation
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation).eval()

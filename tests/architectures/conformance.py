@@ -20,6 +20,7 @@ from transformers_sgl import AttentionRecorder, SGLGenerationConfig, VisualToken
 from transformers_sgl.architectures import (
     attention_modules,
     attention_pattern,
+    check_supported,
     decoder_layers,
     key_sources,
     visual_token_ids,
@@ -119,13 +120,10 @@ def check_pair(name: str, video: bool = False) -> None:
     """Guided generation of a batch is that of its samples, with early exits and drafts, and keeps every image."""
     large, small = tiny_model(name), tiny_model(name, seed=1)
     for samples in _batches(name, video):
-        _check_pair(name, large, small, samples, may_divide=not video or TINY[name].divides_videos)
+        _check_pair(large, small, tiny_batch(name, samples), samples)
 
 
-def _check_pair(
-    name: str, large: PreTrainedModel, small: PreTrainedModel, samples: list[Inputs], may_divide: bool
-) -> None:
-    batch = tiny_batch(name, samples)
+def _check_pair(large: PreTrainedModel, small: PreTrainedModel, batch: Inputs, samples: list[Inputs]) -> None:
     settings = {"retention_ratio": 0.3, "prune_layer": min(1, _prune_layers(large)[-1])}
     together = _pair(large, small, batch, **settings)
     alone = [_pair(large, small, sample, **settings) for sample in samples]
@@ -143,7 +141,7 @@ def _check_pair(
     scores = together.decision_score
     order = scores.sort().values
     settings["early_exit_threshold"] = float((order[0] + order[1]) / 2)
-    if not may_divide:
+    if "batch" in {check_supported(large.config).inputs.get(name) for name in batch}:
         with pytest.raises(ValueError, match="nothing tells to which prompts the"):
             _pair(large, small, batch, **settings)
         return

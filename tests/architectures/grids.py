@@ -624,7 +624,6 @@ def _video_llama_videos(config: PreTrainedConfig, number: int, generator: Genera
 _add(
     "video_llama_3",
     TinyArchitecture(
-        divides_videos=False,
         config=_config(
             "video_llama_3",
             _layers(),
@@ -754,14 +753,16 @@ _add(
 
 
 # Gemma 4: patches with their positions, filled up to a fixed number.
-def _gemma4_views(grids: list[tuple[int, int]], merge: int, generator: Generator, names: tuple[str, str]) -> Inputs:
+def _gemma4_views(
+    grids: list[tuple[int, int]], merge: int, generator: Generator, names: tuple[str, str], patch: int = PATCH
+) -> Inputs:
     longest = 12 * merge**2
-    pixels = torch.zeros(len(grids), longest, 3 * PATCH**2)
+    pixels = torch.zeros(len(grids), longest, 3 * patch**2)
     positions = torch.full((len(grids), longest, 2), -1)
     for index, (height, width) in enumerate(grids):
         y, x = torch.meshgrid(torch.arange(merge * height), torch.arange(merge * width), indexing="ij")
         place = torch.stack([x.flatten(), y.flatten()], dim=1)
-        pixels[index, : len(place)] = torch.rand(len(place), 3 * PATCH**2, generator=generator)
+        pixels[index, : len(place)] = torch.rand(len(place), 3 * patch**2, generator=generator)
         positions[index, : len(place)] = place
     return dict(zip(names, (pixels, positions), strict=True))
 
@@ -844,6 +845,37 @@ _add(
         token_types="mm_token_type_ids",
     ),
     variant="moe",
+)
+
+
+# Without a vision encoder: larger patches are the visual tokens.
+def _gemma4_unified_images(
+    config: PreTrainedConfig, number: int, generator: Generator
+) -> tuple[list[list[int]], Inputs]:
+    grids = [_sides(generator) for _ in range(number)]
+    spans = [[START, *[IMAGE] * (height * width), END] for height, width in grids]
+    return spans, _gemma4_views(grids, 1, generator, ("pixel_values", "image_position_ids"), patch=2 * PATCH)
+
+
+_add(
+    "gemma4_unified",
+    TinyArchitecture(
+        config=_config(
+            "gemma4_unified",
+            {
+                "patch_size": PATCH,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 16,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 16,
+                "initializer_range": 0.3,
+            },
+            {**_SLIDING, "rope_parameters": _GEMMA4_ROPE, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            **_GEMMA4_IDS,
+        ),
+        images=_gemma4_unified_images,
+        token_types="mm_token_type_ids",
+    ),
 )
 
 
@@ -939,5 +971,250 @@ _add(
         ),
         images=_hunyuan_images,
         token_types="mm_token_type_ids",
+    ),
+)
+
+
+# Cohere Compass: as Qwen3-VL, with sliding layers and full layers without positions.
+_add(
+    "cohere_compass",
+    TinyArchitecture(
+        config=_config(
+            "cohere_compass",
+            _blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
+            {
+                "layer_types": _repeated("sliding_attention", "full_attention"),
+                "sliding_window": 8,
+                "rope_parameters": {
+                    "sliding_attention": {**MROPE, "mrope_interleaved": True},
+                    "full_attention": None,
+                },
+            },
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+_add(
+    "cosmos3_edge",
+    TinyArchitecture(
+        config=_config(
+            "cosmos3_edge",
+            {**_layers(), "num_patches": 16, "spatial_merge_size": 2},
+            {"rope_parameters": MROPE, "head_dim": 8},
+            projector_hidden_size=32,
+            **_IDS,
+        ),
+        images=_patches(shape=(3 * PATCH**2,)),
+        videos=_videos(_timed_spans, shape=(3 * PATCH**2,)),
+        token_types="mm_token_type_ids",
+    ),
+)
+_add(
+    "cosmos3_omni",
+    TinyArchitecture(
+        config=_config(
+            "cosmos3_omni",
+            {
+                **_blocks(depth=3, deepstack_visual_indexes=[0, 1], **_QWEN3_VISION),
+                "model_type": "qwen3_vl_vision",
+            },
+            {"model_type": "qwen3_vl_text", "rope_parameters": {**MROPE, "mrope_interleaved": True}, "head_dim": 8},
+            **_IDS,
+        ),
+        videos=_videos(_timed_spans),
+        **_QWEN,
+    ),
+)
+
+# dots.note: latent attention, in sliding windows or to selected keys.
+_SLIDING_LATENT = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
+_add(
+    "dots3_note",
+    TinyArchitecture(
+        config=_config(
+            "dots3_note",
+            {
+                **_layers(num_hidden_layers=2),
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_local_experts": 4,
+                "moe_intermediate_size": 16,
+                "adapter_in_dim": 16,
+                "adapter_out_dim": 32,
+            },
+            {
+                **_LATENT,
+                **_SLIDING_LATENT,
+                "head_dim": 16,
+                "layer_types": _repeated("sliding_attention", "indexed_attention"),
+                "sliding_window": 8,
+                "index_topk": 8,
+                "index_head_dim": 16,
+                "index_n_heads": 8,
+                "shared_experts_intermediate_size": 16,
+            },
+            audio_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "feature_size": 8,
+                "downsample_hidden_size": 8,
+                "adapter_input_size": 16,
+                "adapter_out_dim": 32,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=51,
+        ),
+        images=_patches(shape=(3 * PATCH**2,)),
+        videos=_videos(_one_span, shape=(3 * PATCH**2,)),
+    ),
+)
+
+
+# MiniCPM-V: an image and its slices, all patches one behind the other in a single picture.
+def _minicpm_images(reduction: int) -> Callable[[PreTrainedConfig, int, Generator], tuple[list[list[int]], Inputs]]:
+    def make(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
+        spans, views = [], []
+        for _ in range(number):
+            rows, columns = ((0, 0), (1, 2), (2, 1))[_side(generator, 0, 2)]
+            whole, part = _sides(generator), (_side(generator, 1, 2), 2)
+            span = [*_texts(generator), START, *[IMAGE] * (whole[0] * whole[1]), END]
+            for row in range(rows):
+                span += [BREAK] * (row > 0) + [VIDEO_START, *[IMAGE] * (part[0] * part[1]), VIDEO_END] * columns
+            spans.append(span)
+            views += [whole] + [part] * (rows * columns)
+        sizes = reduction * torch.tensor(views)
+        width = PATCH * int(sizes.prod(dim=1).sum())
+        return spans, {
+            "pixel_values": torch.randn(1, 3, PATCH, width, generator=generator),
+            "target_sizes": sizes.int(),
+        }
+
+    return make
+
+
+def _minicpm_joined(inputs: list[Inputs]) -> Inputs:
+    return {
+        "pixel_values": torch.cat([each["pixel_values"] for each in inputs], dim=-1),
+        "target_sizes": torch.cat([each["target_sizes"] for each in inputs]),
+    }
+
+
+# Its mode "16x" merges 4 x 4 patches; in transformers 5.17 that works only for views of one size.
+for _name, _reduction, _mode in (("minicpmv4_6", 2, "4x"), ("minicpmv4_7", 4, "16x"), ("minicpm_ocr", 2, "4x")):
+    _add(
+        _name,
+        TinyArchitecture(
+            config=_config(
+                _name,
+                {**_layers(num_hidden_layers=2), "image_size": 16},
+                {**_LINEAR, "model_type": "qwen3_5_text"},
+                image_token_id=IMAGE,
+                video_token_id=VIDEO,
+                image_start_id=START,
+                image_end_id=END,
+                slice_start_id=VIDEO_START,
+                slice_end_id=VIDEO_END,
+                newline_id=BREAK,
+                insert_layer_id=0,
+                downsample_mode=_mode,
+                tie_word_embeddings=False,
+            ),
+            images=_minicpm_images(_reduction),
+            joined=_minicpm_joined,
+            token_types="mm_token_type_ids" if _name == "minicpmv4_7" else None,
+        ),
+    )
+
+
+# Inkling: no positions but learnt biases by distance, and short convolutions in every layer.
+def _inkling_images(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
+    counts = [height * width for height, width in (_sides(generator) for _ in range(number))]
+    spans = [[START, *[IMAGE] * count] for count in counts]
+    return spans, {"pixel_values": torch.randn(sum(counts), 2, 4, 4, 3, generator=generator)}
+
+
+def _inkling2_images(config: PreTrainedConfig, number: int, generator: Generator) -> tuple[list[list[int]], Inputs]:
+    grids = [(1, *_sides(generator)) for _ in range(number)]
+    counts = [height * width for _, height, width in grids]
+    pixels = torch.rand(sum(counts), 2 * PATCH, 2 * PATCH, 3, generator=generator) * 2 - 1
+    return [[START, *[IMAGE] * count] for count in counts], {
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor(grids),
+    }
+
+
+_INKLING = {
+    "layer_types": _repeated("hybrid_sliding", "hybrid"),
+    "sliding_window_size": 8,
+    "head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 16,
+    "conv_kernel_size": 3,
+    "unpadded_vocab_size": VOCAB_SIZE,
+    "log_scaling_n_floor": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "route_scale": 1.0,
+}
+_add(
+    "inkling_mm_model",
+    TinyArchitecture(
+        config=_config(
+            "inkling_mm_model",
+            {"patch_size": 4, "temporal_patch_size": 2, "num_hidden_layers": 4, "initializer_range": 0.3},
+            {
+                **_INKLING,
+                "log_scaling_n_floor": 512,
+                "mlp_layer_types": _repeated("dense", "sparse"),
+                "n_shared_experts": 1,
+                "logits_mup_width_multiplier": 1.0,
+            },
+            audio_config={"n_mel_bins": 8, "mel_vocab_size": 8},
+            image_token_id=IMAGE,
+            audio_token_id=51,
+            image_bos_token_id=START,
+            audio_bos_token_id=52,
+        ),
+        images=_inkling_images,
+    ),
+)
+_add(
+    "inkling2",
+    TinyArchitecture(
+        config=_config(
+            "inkling2",
+            {
+                **_layers(),
+                "posemb_grid_size": 4,
+                "projection_hidden_dim": 32,
+                "text_hidden_size": 32,
+                "layer_scale_init_value": 1.0,
+            },
+            {
+                **_INKLING,
+                "intermediate_size": 16,
+                "n_layers_per_attn_res_block": 2,
+                "final_logit_softcapping": 30.0,
+            },
+            image_token_id=IMAGE,
+        ),
+        images=_inkling2_images,
+        attn_implementations=("eager",),
     ),
 )
