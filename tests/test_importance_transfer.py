@@ -524,9 +524,8 @@ def test_an_unknown_layout_is_refused_when_it_is_paired(side: str) -> None:
             return {}
 
     parts = {"large": internvl_processor(), "small": internvl_processor(), side: UnknownProcessor()}
-    with pytest.raises(
-        ValueError, match=f"those of the {side} model's UnknownProcessor lie.*pair models of one family"
-    ):
+    message = f"The {side} model's processor does not fit the other one, .* of UnknownProcessor stand: use one of"
+    with pytest.raises(ValueError, match=message):
         SGLProcessor(parts["large"], parts["small"])
 
 

@@ -101,7 +101,8 @@ class SGLProcessor(ProcessorMixin):
         cuts_alike = self.reads_the_same or _cuts_alike(large_processor, small_processor)
         self.importance_transfer = "identity" if cuts_alike else "resampling"
         if not cuts_alike:
-            _check_boxes(large_processor, small_processor)
+            for name in PARTS:
+                _check_boxes(name, getattr(self, f"{name}_processor"))
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -378,15 +379,14 @@ def _cuts_alike(large: ProcessorMixin, small: ProcessorMixin) -> bool:
     return True  # as far as can be told; generation looks at the numbers of tokens
 
 
-def _check_boxes(large: ProcessorMixin, small: ProcessorMixin) -> None:
-    """Raises where importance would have to be resampled and cannot be."""
-    for name, processor in zip(PARTS, (large, small), strict=True):
-        if not has_boxes(processor):
-            raise ValueError(
-                "The two processors cut images into different visual tokens, and nothing is known about where on an "
-                f"image those of the {name} model's {type(processor).__name__} lie, so importance cannot be carried "
-                "over: pair models of one family whose processors cut an image into the same tiles."
-            )
+def _check_boxes(name: str, processor: ProcessorMixin) -> None:
+    """Raises if it is not known where the visual tokens of one of the two processors lie."""
+    try:
+        visual_token_boxes(processor, [Image.new("RGB", (64, 64))])
+    except ValueError as error:
+        raise ValueError(
+            f"The {name} model's processor does not fit the other one, which cuts images otherwise. {error}"
+        ) from error
 
 
 def _check_no_videos(videos: Any) -> None:
