@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import test_serving
+import tiny_processors
 import torch
 from PIL import Image
 from tiny_families import PROCESSORS, internvl_processor, llava_processor, picture, tiny_family_model, tiny_family_pair
@@ -30,7 +31,7 @@ from transformers_sgl import (
 from transformers_sgl.architectures import visual_token_ids
 from transformers_sgl.evaluation import Scenes
 from transformers_sgl.importance_resampling import resample_importance
-from transformers_sgl.visual_token_boxes import visual_token_boxes
+from transformers_sgl.visual_token_boxes import LAYOUTS, _placeholder, visual_token_boxes
 
 mechanics = pytest.mark.mechanics
 FAMILIES = list(itertools.permutations(PROCESSORS, 2))
@@ -226,6 +227,35 @@ def test_prompts_in_the_large_models_form_get_the_small_models_image_token(any_p
         tokens = VisualTokens.from_input_ids(inputs[ids], visual_token_ids(each.config))
         assert tokens.counts.tolist() == [inputs[name].shape[1]]
     assert model.generate(**inputs, **PRUNED, **tokenizers(processor)).shape[0] == 1
+
+
+@mechanics
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+@pytest.mark.parametrize("name", tiny_processors.PROCESSORS)
+def test_every_known_processor_pairs_with_one_of_another_family(name: str, nested: bool) -> None:
+    built = tiny_processors.PROCESSORS[name]()
+    other = llava_processor() if name == "internvl" else internvl_processor()
+    built.tokenizer.padding_side = "left"
+    images = pictures([[(80, 48)], [(40, 90), (64, 64)]])
+    if name in ("got_ocr2", "perception_lm"):  # know one image in a prompt, or images of one shape
+        images = pictures([[(80, 48)], [(80, 48)]])
+    for large, small in ((built, other), (other, built)):
+        processor = SGLProcessor(large, small)
+        place = processing_sgl._placeholder(large)
+        texts = ["and".join([place] * len(few)) for few in images]
+
+        inputs = processor(
+            images=images if nested else [one for few in images for one in few],
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+        )
+
+        for part, ids, key in ((large, "input_ids", BOXES[0]), (small, "small_input_ids", BOXES[1])):
+            token = _placeholder(part, LAYOUTS[type(part).__name__])
+            number = (inputs[ids] == part.tokenizer.convert_tokens_to_ids(token)).sum(dim=1)
+            assert (inputs[key][..., 0] >= 0).sum(dim=1).equal(number)
+            assert (inputs[key][..., 0].amax(dim=1) + 1).tolist() == [len(few) for few in images]
 
 
 @mechanics

@@ -243,9 +243,11 @@ class SGLProcessor(ProcessorMixin):
 
         _check_no_videos(kwargs.get("videos"))
         images, options = _loaded(images), split_kwargs(kwargs)
+        by_prompt = [] if text is None else _by_prompt(images, text, _placeholder(self.large_processor))
+        if any(by_prompt):  # nested, as all processors take it, save for some that know prompts of one image only
+            images = [one for [one] in by_prompt] if all(len(few) == 1 for few in by_prompt) else by_prompt
         inputs = self.large_processor(images=images, text=text, **options["large"])
         small_inputs = self.small_processor(images=images, text=self._small_text(text), **options["small"])
-        by_prompt = [] if text is None else _by_prompt(images, text, _placeholder(self.large_processor))
         return self._with_boxes((inputs, small_inputs), by_prompt, options)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
