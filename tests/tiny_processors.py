@@ -21,18 +21,30 @@ NAMED_TOKENS = {
     "img_line_break_token": "<line>",
     "image_break_token": "<break>",
     "image_end_token": "<end>",
+    "image_start_token": "<start>",
+    "video_start_token": "<video start>",
+    "video_end_token": "<video end>",
+    "audio_token": "<audio>",
+    "boa_token": "<boa>",
+    "eoa_token": "<eoa>",
+    "vision_bos_token": "<vision>",
+    "vision_eos_token": "</vision>",
+    "audio_bos_token": "<sound>",
+    "audio_eos_token": "</sound>",
 }
 OTHER_TOKENS = [
     "<|image|>", "<|patch|>", "<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>",
     "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL", "<IMG_ATOM>", "<imgpad>", "[IMG]",
     "[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|vision_start|>",
     "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|begin_of_video|>", "<|end_of_video|>",
+    "]<]image[>[", "]<]video[>[", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>", "<|imgpad|>",
+    "<|audio_comp_pad|>",
 ]  # fmt: skip
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each special token, and one for everything else."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *NAMED_TOKENS.values(), *OTHER_TOKENS]
+def tiny_tokenizer(**names: str) -> PreTrainedTokenizerFast:
+    """One token for each special token, and one for everything else; some may be named otherwise."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<sep>", *NAMED_TOKENS.values(), *OTHER_TOKENS]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
     fast = PreTrainedTokenizerFast(
@@ -41,7 +53,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens=NAMED_TOKENS,
+        sep_token="<sep>",
+        extra_special_tokens={**NAMED_TOKENS, **names},
     )
     fast.add_tokens(OTHER_TOKENS, special_tokens=True)
     return fast
@@ -56,7 +69,13 @@ PROCESSORS: dict[str, Callable[..., ProcessorMixin]] = {}
 
 
 def _add(
-    name: str, kind: str, image_processor: str, settings: dict[str, Any], video: str | None = None, **own: Any
+    name: str,
+    kind: str,
+    image_processor: str,
+    settings: dict[str, Any],
+    video: str | None = None,
+    audio: str | None = None,
+    **own: Any,
 ) -> None:
     """Adds a processor, if this transformers has it: its class, its image processor's, and both their settings."""
 
@@ -64,9 +83,13 @@ def _add(
         parts = {"image_processor": getattr(transformers, image_processor)(**{**settings, **changes})}
         if video is not None:
             parts["video_processor"] = getattr(transformers, video)()
-        if kind == "SmolVLMProcessor":  # would like to write the numbers of a video's frames in words
-            sys.modules[getattr(transformers, kind).__module__].num2words = str
-        return getattr(transformers, kind)(**parts, tokenizer=tiny_tokenizer(), **own)
+        if audio is not None:
+            parts["feature_extractor"] = getattr(transformers, audio)()
+        if kind == "SmolVLMProcessor":  # would like to write the number of a video's frames in words
+            own_module = sys.modules[getattr(transformers, kind).__module__]
+            own_module.num2words = own_module.num2words or str
+        names = {"image_token": "<|IMAGE_PAD|>"} if kind == "CohereCompassProcessor" else {}
+        return getattr(transformers, kind)(**parts, tokenizer=tiny_tokenizer(**names), **own)
 
     if hasattr(transformers, kind):
         PROCESSORS[name] = build
@@ -231,4 +254,114 @@ _add(
     "VideoLlama3ImageProcessor",
     {**_PATCHES, "merge_size": 1, "patch_size": 8},
     video="VideoLlama3VideoProcessor",
+)
+_add(
+    "cohere_compass", "CohereCompassProcessor", "CohereCompassImageProcessor", _PATCHES, "CohereCompassVideoProcessor"
+)
+_add("cosmos3_edge", "Cosmos3EdgeProcessor", "Cosmos3EdgeImageProcessor", _PATCHES, "Cosmos3EdgeVideoProcessor")
+_add(
+    "ernie4_5_vl_moe",
+    "Ernie4_5_VLMoeProcessor",
+    "Ernie4_5_VLMoeImageProcessor",
+    _PATCHES,
+    "Ernie4_5_VLMoeVideoProcessor",
+)
+_add("exaone4_5", "Exaone4_5_Processor", "Qwen2VLImageProcessor", _PATCHES, "Qwen2VLVideoProcessor")
+_add(
+    "glm46v",
+    "Glm46VProcessor",
+    "Glm46VImageProcessor",
+    {**_PATCHES, "size": {"shortest_edge": 2 * 256, "longest_edge": 2 * 64 * 64}},
+    "Glm46VVideoProcessor",
+)
+_add(
+    "hyperclovax_vision_v2", "HyperCLOVAXVisionV2Processor", "Qwen2VLImageProcessor", _PATCHES, "Qwen2VLVideoProcessor"
+)
+_add("lfm3_vl", "Lfm3VlProcessor", "Qwen2VLImageProcessor", _PATCHES, "Qwen3VLVideoProcessor")
+_add("minimax_m3_vl", "MiniMaxM3VLProcessor", "MiniMaxM3VLImageProcessor", _PATCHES, "MiniMaxM3VLVideoProcessor")
+_add(
+    "muse_glimmer",
+    "MuseGlimmerProcessor",
+    "MuseGlimmerImageProcessor",
+    {"patch_size": 4, "merge_size": 2, "max_image_tokens": 64},
+    "MuseGlimmerVideoProcessor",
+)
+_add(
+    "qwen2_5_omni",
+    "Qwen2_5OmniProcessor",
+    "Qwen2VLImageProcessor",
+    _PATCHES,
+    "Qwen2VLVideoProcessor",
+    "WhisperFeatureExtractor",
+)
+_add(
+    "gemma3n",
+    "Gemma3nProcessor",
+    "SiglipImageProcessor",
+    {"size": square(48)},
+    audio="Gemma3nAudioFeatureExtractor",
+    image_seq_length=36,
+)
+_add(
+    "granite_docling",
+    "GraniteDoclingProcessor",
+    "GraniteDoclingImageProcessor",
+    {"size": square(32), "max_patches": 6},
+    image_seq_len=16,
+)
+_add(
+    "llava_next_video",
+    "LlavaNextVideoProcessor",
+    "LlavaNextImageProcessor",
+    _ANYRES,
+    "LlavaNextVideoVideoProcessor",
+    **_CLIP,
+)
+_add("qianfan_ocr", "QianfanOCRProcessor", "GotOcr2ImageProcessor", _TILES, image_seq_length=16)
+_add(
+    "video_llava",
+    "VideoLlavaProcessor",
+    "VideoLlavaImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48)},
+    "VideoLlavaVideoProcessor",
+    **_CLIP,
+)
+_add(
+    "chameleon",
+    "ChameleonProcessor",
+    "ChameleonImageProcessor",
+    {"size": {"shortest_edge": 48}, "crop_size": square(48)},
+    image_seq_length=36,
+)
+_add(
+    "dots3_note",
+    "Dots3NoteProcessor",
+    "Qwen2VLImageProcessor",
+    _PATCHES,
+    "Qwen2VLVideoProcessor",
+    "Dots3NoteFeatureExtractor",
+)
+_add(
+    "gemma4",
+    "Gemma4Processor",
+    "Gemma4ImageProcessor",
+    {"patch_size": 4, "max_soft_tokens": 70},
+    "Gemma4VideoProcessor",
+    "Gemma4AudioFeatureExtractor",
+)
+_add(
+    "muse_spark",
+    "MuseSparkProcessor",
+    "MuseGlimmerImageProcessor",
+    {"patch_size": 4, "merge_size": 2, "max_image_tokens": 64},
+    "MuseGlimmerVideoProcessor",
+    "MuseSparkFeatureExtractor",
+)
+_add(
+    "qwen3_omni_moe",
+    "Qwen3OmniMoeProcessor",
+    "Qwen2VLImageProcessor",
+    _PATCHES,
+    "Qwen2VLVideoProcessor",
+    "WhisperFeatureExtractor",
 )

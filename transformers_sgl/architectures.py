@@ -47,6 +47,8 @@ class Architecture:
             many visual tokens; an `"image"`; a `"video"`; a `"sample"`; the name of the input that holds the height
             and width of each row, whose product goes with its visual tokens; or `"batch"`, where only the whole can
             be understood.
+        answer_token_type (`int`, *optional*): What marks the answer's tokens in `token_type_ids`, where that is not
+            what marks the prompt's last token.
         image_gap (`int`): The most text tokens that may stand between two visual tokens of one image.
     """
 
@@ -56,6 +58,7 @@ class Architecture:
     per_token_arguments: dict[str, int] = field(default_factory=dict)
     deepstack: tuple[str, str] | None = None
     inputs: dict[str, str] = field(default_factory=lambda: {"pixel_values": "tile"})
+    answer_token_type: int | None = None
     image_gap: int = 0
 
 
@@ -163,7 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "ovis2": _LLAVA,
     "paddleocr_vl": _QWEN,
-    "paligemma": _LLAVA,
+    "paligemma": Architecture(answer_token_type=1),
     "perception_lm": Architecture(inputs={"pixel_values": "image", "pixel_values_videos": "video"}),
     "pp_chart2table": _LLAVA,
     "qianfan_ocr": _LLAVA,
@@ -388,7 +391,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     for index, layer in enumerate(decoder_layers(model)):
         for name in attributes:
             module = getattr(layer, name, None)
-            if hasattr(module, "is_causal"):
+            if isinstance(module, nn.Module) and hasattr(module, "is_causal"):
                 found[index] = module
     return found
 

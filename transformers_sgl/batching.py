@@ -132,13 +132,16 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
     return selected
 
 
-def append_tokens(inputs: dict[str, Any], tokens: Tensor, extend: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def append_tokens(
+    inputs: dict[str, Any], tokens: Tensor, extend: Callable[..., dict[str, Any]], token_type: int | None = None
+) -> dict[str, Any]:
     """The inputs of a forward pass that reads more tokens, all of them text.
 
     Args:
         inputs (`dict`): Inputs as `generate` has prepared them, `input_ids` of shape `(batch, length)` among them.
         tokens (`Tensor` of shape `(batch, num_tokens)`): What follows.
         extend (`Callable`): The model's own way to lengthen its inputs by a token.
+        token_type (`int`, *optional*): What marks them in `token_type_ids`, if it is not the last token's.
 
     Returns:
         `dict`: The lengthened inputs; those passed stay as they are.
@@ -149,6 +152,9 @@ def append_tokens(inputs: dict[str, Any], tokens: Tensor, extend: Callable[..., 
     for name in _per_token(inputs):
         if extended[name].shape == ids.shape:  # which `extend` does not know
             extended[name] = torch.nn.functional.pad(extended[name], (0, tokens.shape[1]))
+    if token_type is not None and extended.get("token_type_ids") is not None:
+        extended["token_type_ids"] = extended["token_type_ids"].clone()
+        extended["token_type_ids"][:, ids.shape[1] :] = token_type
     extended["input_ids"] = torch.cat([ids, tokens.to(ids.device)], dim=1)
     return extended
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from transformers_sgl.architectures import visual_token_ids
+from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.batching import append_tokens
 
 __all__ = ["DraftVerifier"]
@@ -150,7 +150,8 @@ class DraftVerifier:
             run.cut_back(run.num_chosen - 1)
             draft = run.rest()
             if draft.shape[1]:
-                inputs = append_tokens(inputs, draft, extend)
+                token_type = check_supported(self._model.config).answer_token_type
+                inputs = append_tokens(inputs, draft, extend, token_type)
                 inputs["logits_to_keep"] = draft.shape[1] + 1
             run.learn(forward(**inputs).logits, draft.shape[1])
         return run.next_output()

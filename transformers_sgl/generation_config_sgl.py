@@ -93,6 +93,8 @@ class SGLGenerationConfig(GenerationConfig):
             1 nothing is dropped and the output is the stock large model's.
         prune_layer (`int` or `float`, *optional*, defaults to 9/48): The first decoder layer that sees fewer visual
             tokens: an `int` is an index, a `float` in `[0, 1)` a fraction of the depth.
+        min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image, or of every frame of a
+            video, are kept whatever their rank, so that none vanishes; with 0 some may.
         guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens:
             `"prompt"` (the prompt after the last visual token), `"generated"` (the small model's own answer) or
             `"both"` (paper, section 3.2).
@@ -182,6 +184,7 @@ class SGLGenerationConfig(GenerationConfig):
         """The fields that this class adds, with the values they take where nobody set them."""
         return {
             **PRESETS[_DEFAULT_PRESET],
+            "min_tokens_per_image": 1,
             "guidance_queries": "both",
             "guidance_max_new_tokens": None,
             "early_exit_threshold": None,
@@ -267,6 +270,11 @@ class SGLGenerationConfig(GenerationConfig):
             )
         if self.verify_draft is not None and not isinstance(self.verify_draft, bool):
             raise ValueError(f"`verify_draft` is {self.verify_draft!r}: pass True, False or None.")
+        if self.min_tokens_per_image is not None and not _is_count(self.min_tokens_per_image, at_least=0):
+            raise ValueError(
+                f"`min_tokens_per_image` is {self.min_tokens_per_image!r}: pass a whole number of 1 or more, or 0 to "
+                "let images vanish."
+            )
         if self.guidance_max_new_tokens is not None and not _is_count(self.guidance_max_new_tokens):
             raise ValueError(
                 f"`guidance_max_new_tokens` is {self.guidance_max_new_tokens!r}: pass a whole number of 1 or more, or "
@@ -289,5 +297,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # NaN is no number
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any, at_least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

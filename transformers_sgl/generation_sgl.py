@@ -44,6 +44,7 @@ from transformers_sgl.guidance import Guidance, check_same_visual_tokens, guide,
 from transformers_sgl.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
+    MinimumPerImageProcessor,
     RetentionRatioProcessor,
 )
 from transformers_sgl.importance_resampling import resample_importance
@@ -182,7 +183,7 @@ def generate(
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
-    processors = _processor_list(importance_processor, settings.retention_ratio)
+    processors = _processor_list(importance_processor, settings)
     may_exit = settings.early_exit_threshold is not None and settings.early_exit_threshold <= 1
     visual_tokens = _find_visual_tokens(large, large_inputs)
     if visual_tokens is not None:
@@ -436,17 +437,19 @@ def _find_visual_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> Visua
 
 
 def _processor_list(
-    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None, retention_ratio: float
+    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None, settings: SGLGenerationConfig
 ) -> ImportanceProcessorList:
-    """The user's processors, then the fixed ratio; empty if nothing would ever be dropped."""
+    """The user's processors, then those of the settings; empty if nothing would ever be dropped."""
     processors = ImportanceProcessorList(own if isinstance(own, Iterable) else [] if own is None else [own])
     for processor in processors:
         if not callable(processor):
             raise ValueError(
                 f"`importance_processor` is or holds {processor!r}: pass an ImportanceProcessor, or a list of them."
             )
-    if retention_ratio < 1:
-        processors.append(RetentionRatioProcessor(retention_ratio))
+    if settings.retention_ratio < 1:
+        if settings.min_tokens_per_image > 0:
+            processors.append(MinimumPerImageProcessor(settings.min_tokens_per_image))
+        processors.append(RetentionRatioProcessor(settings.retention_ratio))
     return processors
 
 

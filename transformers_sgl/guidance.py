@@ -232,7 +232,9 @@ def _log_probs_when_pruned(
         visual_tokens, importance
     )
     length = draft_sequences.shape[1]
-    inputs = append_tokens(draft.prompt_inputs, draft_sequences, small._update_model_kwargs_for_generation)
+    token_type = check_supported(small.config).answer_token_type
+    extend = small._update_model_kwargs_for_generation
+    inputs = append_tokens(draft.prompt_inputs, draft_sequences, extend, token_type)
     with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
         logits = small(**{**inputs, "past_key_values": None, "use_cache": False, "logits_to_keep": length + 1}).logits
     return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(

@@ -238,12 +238,16 @@ class MinimumPerImageProcessor(ImportanceProcessor):
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Sets each image's most important tokens to `+inf`; see [`ImportanceProcessor`]."""
-        protect = torch.zeros_like(visual_tokens.valid)
-        num_images = int(visual_tokens.image_index.max()) + 1 if visual_tokens.num_visual_tokens else 0
-        for image in range(num_images):
-            in_image = visual_tokens.image_index == image
-            rank = _rank(importance.masked_fill(~in_image, DROPPED))
-            protect |= in_image & (rank < self.min_tokens)
+        # In the order of images, and within each of descending importance, ...
+        order = importance.argsort(dim=1, descending=True, stable=True)
+        images, by_image = visual_tokens.image_index.gather(1, order).sort(dim=1, stable=True)
+        order = order.gather(1, by_image)
+        # ... a token's rank within its image is how far it stands behind the image's first.
+        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        opens = torch.ones_like(images, dtype=torch.bool)
+        opens[:, 1:] = images[:, 1:] != images[:, :-1]
+        rank = place - torch.where(opens, place, 0).cummax(dim=1).values
+        protect = torch.zeros_like(visual_tokens.valid).scatter(1, order, rank < self.min_tokens) & visual_tokens.valid
         # A token dropped by an earlier processor stays dropped: protection is not resurrection.
         return importance.masked_fill(protect & (importance > DROPPED), PROTECTED)
 

@@ -456,6 +456,25 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         checkpoints = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
         return load_tokenizers(*((checkpoint.path, checkpoint.where) for checkpoint in checkpoints))
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, because a paged cache cannot hold layers of different lengths.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "A pair cannot run with continuous batching, whose paged cache holds equally many tokens of every layer: "
+            "call `generate` with a batch, or `large.generate_batch` for the large model alone."
+        )
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused for the same reason as `init_continuous_batching`, on which it stands.
+
+        Raises:
+            ValueError: Always.
+        """
+        return self.init_continuous_batching()
+
     def to(self, *args: Any, **kwargs: Any) -> SGLForConditionalGeneration:
         """Moves or casts both models, or neither where one refuses because it is quantised or offloaded."""
         return self._both("to", *args, **kwargs)

@@ -47,7 +47,7 @@ def has_boxes(processor: ProcessorMixin) -> bool:
 def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image], **kwargs: Any) -> list[Tensor]:
     """Which part of the original image every visual token stands for.
 
-    The first image of a size takes as long as processing three such images; further ones cost nothing.
+    The first image of a size takes a little longer than processing three such images; further ones cost nothing.
 
     Args:
         processor (`ProcessorMixin`): The processor.
@@ -62,6 +62,22 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
 
     Raises:
         ValueError: If it is not known how the processor's tokens lie on an image, or they lie otherwise.
+
+    Example:
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoProcessor
+        >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.visual_token_boxes import visual_token_boxes
+
+        >>> processor = AutoProcessor.from_pretrained(embedded_pair() / "small")
+        >>> [boxes] = visual_token_boxes(processor, [Image.new("RGB", (128, 128))])  # four tiles and a thumbnail
+        >>> boxes.shape
+        torch.Size([320, 4])
+        >>> [round(edge, 2) for edge in boxes[0].tolist()], [round(edge, 2) for edge in boxes[-1].tolist()]
+        ([0.0, 0.0, 0.06, 0.06], [0.88, 0.88, 1.0, 1.0])
+
+        ```
     """
     layout = _layout(processor)
     in_company = layout.depends_on_company and len(images) > 1
@@ -91,6 +107,7 @@ def _settings(processor: ProcessorMixin) -> tuple[Any, Any]:
     """Everything that decides how a processor cuts images."""
     plain = (bool, int, float, str, list, tuple, dict, type(None))
     own = {name: value for name, value in vars(processor).items() if isinstance(value, plain)}
+    own["images_kwargs"] = getattr(processor, "images_kwargs", None)  # often the class's own
     return own, processor.image_processor.to_dict()
 
 
@@ -100,12 +117,17 @@ class Layout:
 
     Attributes:
         views (`Callable`): From a processed image to its views, in the order of their tokens.
-        placeholder (`str`): The placeholder token, or the attribute of the processor that holds it.
+        placeholder (`str`): The token that stands for a visual token in a prompt, or the attribute of the processor
+            that holds it.
+        image (`str`): The attribute that holds what stands for a whole image before the processor has seen the prompt.
+        pixels (`str`): The model input that holds the pixels.
         depends_on_company (`bool`): Whether an image is cut otherwise where its prompt holds further images.
     """
 
     views: Callable[[_Processed], Iterator[_View]]
     placeholder: str = "image_token"
+    image: str = "image_token"
+    pixels: str = "pixel_values"
     depends_on_company: bool = False
 
 
@@ -129,27 +151,27 @@ class _Processed:
         kwargs: dict[str, Any],
     ) -> None:
         self.processor = processor
+        self.layout = layout
         self.size = size
         self.in_company = in_company
         copies = 2 if in_company else 1
         outputs: list[BatchFeature] = []
         for probe in _probes(size):
-            text = [processor.image_token * copies]
+            text = [getattr(processor, layout.image) * copies]
             images = [[probe] * copies] if in_company else [probe]
             outputs.append(processor(images=images, text=text, **{**kwargs, "return_tensors": "pt"}))
         self.outputs = outputs
         placeholder = processor.tokenizer.convert_tokens_to_ids(_placeholder(processor, layout))
         self.num_tokens = int((outputs[0]["input_ids"] == placeholder).sum()) // copies
 
-    def stack(self, name: str = "pixel_values") -> Tensor:
-        """An input of the first image, for black, white and ramp; `(3, ...)`."""
-        return torch.stack(
-            [output[name][: len(output[name]) // (2 if self.in_company else 1)] for output in self.outputs]
-        )
+    def pixels(self) -> Tensor:
+        """The pixels of the first image, for black, white and ramp; `(3, ...)` in float32."""
+        pixels = torch.stack([output[self.layout.pixels] for output in self.outputs]).float().cpu()
+        return pixels[:, : pixels.shape[1] // 2] if self.in_company else pixels
 
     def tiles(self) -> Tensor:
         """The image's tiles, for black, white and ramp; `(3, num_tiles, 3, height, width)` in float32."""
-        pixels = self.stack().float().cpu()
+        pixels = self.pixels()
         return pixels.reshape(3, -1, *pixels.shape[-3:])
 
 
@@ -184,15 +206,15 @@ class _View:
 
     def _on_original(self, pixels: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """Its columns and rows, as fractions of the original's width and height."""
-        black, white, ramp = pixels.double()
-        contrast = (white - black)[:2]  # (2, height, width): red and green
+        black, white, ramp = pixels[:, :2]  # (2, height, width): red and green
+        contrast = white - black
         shown = contrast[0] > contrast[0].max() / 2  # (height, width): a rectangle
-        if not shown.any():
+        across, down = shown.any(dim=0).nonzero()[:, 0], shown.any(dim=1).nonzero()[:, 0]
+        if len(across) == 0:
             return [torch.zeros_like(self.columns), torch.zeros_like(self.rows)]
-        values = (ramp - black)[:2] / torch.where(shown, contrast, 1.0)
-        top, left = (int(index.min()) for index in shown.nonzero(as_tuple=True))
-        bottom, right = (int(index.max()) + 1 for index in shown.nonzero(as_tuple=True))
-        red, green = values[:, top:bottom, left:right]
+        values = ((ramp - black) / torch.where(shown, contrast, 1.0)).double()
+        left, top = int(across[0]), int(down[0])
+        red, green = values[:, top : int(down[-1]) + 1, left : int(across[-1]) + 1]
         found = []
         for spans, profile, first, num_pixels in (
             (self.columns, red.mean(dim=0), left, size[0]),
@@ -276,15 +298,23 @@ def _tiles(processed: _Processed) -> Iterator[_View]:
 def _patches(processed: _Processed) -> Iterator[_View]:
     """One picture of which a vision tower makes patches, perhaps after a class token."""
     [tile] = processed.tiles().unbind(dim=1)
-    size = processed.processor.patch_size
-    rows, columns = tile.shape[-2] // size, tile.shape[-1] // size
-    class_tokens = processed.num_tokens - rows * columns
-    yield _View(_spans(columns, size), _spans(rows, size), tile, placeless_before=class_tokens)
+    processor = processed.processor
+    size = processor.patch_size
+    class_tokens = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    columns, rows = _spans(tile.shape[-1] // size, size), _spans(tile.shape[-2] // size, size)
+    yield _View(columns, rows, tile, placeless_before=max(0, class_tokens))
 
 
 def _whole_grid(processed: _Processed) -> Iterator[_View]:
     """The whole image at its own aspect ratio, as `image_grid_thw` says, with patches merged to tokens."""
     merge_size = processed.processor.image_processor.merge_size
+    black, white, _ = processed.pixels()
+    contrast = white - black
+    if contrast.min() < contrast.max() / 10:
+        raise ValueError(
+            f"{type(processed.processor).__name__} pads its images, and it is not known where: load the processor "
+            "from its model's checkpoint, or choose models of one family."
+        )
     rows, columns = (int(count) // merge_size for count in processed.outputs[0]["image_grid_thw"][0][1:])
     yield _View(_spans(columns, 1 / columns), _spans(rows, 1 / rows))
 
@@ -297,17 +327,27 @@ def _native_size(processed: _Processed) -> Iterator[_View]:
     yield _View(_spans(width // size, size), _spans(height // size, size), picture[..., :height, :width])
 
 
-def _packed_patches(processed: _Processed) -> Iterator[_View]:
+def _packed_tiles(processed: _Processed) -> Iterator[_View]:
     """Tiles and thumbnail already cut into patches, `spatial_shapes` of them, which are then merged to tokens."""
-    patches = processed.stack().float().cpu()  # (3, num_tiles, num_patches, values)
-    merge_size = processed.processor.image_processor.downsample_factor
+    tiles = processed.pixels().unbind(dim=1)
+    for patches, (rows, columns) in zip(tiles, processed.outputs[0]["spatial_shapes"].tolist(), strict=True):
+        yield _packed_view(patches, rows, columns, processed.processor.image_processor.downsample_factor)
+
+
+def _packed_picture(processed: _Processed) -> Iterator[_View]:
+    """One picture already cut into patches, whose places are `image_position_ids`, which are then merged to tokens."""
+    [patches] = processed.pixels().unbind(dim=1)
+    columns, rows = (int(last) + 1 for last in processed.outputs[0]["image_position_ids"][0].amax(dim=0))
+    yield _packed_view(patches, rows, columns, processed.processor.image_processor.pooling_kernel_size)
+
+
+def _packed_view(patches: Tensor, rows: int, columns: int, merge_size: int) -> _View:
+    """A picture of patches, `(3, num_patches, values)`, of which those beyond its rows and columns only fill up."""
     size = math.isqrt(patches.shape[-1] // 3)
-    for number, shape in enumerate(processed.outputs[0]["spatial_shapes"].tolist()):
-        rows, columns = shape
-        own = patches[:, number, : rows * columns].reshape(3, rows, columns, size, size, 3)
-        picture = own.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)
-        cell = merge_size * size
-        yield _View(_spans(math.ceil(columns / merge_size), cell), _spans(math.ceil(rows / merge_size), cell), picture)
+    picture = patches[:, : rows * columns].reshape(3, rows, columns, size, size, 3)
+    picture = picture.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)
+    cell = merge_size * size
+    return _View(_spans(math.ceil(columns / merge_size), cell), _spans(math.ceil(rows / merge_size), cell), picture)
 
 
 def _any_resolution(processed: _Processed) -> Iterator[_View]:
@@ -362,35 +402,63 @@ def _merged(spans: Tensor, count: int) -> Tensor:
 
 LAYOUTS: dict[str, Layout] = {
     "AyaVisionProcessor": Layout(_tiles, placeholder="img_patch_token"),
+    "ChameleonProcessor": Layout(_tiles),
     "Cohere2VisionProcessor": Layout(_tiles),
+    "CohereCompassProcessor": Layout(_whole_grid),
+    "Cosmos3EdgeProcessor": Layout(_whole_grid),
     "DeepseekVLHybridProcessor": Layout(_tiles),
     "DeepseekVLProcessor": Layout(_tiles),
+    "Dots3NoteProcessor": Layout(_whole_grid),
+    "Ernie4_5_VLMoeProcessor": Layout(_whole_grid),
+    "Exaone4_5_Processor": Layout(_whole_grid),
     "Gemma3Processor": Layout(_tiles, placeholder="tokenizer.image_token"),
+    "Gemma3nProcessor": Layout(_tiles),
+    "Gemma4Processor": Layout(_packed_picture),
+    "Glm46VProcessor": Layout(_whole_grid),
     "Glm4vProcessor": Layout(_whole_grid),
     "GotOcr2Processor": Layout(_tiles),
+    "GraniteDoclingProcessor": Layout(_tiles),
+    "HyperCLOVAXVisionV2Processor": Layout(_whole_grid),
     "Idefics3Processor": Layout(_tiles),
     "InternVLProcessor": Layout(_tiles),
     "JanusProcessor": Layout(_tiles),
-    "Lfm2VlProcessor": Layout(_packed_patches),
+    "Lfm2VlProcessor": Layout(_packed_tiles),
+    "Lfm3VlProcessor": Layout(_whole_grid),
     "LightOnOcrProcessor": Layout(_native_size),
     "Llama4Processor": Layout(_tiles, placeholder="img_patch_token"),
     "LlavaNextProcessor": Layout(_any_resolution),
+    "LlavaNextVideoProcessor": Layout(_any_resolution),
     "LlavaOnevisionProcessor": Layout(_any_resolution, depends_on_company=True),
     "LlavaProcessor": Layout(_patches),
+    "MiniMaxM3VLProcessor": Layout(_whole_grid),
+    "MuseGlimmerProcessor": Layout(_whole_grid),
+    "MuseSparkProcessor": Layout(_whole_grid),
     "Ovis2Processor": Layout(_tiles, placeholder="<IMG_ATOM>"),
     "PaddleOCRVLProcessor": Layout(_whole_grid),
     "PaliGemmaProcessor": Layout(_tiles),
     "PerceptionLMProcessor": Layout(_tiles),
     "PixtralProcessor": Layout(_native_size),
+    "QianfanOCRProcessor": Layout(_tiles, image="image_placeholder_token"),
     "Qwen2VLProcessor": Layout(_whole_grid),
+    "Qwen2_5OmniProcessor": Layout(_whole_grid),
     "Qwen2_5_VLProcessor": Layout(_whole_grid),
+    "Qwen3OmniMoeProcessor": Layout(_whole_grid),
     "Qwen3VLProcessor": Layout(_whole_grid),
     "SmolVLMProcessor": Layout(_tiles),
     "VideoLlama3Processor": Layout(_whole_grid),
+    "VideoLlavaProcessor": Layout(_patches, pixels="pixel_values_images"),
 }
 
 # Their visual tokens are answers of a resampler to learned queries, each of which looks at the whole image.
-PLACELESS = ("AriaProcessor", "Blip2Processor", "Idefics2Processor", "InstructBlipProcessor", "Kosmos2Processor")
+PLACELESS = (
+    "AriaProcessor",
+    "Blip2Processor",
+    "Idefics2Processor",
+    "InstructBlipProcessor",
+    "InstructBlipVideoProcessor",
+    "Kosmos2Processor",
+    "Kosmos2_5Processor",
+)
 
 
 def _class_names(processor: ProcessorMixin) -> list[str]:

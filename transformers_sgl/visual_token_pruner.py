@@ -131,8 +131,9 @@ class VisualTokenPruner(HookContext):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Decoder pre-hook: what the decoder does by itself must fit a shorter prompt."""
         kwargs = dict(kwargs)
-        inputs = kwargs.get("inputs_embeds")
-        inputs = kwargs.get("input_ids", args[0] if args else None) if inputs is None else inputs
+        inputs: Any = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
         past = self._past_length(kwargs.get("past_key_values"))
         self._cuts.clear()
         cut = self._kept.cut(past, inputs, inputs.shape[1])
@@ -165,7 +166,7 @@ class VisualTokenPruner(HookContext):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Layer pre-hook: hands a layer the kept tokens only."""
-        kwargs = {**dict(zip(_parameter_names(type(layer)), args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(_parameter_names(layer.__class__.forward), args, strict=False)), **kwargs}
         hidden_states = kwargs.pop("hidden_states")
         # With a device map the layers lie on several devices; each gets its own copy of the indices, once.
         cut = next(iter(self._cuts.values()))
@@ -454,7 +455,7 @@ def _map_tensors(function: Any, value: Any) -> Any:
 
 
 @cache
-def _parameter_names(layer_class: Any) -> list[str]:
-    """The names of the positional arguments of a layer."""
-    parameters = list(signature(layer_class.forward).parameters.values())[1:]
+def _parameter_names(forward: Any) -> list[str]:
+    """The names of the positional arguments of a method."""
+    parameters = list(signature(forward).parameters.values())[1:]
     return [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]

@@ -140,4 +140,4 @@ def _text(length: int, generator: Generator) -> list[int]:
 
 
 # At the end, because these modules fill the table above.
-from . import grids, others, tiles  # noqa: E402, F401
+from . import grids, natives, others, tiles  # noqa: E402, F401
