@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from architectures import TINY, conformance, tiny_model, tiny_samples
+import torch
+from architectures import TINY, conformance, tiny_batch, tiny_model, tiny_samples
 from tiny_models import FLASH_STAND_IN, state, tiny_internvl
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from transformers_sgl import SGLForConditionalGeneration, VisualTokenPruner
+from transformers_sgl import SGLForConditionalGeneration, VisualTokenPruner, sgl_generate
 from transformers_sgl.architectures import ARCHITECTURES, UNSUPPORTED, check_prunable, check_supported
 from transformers_sgl.guidance import visual_tokens_of
 
@@ -120,3 +121,16 @@ def test_flash_attention_does_not_count_a_window_among_kept_tokens() -> None:
         VisualTokenPruner(model, keep, 1),
     ):
         model.get_decoder()(input_ids=sample["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", "llava_onevision", "gemma3", "idefics3", "ernie4_5_vl_moe", "paligemma"]
+)
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_stock_model_is_guided_through_custom_generate(name: str, num_beams: int) -> None:
+    large, small = tiny_model(name), tiny_model(name, seed=1)
+    inputs = tiny_batch(name, tiny_samples(name))
+    settings = {"max_new_tokens": 4, "retention_ratio": 0.3, "prune_layer": 1, "num_beams": num_beams}
+    wanted = SGLForConditionalGeneration(large=large, small=small).generate(**inputs, **settings)
+    found = large.generate(**inputs, **settings, custom_generate=sgl_generate, small_model=small)
+    assert torch.equal(found, wanted)

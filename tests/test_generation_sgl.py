@@ -417,3 +417,20 @@ def test_threads_do_not_disturb_each_other(shared: bool) -> None:
     expected = [write(number) for number in range(2)]
     for number, found in enumerate(in_threads(2, write)):
         assert all(torch.equal(sequences, expected[number]) for sequences in found)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_guided_like_any_other() -> None:
+    inputs = samples(prompts())[1]
+    settings = {"max_new_tokens": 2, "retention_ratio": 0.3, "prune_layer": 1}
+    plain = tiny_pair().generate(**inputs, **settings)
+    compiled = tiny_pair()
+    compiled.large.compile(backend="eager")
+    compiled.small.compile(backend="eager")
+    assert torch.equal(compiled.generate(**inputs, **settings), plain)
+
+
+@pytest.mark.parametrize("method", ["generate_batch", "init_continuous_batching"])
+def test_continuous_batching_is_refused(method: str) -> None:
+    with pytest.raises(ValueError, match="cannot run with continuous batching, .* call `generate` with a batch"):
+        getattr(tiny_pair(), method)([[1, 2, 3]])

@@ -1,0 +1,181 @@
+"""Tries every architecture that transformers knows, and writes down what each can do.
+
+    python scripts/survey_architectures.py
+
+Every architecture is a tiny random model of its own configuration class, and has to keep the promises of
+`tests/architectures/conformance.py`: the same functions that the tests run. The result goes to
+`benchmarks/architectures.json`, from which `scripts/render_tables.py` fills the README. Run it with the oldest and
+with the newest supported transformers: each version replaces only its own part of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from transformers_sgl.architectures import (
+    ARCHITECTURES,
+    UNSUPPORTED,
+    AttentionPattern,
+    attention_modules,
+    attention_pattern,
+    check_supported,
+    decoder_layers,
+    key_sources,
+)
+from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.visual_token_boxes import LAYOUTS, PLACELESS
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from architectures import TINY, conformance, tiny_model  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "architectures.json")
+    parser.add_argument("--only", nargs="*", help="types of models to try, for a quick look: nothing is written")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    names = [name for name in sorted(TINY) if is_supported(name)]
+    for name in tqdm([name for name in names if arguments.only is None or name in arguments.only]):
+        model_type = TINY[name].config(conformance.NUM_LAYERS).model_type
+        found.setdefault(model_type, []).append(survey(name))
+    if arguments.only is not None:
+        print(json.dumps(found, indent=2))
+        return
+    runs = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"] if arguments.output.exists() else {}
+    runs[transformers.__version__] = {model_type: merged(variants) for model_type, variants in found.items()}
+    record = {**measurement_record(0), "runs": runs, "tables": tables(runs)}
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {arguments.output}")
+
+
+def is_supported(name: str) -> bool:
+    try:
+        check_supported(TINY[name].config(conformance.NUM_LAYERS))
+    except ValueError:
+        return False
+    return True
+
+
+def survey(name: str) -> dict[str, Any]:
+    """What a tiny model can do, and within which limits."""
+    can: dict[str, bool | None] = {
+        "guide": keeps(conformance.check_guides, name),
+        "guided": keeps(conformance.check_is_guided, name) and keeps(conformance.check_pair, name),
+        "images": keeps(conformance.check_identity, name),
+        "video": None,
+    }
+    if TINY[name].videos:
+        checks = (conformance.check_identity, conformance.check_is_guided, conformance.check_pair)
+        can["video"] = all(keeps(check, name, video=True) for check in checks)
+    return {**can, "limits": limits(name)}
+
+
+def keeps(check: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
+    """Whether a promise is kept."""
+    try:
+        check(*args, **kwargs)
+    except Exception as error:
+        print(f"{args}: {check.__name__}: {error!r}"[:300], file=sys.stderr)
+        return False
+    return True
+
+
+def limits(name: str) -> list[str]:
+    """What a user of the architecture should know."""
+    model = tiny_model(name, conformance.NUM_LAYERS)
+    attention, sources = attention_modules(model), key_sources(model.config)
+    patterns = {attention_pattern(model, index) for index in attention}
+    found = []
+    if len(attention) < len(decoder_layers(model)):
+        found += ["linear or convolution layers read the kept tokens alone", "no drafts"]
+    elif patterns != {AttentionPattern()}:
+        found += ["beyond a window: no drafts, no flash attention"]
+    if sources:
+        found += ["pruned from the shared layers' own keys on, or below"]
+    if not TINY[name].batches_alike:
+        found += ["one prompt at a time"]
+    if "batch" in check_supported(model.config).inputs.values():
+        found += ["a batch exits early as a whole"]
+    return found
+
+
+def merged(variants: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row for all variants of an architecture: it can do what each of them can."""
+    row: dict[str, Any] = {"limits": list(dict.fromkeys(limit for each in variants for limit in each["limits"]))}
+    for field in ("guide", "guided", "images", "video"):
+        values = [each[field] for each in variants if each[field] is not None]
+        row[field] = all(values) if values else None
+    return row
+
+
+def tables(runs: dict[str, Any]) -> dict[str, Any]:
+    """The README's tables: what is supported, and why the rest is not."""
+    words = {True: "yes", False: "no", None: "-"}
+    newest = max(runs, key=lambda version: tuple(map(int, version.split(".")[:2])))
+    rows = []
+    for model_type in sorted(ARCHITECTURES):
+        found = runs[newest].get(model_type)
+        if found is None:
+            continue
+        passed = [version for version in sorted(runs) if passes(runs[version].get(model_type))]
+        rows.append(
+            [
+                f"`{model_type}`",
+                *(words[found[field]] for field in ("guide", "guided", "images", "video")),
+                words[other_families(model_type)],
+                ", ".join(".".join(version.split(".")[:2]) for version in passed),
+                "; ".join(found["limits"]),
+            ]
+        )
+    columns = ["architecture", "guide", "guided", "images", "video", "across families", "transformers", "limits"]
+    caption = (
+        "Tiny random models of each architecture's own configuration class. Guide: its importance equals the sum of "
+        "its eager attentions; guided: pruned, it writes what it writes with the dropped tokens masked, in batches as "
+        "alone, with drafts and early exits; across families: it is known which part of an image each of its tokens "
+        "stands for; video: not every one that the processor takes was tried."
+    )
+    reasons = [
+        [f"`{model_type}`", UNSUPPORTED[model_type]]
+        for model_type in sorted(UNSUPPORTED)
+        if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ]
+    return {
+        "architectures": {"columns": columns, "rows": rows, "caption": caption},
+        "unsupported-architectures": {
+            "columns": ["architecture", "not supported, because"],
+            "rows": reasons,
+            "caption": "Each is refused with this reason.",
+        },
+    }
+
+
+def passes(found: dict[str, Any] | None) -> bool:
+    """Whether every promise is kept."""
+    return found is not None and all(found[field] is not False for field in ("guide", "guided", "images", "video"))
+
+
+def other_families(model_type: str) -> bool:
+    """Whether the boxes of an architecture's visual tokens are known."""
+    names = PROCESSOR_MAPPING_NAMES.get(model_type)
+    name = names if isinstance(names, str) or names is None else names[0]
+    return name in LAYOUTS and name not in PLACELESS
+
+
+if __name__ == "__main__":
+    main()
