@@ -236,13 +236,15 @@ def test_every_known_processor_pairs_with_one_of_another_family(name: str, neste
     built = tiny_processors.PROCESSORS[name]()
     other = llava_processor() if name == "internvl" else internvl_processor()
     built.tokenizer.padding_side = "left"
+    if name == "ernie4_5_vl_moe":
+        built.video_processor.draw_on_frames = False  # for which there is no font here
     images = pictures([[(80, 48)], [(40, 90), (64, 64)]])
     if name in ("got_ocr2", "perception_lm"):  # know one image in a prompt, or images of one shape
         images = pictures([[(80, 48)], [(80, 48)]])
     for large, small in ((built, other), (other, built)):
         processor = SGLProcessor(large, small)
         place = processing_sgl._placeholder(large)
-        texts = ["and".join([place] * len(few)) for few in images]
+        texts = [place * len(few) for few in images]
 
         inputs = processor(
             images=images if nested else [one for few in images for one in few],

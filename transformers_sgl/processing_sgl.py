@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ _PLACED_PROBE_SIZES = [[96, 96], [96, 300], [300, 96]]
 # How far apart two tokens' edges may lie and still be the same, as a fraction of the image.
 _SAME_PLACE = 0.01
 # Where a processor keeps what it expects in a prompt in the place of an image.
-_PLACEHOLDERS = ("image_token", "boi_token", "fake_image_token")
+_PLACEHOLDERS = ("image_placeholder_token", "image_token", "boi_token", "fake_image_token")
 # Under which of these names a part of a message holds its image, as in transformers.
 _IMAGE_SOURCES = ("image", "url", "path", "base64")
 
@@ -475,7 +475,7 @@ def _as_pil(image: Any) -> Image.Image:
 def _image_kwargs(processor: ProcessorMixin, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of a processor's arguments that bear on images."""
     own = getattr(processor.image_processor, "valid_kwargs", ImagesKwargs)
-    names = {"images_kwargs", *get_type_hints(ImagesKwargs), *get_type_hints(own)} - {"return_tensors"}
+    names = {"images_kwargs", *ImagesKwargs.__annotations__, *own.__annotations__} - {"return_tensors"}
     return {name: value for name, value in kwargs.items() if name in names}
 
 
