@@ -1,9 +1,9 @@
 """Writes the recipes in model_cards/: pairs of published checkpoints, each with its card.
 
-One table holds everything: `MODELS` says what is known about a checkpoint and where that is known from, `PAIRS` which
-small one guides which large one. Every pair becomes a folder that the Hub could hold as it is, and a second one whose
-large model is loaded in 4 bits. Another family is another entry of the tables; an architecture that the package does
-not support is refused by the tests.
+The tables in model_card_tables.py hold everything: `MODELS` says what is known about a checkpoint and where that is
+known from, `PAIRS` which small one guides which large one, and how that one is loaded. Every pair becomes a folder
+that the Hub could hold as it is. Another family is another entry of the tables; an architecture that the package does
+not support, and a pair that cuts an image in two ways, are refused by the tests.
 
 Without arguments the folders are written; with `--check` nothing is written, and the exit code is 1 if a file differs
 from what the tables say.
@@ -15,12 +15,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from model_card_tables import HF, INTERNVL_CONVERSION, MODELS, PAIRS, Model, Pair
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -32,240 +32,12 @@ METHOD = "https://arxiv.org/abs/2412.03324"
 # The paper's own: InternVL2-2B guides InternVL2-26B; score in percent of the unpruned 26B's, mean of 11 benchmarks.
 PAPER_SCORES = {"quality": 100.14, "balanced": 98.36, "fast": 89.58}
 
-# ------------------------------------------------------------------------------------------------------------- models
-
-
-@dataclass(frozen=True)
-class Model:
-    """A published checkpoint, and what is known of it without downloading it.
-
-    Attributes:
-        name: What a recipe calls it: a Hub repository, or a folder beside the recipe where it has to be made first.
-        title: What people call it.
-        published_parameters: Its size as its makers give it.
-        config: Its configuration, as far as it decides what is built.
-        eos_token_id: What ends an answer.
-        pad_token_id: What fills a batch.
-        licence: The licence its makers give it.
-        sources: Where all this was read.
-        original: Where it has to be converted from, if it is not published for transformers' own classes.
-    """
-
-    name: str
-    title: str
-    published_parameters: float
-    config: dict[str, Any]
-    eos_token_id: int
-    pad_token_id: int
-    licence: str
-    sources: tuple[str, ...]
-    original: str | None = None
-
-    @property
-    def hub_name(self) -> str:
-        """The repository that its weights come from."""
-        return self.original or self.name
-
-
-HF = "https://huggingface.co"
-CONVERSION = "huggingface/transformers, src/transformers/models/internvl/convert_internvl_weights_to_hf.py"
-REPORT_25 = "InternVL 2.5 report (arXiv 2412.05271), table 2: parameters, vision encoder, language model"
-MINDSPEED = "Ascend/MindSpeed-MM 2.3.0, examples/internvl3"
-
-# InternViT-300M-448px-V2_5. Source: MINDSPEED, model_8B.json: 24 layers, width 1024, 16 heads, biases on q, k and v,
-# LayerNorm, no normalised queries and keys; the rest are the defaults of transformers' InternVLVisionConfig.
-INTERNVIT_300M = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "attention_bias": True,
-    "use_qk_norm": False,
-    "norm_type": "layer_norm",
-    "image_size": [448, 448],
-    "patch_size": [14, 14],
-}
-# InternViT-6B-448px-V2_5. Source: config.json of OpenGVLab/InternViT-6B-448px-V1-5, the same architecture: 45 layers,
-# width 3200, 25 heads, no biases on q, k and v, normalised queries and keys. That it has RMSNorm follows from the
-# number of parameters of the 26B model, which comes out exactly only so.
-INTERNVIT_6B = {
-    "hidden_size": 3200,
-    "num_hidden_layers": 45,
-    "num_attention_heads": 25,
-    "intermediate_size": 12800,
-    "attention_bias": False,
-    "use_qk_norm": True,
-    "norm_type": "rms_norm",
-    "image_size": [448, 448],
-    "patch_size": [14, 14],
-}
-
-
-def qwen2(hidden_size: int, layers: int, heads: int, key_value_heads: int, intermediate_size: int) -> dict[str, Any]:
-    """The text configuration of an InternVL3; its vocabulary is Qwen2.5's and InternVL's own tokens."""
-    return _text("qwen2", 151674, hidden_size, layers, heads, key_value_heads, intermediate_size)
-
-
-def llama(hidden_size: int, layers: int, heads: int, key_value_heads: int, intermediate_size: int) -> dict[str, Any]:
-    """The text configuration of a converted InternLM2, which is a Llama by another name."""
-    return _text("llama", 92553, hidden_size, layers, heads, key_value_heads, intermediate_size)
-
-
-def _text(
-    model_type: str, vocab_size: int, width: int, layers: int, heads: int, kv: int, inner: int
-) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "intermediate_size": inner,
-    }
-
-
-def internvl(vision: dict[str, Any], text: dict[str, Any], image_token_id: int) -> dict[str, Any]:
-    """The configuration of an InternVL: a tile of 448 x 448 pixels becomes 32 x 32 patches and 256 visual tokens."""
-    return {
-        "model_type": "internvl",
-        "vision_config": vision,
-        "text_config": text,
-        "image_token_id": image_token_id,
-        "image_seq_length": 256,
-        "downsample_ratio": 0.5,
-        # Every file size below is that of a model whose output layer is not its embeddings.
-        "tie_word_embeddings": False,
-    }
-
-
-def _internvl3(size: str, parameters: float, vision: dict[str, Any], text: dict[str, Any], *sources: str) -> Model:
-    return Model(
-        name=f"OpenGVLab/InternVL3-{size}-hf",
-        title=f"InternVL3-{size}",
-        published_parameters=parameters,
-        config=internvl(vision, text, image_token_id=151667),
-        eos_token_id=151645,
-        pad_token_id=151643,
-        licence="Qwen",
-        sources=(*sources, f"eos_token_id, image_token_id: {CONVERSION}"),
-    )
-
-
-MODELS = {
-    "internvl3-1b": _internvl3(
-        "1B",
-        0.94e9,
-        INTERNVIT_300M,
-        qwen2(896, 24, 14, 2, 4864),
-        f"{HF}/hf-internal-testing/tiny-processor-internvl/blob/main/config.json, which is this model's",
-        f"{HF}/OpenGVLab/InternVL3-1B/tree/main: 1.88 GB in bfloat16",
-    ),
-    "internvl3-8b": _internvl3(
-        "8B",
-        7.95e9,
-        INTERNVIT_300M,
-        qwen2(3584, 28, 28, 4, 18944),
-        f"{MINDSPEED}/model_8B.json",
-        f"{HF}/OpenGVLab/InternVL3-8B-hf/tree/main: 15.9 GB in bfloat16",
-    ),
-    "internvl3-14b": _internvl3(
-        "14B",
-        15.15e9,
-        INTERNVIT_300M,
-        qwen2(5120, 48, 40, 8, 13824),
-        f"config.json of Qwen2.5-14B-Instruct ({HF}/osllmai-community/Qwen2.5-14B-Instruct); vocabulary as in 8B",
-        f"{HF}/OpenGVLab/InternVL3-14B-hf/tree/main: 30.3 GB in bfloat16",
-    ),
-    "internvl3-38b": _internvl3(
-        "38B",
-        38.4e9,
-        INTERNVIT_6B,
-        qwen2(5120, 64, 40, 8, 27648),
-        f"{HF}/Qwen/Qwen2.5-32B/blob/main/config.json; vocabulary as in 8B",
-        f"{REPORT_25} (InternVL2.5-38B, the same architecture)",
-    ),
-    "internvl3-78b": _internvl3(
-        "78B",
-        78.4e9,
-        INTERNVIT_6B,
-        qwen2(8192, 80, 64, 8, 29568),
-        f"{MINDSPEED}/model_78B.json",
-        f"{HF}/OpenGVLab/InternVL3-78B-Instruct/blob/main/config.json",
-        f"{REPORT_25} (InternVL2.5-78B, the same architecture)",
-    ),
-    "internvl2.5-2b": Model(
-        name="OpenGVLab/InternVL2_5-2B-MPO-hf",
-        title="InternVL2.5-2B",
-        published_parameters=2.205e9,
-        config=internvl(INTERNVIT_300M, llama(2048, 24, 16, 8, 8192), image_token_id=92546),
-        eos_token_id=92542,
-        pad_token_id=2,
-        licence="MIT",
-        sources=(
-            f"{HF}/OpenGVLab/InternVL2_5-2B-MPO-hf/tree/main: 4.41 GB in bfloat16",
-            REPORT_25,
-            f"{HF}/OpenGVLab/InternVL2-2B-AWQ, config.json: the language model's width and layers",
-            f"eos_token_id, image_token_id: {CONVERSION}",
-        ),
-    ),
-    "internvl2.5-26b": Model(
-        name="../InternVL2_5-26B-MPO-hf",
-        title="InternVL2.5-26B",
-        published_parameters=25_514_186_112,
-        config=internvl(INTERNVIT_6B, llama(6144, 48, 48, 8, 16384), image_token_id=92546),
-        eos_token_id=92542,
-        pad_token_id=2,
-        licence="MIT",
-        sources=(
-            f"{HF}/jliu7350/internvl2_5-26b-mpo-hf, a conversion by a third party: the exact number of parameters",
-            f"{REPORT_25}: 25.5B",
-            f"eos_token_id, image_token_id: {CONVERSION}",
-        ),
-        original="OpenGVLab/InternVL2_5-26B-MPO",
-    ),
-}
-
-# -------------------------------------------------------------------------------------------------------------- pairs
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Which small model guides which large one, and how the large one is loaded."""
-
-    small: str
-    large: str
-    four_bit: bool = False
-
-    @property
-    def folder(self) -> str:
-        """The folder in model_cards/, and what a Hub repository would be called."""
-        family, _, size = self.large.rpartition("-")
-        small_size = self.small.rpartition("-")[2]
-        return f"sgl-{family}-{small_size}-{size}{'-nf4' if self.four_bit else ''}"
-
-
-PAIRS = tuple(
-    Pair(small, large, four_bit)
-    for small, large in (
-        ("internvl3-1b", "internvl3-8b"),
-        ("internvl3-1b", "internvl3-14b"),
-        ("internvl3-1b", "internvl3-38b"),
-        ("internvl3-1b", "internvl3-78b"),
-        ("internvl2.5-2b", "internvl2.5-26b"),
-    )
-    for four_bit in (False, True)
-)
-
-# The vision tower and what carries its output into the decoder stay in bfloat16: they run once for each tile, so there
-# is little to gain, and what they get wrong every later layer gets wrong.
 NF4 = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
-    "llm_int8_skip_modules": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
 }
 # Each 64 weights share a scale of 8 bits, each 256 scales one of 32 bits.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -301,7 +73,7 @@ def recipe(pair: Pair) -> dict[str, str]:
     for part in named.values():
         part["dtype"] = "bfloat16"
     if pair.four_bit:
-        named["large"]["quantization_config"] = NF4
+        named["large"]["quantization_config"] = quantization_config(large)
     config = {
         "architectures": ["SGLForConditionalGeneration"],
         "auto_map": AUTO_MAP,
@@ -309,12 +81,12 @@ def recipe(pair: Pair) -> dict[str, str]:
         "model_type": "sgl",
         "small": named["small"],
     }
-    if large.eos_token_id != small.eos_token_id:
-        raise ValueError(
-            f"{large.name} and {small.name} end their answers differently: no table tells how to pair them."
-        )
+    family = large.family
+    if small.family is not family:
+        raise ValueError(f"{large.name} and {small.name} are of two families: no table tells how to pair them.")
     # A recipe's settings take the place of the large model's own, so they have to say what ends an answer.
-    settings = {"eos_token_id": large.eos_token_id, "pad_token_id": large.pad_token_id, **PRESETS[DEFAULT_PRESET]}
+    ends = {"eos_token_id": family.eos_token_id, "pad_token_id": family.pad_token_id}
+    settings = {**ends, **family.settings, **PRESETS[DEFAULT_PRESET]}
     return {
         "README.md": card(pair),
         "config.json": _json(config),
@@ -322,6 +94,11 @@ def recipe(pair: Pair) -> dict[str, str]:
         REMOTE_CODE_FILE: REMOTE_CODE,
         "processor_config.json": _json({"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SGLProcessor"}),
     }
+
+
+def quantization_config(model: Model) -> dict[str, Any]:
+    """How a model is loaded in 4 bits: its decoder's layers, and nothing else."""
+    return {**NF4, "llm_int8_skip_modules": [*model.family.not_quantised, "lm_head"]}
 
 
 def _parts(pair: Pair) -> dict[str, Model]:
@@ -456,10 +233,11 @@ def _models(pair: Pair) -> str:
         weights += ": the large model's decoder layers in NF4 with double quantisation, everything else in bfloat16"
     else:
         weights += " in bfloat16"
+    share = num_parameters(pair.small) / num_parameters(pair.large)
     return "\n".join(rows) + (
         f"\n\n{weights}. Parameters and bytes are computed from the models' dimensions, not measured; activations and "
-        f"caches come on top. Both cut an image into tiles of 448 x 448 pixels, of "
-        f"{MODELS[pair.large].config['image_seq_length']} visual tokens each."
+        f"caches come on top. The small model has {share:.0%} of the large one's parameters, and what its "
+        f"answer costs has to be saved before anything is gained. Both {MODELS[pair.large].family.image}."
     )
 
 
@@ -470,12 +248,18 @@ def _settings(pair: Pair) -> str:
         layer = resolve_prune_layer(preset["prune_layer"], num_layers)
         share = average_retention(preset["retention_ratio"], layer, num_layers)
         rows.append(f'| `"{name}"` | {preset["retention_ratio"]:g} | {layer} of {num_layers} | {share:.0%} |')
-    return "\n".join(rows) + (
-        f'\n\n`generation_config.json` holds the preset `"{DEFAULT_PRESET}"`. '
+    text = (
+        f'`generation_config.json` holds the preset `"{DEFAULT_PRESET}"`. '
         "`generate(retention_ratio=..., prune_layer=...)` overrides it for a call; with `retention_ratio=1.0` the "
         "output is that of the large model alone. An early exit has to be calibrated on questions of your own "
         "(`transformers-sgl calibrate`) and is off."
     )
+    if MODELS[pair.large].family.settings.get("do_sample") is False:
+        text += (
+            " It returns greedy answers, and the checkpoints' own settings ask for sampling, so `do_sample` is set to "
+            "`false`; `generate(do_sample=True)` samples as they do."
+        )
+    return "\n".join(rows) + "\n\n" + text
 
 
 def _measured() -> str:
@@ -491,7 +275,7 @@ def _conversion(large: Model, small: Model) -> str:
     folder = large.name.rpartition("/")[2]
     memory = large.published_parameters * (2 + 4) / 1e9
     steps = [
-        "Take `src/transformers/models/internvl/convert_internvl_weights_to_hf.py` from the source of transformers "
+        f"Take `{INTERNVL_CONVERSION.rpartition(', ')[2]}` from the source of transformers "
         "4.52, and an environment with that version and `einops`. The script runs the checkpoint's own code "
         "(`trust_remote_code=True`): read it first.",
         "It reads the tokenizer from `./intern_vl_hf_implem/tokenizer_internvl_llama_fast`, which is not published. "
