@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, and lose much where several runs share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def embedded_pair_path() -> Path:
     """The folder of the embedded pair: `config.json`, `large/`, `small/` and the processors."""
     return embedded_pair()
+
+
+@pytest.fixture(scope="session")
+def regridded_pair_path(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded pair with another small processor, which cuts images into tiles of 9x9 tokens instead of 8x8."""
+    from transformers import AutoProcessor
+
+    folder = tmp_path_factory.mktemp("regridded")
+    shutil.copytree(embedded_pair_path, folder, dirs_exist_ok=True)
+    small = AutoProcessor.from_pretrained(folder / "small")
+    small.image_processor.size = {"height": 72, "width": 72}
+    small.image_seq_length = 81
+    small.save_pretrained(folder / "small")
+    return folder

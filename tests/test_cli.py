@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_families import tiny_family_pair
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import SGLForConditionalGeneration
@@ -116,6 +117,25 @@ class TestRun:
     def test_a_named_pair_is_loaded(self, capsys, example, embedded_pair_path):
         arguments = (example, QUESTION, "--model", str(embedded_pair_path), "--dtype", "float32", "--device", "cpu")
         assert run(capsys, *arguments)[0] == 0
+
+    def test_a_guide_that_cuts_the_image_otherwise(self, capsys, example, regridded_pair_path, tmp_path):
+        overlay = tmp_path / "overlay.png"
+        options = ("--model", str(regridded_pair_path), "--show", str(overlay), "--max-new-tokens", "16", "--json")
+        code, out, _ = run(capsys, example, QUESTION, *options)
+        report = json.loads(out)
+        assert code == 0
+        assert report["answer"] == "a red triangle labelled B in the bottom left"
+        assert (report["num_visual_tokens"], report["num_visual_tokens_kept"]) == (320, 64)
+        assert Image.open(overlay).width > 2 * 512
+
+    def test_overlay_of_a_model_of_another_family(self, capsys, example, tmp_path):
+        overlay = tmp_path / "overlay.png"
+        for part in tiny_family_pair("qwen2_vl", "internvl"):
+            part.save_pretrained(tmp_path / "pair")
+        code, out, _ = run(capsys, example, QUESTION, "--model", str(tmp_path / "pair"), "--show", str(overlay))
+        assert code == 0
+        assert "of 25 visual tokens" in out
+        assert Image.open(overlay).size[0] > 0
 
 
 class TestErrors:

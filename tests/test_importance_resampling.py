@@ -14,7 +14,6 @@ from transformers_sgl.importance_resampling import pad_boxes, resample_importanc
 
 pytestmark = pytest.mark.mechanics
 
-DEFINITIONS = pytest.mark.parametrize("definition", ["density", "share"])
 UNITS = 24  # the slow loop's image has so many pixels a side
 FEW = settings(max_examples=25, deadline=None)
 
@@ -50,39 +49,30 @@ def pixels(box: Tensor) -> list[tuple[int, int]]:
     return [(x, y) for y in range(top, bottom) for x in range(left, right)]
 
 
-def slowly(importance: Tensor, small: Tensor, large: Tensor, definition: str) -> list[float]:
+def slowly(importance: Tensor, small: Tensor, large: Tensor) -> list[float]:
     """The same, pixel by pixel."""
-    received = [0.0] * len(large)
     placed = 0.0
     density = {(x, y): 0.0 for y in range(UNITS) for x in range(UNITS)}
-    seen_by: dict[tuple[int, int], list[int]] = {pixel: [] for pixel in density}
-    for j, box in enumerate(large):
-        for pixel in pixels(box):
-            seen_by[pixel].append(j)
+    seen = {pixel for box in large for pixel in pixels(box)}
     for amount, box in zip(importance.tolist(), small, strict=True):
         own = pixels(box)
-        pairs = [(pixel, j) for pixel in own for j in seen_by[pixel]]
-        if pairs:
+        if seen.intersection(own):
             placed += amount
-            for _, j in pairs:
-                received[j] += amount / len(pairs) if definition == "share" else 0.0
             for pixel in own:
                 density[pixel] += amount / len(own)
-    if definition == "density":
-        means = [sum(density[p] for p in pixels(box)) / max(1, len(pixels(box))) for box in large]
-        received = [mean * placed / (sum(means) or 1.0) for mean in means]
+    means = [sum(density[pixel] for pixel in pixels(box)) / max(1, len(pixels(box))) for box in large]
+    received = [mean * placed / (sum(means) or 1.0) for mean in means]
     rest = float(importance.sum()) - sum(received)
     return [value + rest / len(large) for value in received]
 
 
-@DEFINITIONS
 @FEW
 @given(small=st.lists(images(), min_size=1, max_size=3), data=st.data())
-def test_the_total_of_every_image_is_conserved(small: list[Tensor], data: st.DataObject, definition: str) -> None:
+def test_the_total_of_every_image_is_conserved(small: list[Tensor], data: st.DataObject) -> None:
     large = [data.draw(images()) for _ in small]
     boxes, others = pad_boxes([small]), pad_boxes([large])
     importance = importance_of(boxes.shape[1], seed=len(boxes[0]))[None]
-    resampled = resample_importance(importance, boxes, others, definition)
+    resampled = resample_importance(importance, boxes, others)
     assert resampled.dtype == importance.dtype
     assert (resampled >= -1e-6).all()
     for number in range(len(small)):
@@ -91,82 +81,70 @@ def test_the_total_of_every_image_is_conserved(small: list[Tensor], data: st.Dat
         assert abs(float(after - before)) <= 1e-5 * max(1.0, float(before))
 
 
-@DEFINITIONS
 @FEW
 @given(small=images(), large=images(), seed=st.integers(0, 99))
-def test_it_equals_a_loop_over_pixels(small: Tensor, large: Tensor, seed: int, definition: str) -> None:
+def test_it_equals_a_loop_over_pixels(small: Tensor, large: Tensor, seed: int) -> None:
     importance = importance_of(len(small), seed)
-    [resampled] = resample_importance(importance[None], pad_boxes([[small]]), pad_boxes([[large]]), definition)
-    expected = torch.tensor(slowly(importance, small, large, definition))
+    [resampled] = resample_importance(importance[None], pad_boxes([[small]]), pad_boxes([[large]]))
+    expected = torch.tensor(slowly(importance, small, large))
     torch.testing.assert_close(resampled, expected, rtol=1e-4, atol=1e-4)
 
 
-@DEFINITIONS
 @FEW
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
-def test_equal_grids_keep_their_importance(rows: int, columns: int, seed: int, definition: str) -> None:
+def test_equal_grids_keep_their_importance(rows: int, columns: int, seed: int) -> None:
     boxes = pad_boxes([[grid(rows, columns)]])
     importance = importance_of(rows * columns, seed)[None]
-    torch.testing.assert_close(resample_importance(importance, boxes, boxes, definition), importance)
+    torch.testing.assert_close(resample_importance(importance, boxes, boxes), importance)
 
 
-@DEFINITIONS
-def test_a_finer_grid_divides_and_a_coarser_one_adds(definition: str) -> None:
+def test_a_finer_grid_divides_and_a_coarser_one_adds() -> None:
     coarse, fine = pad_boxes([[grid(2, 3)]]), pad_boxes([[grid(4, 6)]])
     importance = importance_of(6, seed=0)
-    [finer] = resample_importance(importance[None], coarse, fine, definition)
+    [finer] = resample_importance(importance[None], coarse, fine)
     expected = importance.reshape(2, 1, 3, 1).expand(2, 2, 3, 2).reshape(-1) / 4
     torch.testing.assert_close(finer, expected)
-    [back] = resample_importance(finer[None], fine, coarse, definition)
+    [back] = resample_importance(finer[None], fine, coarse)
     torch.testing.assert_close(back, importance)
 
 
-def test_a_thumbnail_does_not_outrank_tiles_where_density_counts() -> None:
+def test_a_thumbnail_does_not_outrank_tiles() -> None:
     """A bright corner: the tile's token that covers it comes first, then the thumbnail's, which dilutes it."""
     small, large = pad_boxes([[grid(4, 4)]]), pad_boxes([[torch.cat([grid(4, 4), grid(2, 2)])]])
     importance = torch.zeros(1, 16)
     importance[0, 5] = 1
-    [density] = resample_importance(importance, small, large)
-    assert density.argsort(descending=True)[:2].tolist() == [5, 16]
-    assert density[5] == pytest.approx(0.8)
-    assert density[16] == pytest.approx(0.2)
-    [share] = resample_importance(importance, small, large, "share")
-    assert share[5] == share[16] == pytest.approx(0.5)
+    [resampled] = resample_importance(importance, small, large)
+    assert resampled.argsort(descending=True)[:2].tolist() == [5, 16]
+    assert resampled[5] == pytest.approx(0.8)
+    assert resampled[16] == pytest.approx(0.2)
 
 
-@DEFINITIONS
-def test_what_has_no_place_is_spread_evenly(definition: str) -> None:
+def test_what_has_no_place_is_spread_evenly() -> None:
     # The small model's second column lies where the large one sees nothing, its last token nowhere.
     small = torch.cat([grid(1, 2), torch.zeros(1, 4)])
     large = torch.cat([grid(2, 1, right=0.5), torch.zeros(2, 4)])
-    [resampled] = resample_importance(
-        torch.tensor([[6.0, 3.0, 1.0]]), pad_boxes([[small]]), pad_boxes([[large]]), definition
-    )
+    [resampled] = resample_importance(torch.tensor([[6.0, 3.0, 1.0]]), pad_boxes([[small]]), pad_boxes([[large]]))
     torch.testing.assert_close(resampled, torch.tensor([4.0, 4.0, 1.0, 1.0]))
 
 
-@DEFINITIONS
-def test_boxes_that_merely_touch_share_nothing(definition: str) -> None:
+def test_boxes_that_merely_touch_share_nothing() -> None:
     small = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])
     large = torch.tensor([[0.0, 0.0, 0.250001, 1.0], [0.249999, 0.0, 0.500001, 1.0]])
-    [resampled] = resample_importance(
-        torch.tensor([[0.0, 8.0]]), pad_boxes([[small]]), pad_boxes([[large]]), definition
-    )
+    [resampled] = resample_importance(torch.tensor([[0.0, 8.0]]), pad_boxes([[small]]), pad_boxes([[large]]))
     torch.testing.assert_close(resampled, torch.tensor([4.0, 4.0]))
 
 
-@DEFINITIONS
-def test_a_batch_equals_its_samples(definition: str) -> None:
+def test_a_batch_equals_its_samples() -> None:
     small = [[grid(2, 2), grid(3, 1)], [grid(4, 4)], []]
     large = [[grid(1, 5), grid(2, 2)], [grid(3, 3)], []]
     boxes, others = pad_boxes(small), pad_boxes(large)
     importance = importance_of(boxes[..., 0].numel(), seed=1).reshape(boxes.shape[:2])
     importance = importance.masked_fill(boxes[..., 0] < 0, 0)
-    together = resample_importance(importance, boxes, others, definition)
+    together = resample_importance(importance, boxes, others)
     assert together.shape == (3, 9)
     for sample in range(2):
         one, other = pad_boxes([small[sample]]), pad_boxes([large[sample]])
-        [alone] = resample_importance(importance[sample : sample + 1, : one.shape[1]], one, other, definition)
+        [alone] = resample_importance(importance[sample : sample + 1, : one.shape[1]], one, other)
         torch.testing.assert_close(together[sample, : len(alone)], alone)
         assert not together[sample, len(alone) :].any()
     assert not together[2].any()
@@ -196,11 +174,10 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             resample_importance(importance, small, large)
 
 
-@DEFINITIONS
-def test_thousands_of_tokens_take_no_time(definition: str) -> None:
+def test_thousands_of_tokens_take_no_time() -> None:
     small, large = pad_boxes([[grid(45, 45)]]), pad_boxes([[grid(50, 40)]])
     importance = importance_of(small.shape[1], seed=2)[None]
     started = time.perf_counter()
-    resampled = resample_importance(importance, small, large, definition)
+    resampled = resample_importance(importance, small, large)
     assert time.perf_counter() - started < 10
     torch.testing.assert_close(resampled.sum(), importance.sum())

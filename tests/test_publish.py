@@ -171,7 +171,6 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "other processor": (entries("processor_config.json", processor_class="X"), "does not say `SGLProcessor`"),
     "no processor of a part": (remove("small/processor_config.json"), "processor_config.json: "),
     "no tokenizer": (remove("small/tokenizer.json"), "processor_config.json: cannot be used: The small"),
-    "other tiles": (other_tiles, "processor_config.json: cannot be used: The two processors do not fit"),
     "tokenizer of another model": (other_image_token, "processor_config.json: cannot be used: The small model"),
     "tokenizer too large": (small_vocabulary, "small: has a tokenizer of 461 tokens, but the model knows 100"),
     "code that is missing": (entries("config.json", auto_map={"AutoModel": "x.X"}), "takes code from 'x.py'"),
@@ -246,6 +245,14 @@ def test_two_tokenizers_are_worth_a_note(bundle):
     ]
 
 
+def test_two_ways_to_cut_images_are_worth_a_note(bundle):
+    other_tiles(bundle)
+    assert stops(bundle) == []
+    assert notes(bundle) == [
+        "small: cuts images otherwise than `large`: importance is carried over through image coordinates."
+    ]
+
+
 class TestRecipe:
     def test_checkpoints_that_are_not_here_are_said_to_be_unchecked(self, recipe):
         assert stops(recipe) == []
@@ -285,7 +292,7 @@ class TestRecipe:
         edit(recipe / "config.json", **parts)
         assert validate(recipe) == []
         other_tiles(bundle)
-        assert any("The two processors do not fit" in finding for finding in stops(recipe))
+        assert any("cuts images otherwise than `large`" in note for note in notes(recipe))
         edit(recipe / "config.json", large={"name_or_path": str(bundle)})
         assert any("as its large model: name one of that pair's two" in finding for finding in stops(recipe))
         edit(recipe / "config.json", large={"name_or_path": "../nowhere"})

@@ -351,18 +351,24 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_processors_that_cut_images_differently_are_refused_when_loaded(
-    write: Write, tmp_path: Path, embedded_pair_path: Path
+def test_processors_that_cut_images_differently_are_paired_where_it_is_known_how(
+    write: Write, tmp_path: Path, embedded_pair_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(embedded_pair_path / "small", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "processor_config.json").read_text())
     config["image_processor"]["max_patches"] = 2
     edit(tmp_path / "other" / "processor_config.json", **config)
-    message = r"The two processors do not fit each other: of an image of \d+x\d+ pixels the large model's makes \d+"
-    with pytest.raises(ValueError, match=message):
-        AutoProcessor.from_pretrained(write(small={"name_or_path": "../other"}))
-    with pytest.raises(ValueError, match=message):
-        SGLProcessor.from_large_small_pretrained(embedded_pair_path / "large", tmp_path / "other")
+    recipe = write(small={"name_or_path": "../other"})
+    ways: list[Callable[[], Any]] = [
+        lambda: AutoProcessor.from_pretrained(recipe),
+        lambda: SGLProcessor.from_large_small_pretrained(embedded_pair_path / "large", tmp_path / "other"),
+    ]
+    for load in ways:
+        assert load().importance_transfer == "resampling"
+    monkeypatch.setattr("transformers_sgl.visual_token_boxes.LAYOUTS", {})
+    for load in ways:
+        with pytest.raises(ValueError, match=r"The large model's processor does not fit the other one, .* InternVL"):
+            load()
 
 
 @pytest.mark.parametrize("kind", ["bundle", "recipe"])

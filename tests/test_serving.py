@@ -88,6 +88,12 @@ def server(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def inside(embedded_pair_path: Path, example: Image.Image) -> Iterator[tuple[Server, SGLForConditionalGeneration]]:
+    with in_a_thread(embedded_pair_path, example) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def in_a_thread(path: Path, example: Image.Image) -> Iterator[tuple[Server, SGLForConditionalGeneration]]:
     """The server in a thread, and the very model that answers in it."""
     port = free_port()
     held: list[PairServer] = []
@@ -99,12 +105,12 @@ def inside(embedded_pair_path: Path, example: Image.Image) -> Iterator[tuple[Ser
 
     thread = threading.Thread(
         target=Held,
-        args=(str(embedded_pair_path),),
+        args=(str(path),),
         kwargs={"host": "127.0.0.1", "port": port, "device": "cpu", "non_blocking": True},
     )
     with _pairs_in_its_tables():
         thread.start()
-        running = Server(str(embedded_pair_path), port)
+        running = Server(str(path), port)
         running.wait(thread.is_alive)
         (loaded,) = held[0]._model_manager.loaded_models.values()
         running.ask(chat(example))  # transformers has hooks of its own, which it makes on first use and keeps

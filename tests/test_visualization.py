@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import skimage.data
+import tiny_processors
 import torch
 from PIL import Image
 from transformers import InternVLModel
 from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
-from transformers_sgl.visualization import TokenBoxes, importance_overlay, internvl_token_boxes
+from transformers_sgl.visualization import TokenBoxes, importance_overlay, internvl_token_boxes, token_boxes
 
 pytestmark = pytest.mark.mechanics
 
@@ -29,6 +30,27 @@ def whole_grid(size: int, side_px: float) -> TokenBoxes:
     top, left = (edge.ravel() for edge in np.meshgrid(edges, edges, indexing="ij"))
     boxes = np.stack([left, top, left + side_px, top + side_px], axis=-1)
     return TokenBoxes(boxes, np.zeros(size * size, dtype=int), np.zeros(size * size, dtype=bool))
+
+
+class TestTokenBoxes:
+    def test_it_agrees_with_the_layout_of_internvl(self, coffee):
+        processor = tiny_processors.PROCESSORS["internvl"]()
+        layout = token_boxes(coffee, processor)
+        expected = internvl_token_boxes(coffee.size, processor.image_processor, 7 * 16)
+        np.testing.assert_allclose(layout.boxes, expected.boxes, atol=2)
+        np.testing.assert_array_equal(layout.is_thumbnail, expected.is_thumbnail)
+
+    @pytest.mark.parametrize(
+        ("family", "num_views"), [("llava", 1), ("qwen2_vl", 1), ("idefics3", 2), ("llava_next", 2), ("gemma3", 1)]
+    )
+    def test_views_are_told_from_each_other(self, coffee, family, num_views):
+        layout = token_boxes(coffee, tiny_processors.PROCESSORS[family]())
+        assert len(set(layout.is_thumbnail)) == num_views
+        overlay = importance_overlay(coffee, layout, np.arange(len(layout)), np.arange(len(layout)) % 2 == 0)
+        assert overlay.width > num_views * coffee.width
+        fine, coarse = (layout.boxes[part] for part in (~layout.is_thumbnail, layout.is_thumbnail))
+        if num_views == 2:
+            assert (fine[:, 2] - fine[:, 0]).max() < (coarse[:, 2] - coarse[:, 0]).max()
 
 
 class TestInternVLTokenBoxes:

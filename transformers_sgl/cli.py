@@ -295,18 +295,14 @@ def _as_text(report: dict[str, Any]) -> str:
 def _overlay(image: Image, processor: Any, output: Any) -> Image:
     import torch
 
-    from transformers_sgl.visualization import importance_overlay, internvl_token_boxes
+    from transformers_sgl.visualization import importance_overlay, token_boxes
 
     if output.importance is None:
         raise ValueError("There is no overlay: with these settings nothing is pruned, so nothing was ranked.")
     # Where the large model was not called, nothing was dropped.
     keep_mask = torch.ones_like(output.importance).bool() if output.keep_mask is None else output.keep_mask
-    num_visual_tokens = int(output.num_visual_tokens[0])
-    boxes = internvl_token_boxes(
-        image.size, processor.image_processor, num_visual_tokens, getattr(processor, "image_seq_length", None)
-    )
-    importance, kept = (values[0, :num_visual_tokens].cpu().numpy() for values in (output.importance, keep_mask))
-    return importance_overlay(image, boxes, importance, kept)
+    importance, kept = (values[0].cpu().numpy() for values in (output.importance, keep_mask))
+    return importance_overlay(image, token_boxes(image, processor), importance, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- calibrate

@@ -26,7 +26,7 @@ from transformers import (
 
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.generation_sgl import BOX_INPUTS, SGLGenerateOutput, generate, read_arguments
 from transformers_sgl.importance_process import ImportanceProcessor
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
@@ -35,8 +35,9 @@ __all__ = ["generate_with_small_model", "sgl_generate"]
 # Inputs that stock `generate` changes on the way to a callable, by encoding or repeating the images. A callable that
 # names them itself is handed them untouched.
 _IMAGE_INPUTS = sorted({name for architecture in ARCHITECTURES.values() for name in architecture.inputs})
-# What the small model may read otherwise than the large one.
-_SMALL_INPUTS = [f"small_{name}" for name in ("input_ids", "attention_mask", *_IMAGE_INPUTS)]
+# What the small model may read otherwise than the large one, and where both models' visual tokens lie.
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_SMALL_INPUTS = [*(f"small_{name}" for name in (*_TOKEN_INPUTS, *_IMAGE_INPUTS)), *BOX_INPUTS]
 # What stock `generate` adds to the inputs; the call that follows adds its own.
 _PREPARED_INPUTS = (
     "logits_to_keep",

@@ -183,7 +183,7 @@ def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality:
 
 
 def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:
-    """Raises unless both models see the same images, cut into the same number of visual tokens.
+    """Raises unless importance can be handed over token by token.
 
     Args:
         large (`VisualTokens`): The visual tokens of the large model's prompts.
@@ -195,9 +195,9 @@ def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:
     counts = [tokens.counts.tolist() for tokens in (large, small)]
     if counts[0] != counts[1]:
         raise ValueError(
-            f"The large model's prompts have {counts[0]} visual tokens, but the small model's have {counts[1]}: pair "
-            "models of one family whose processors cut an image into the same tiles, and prepare their inputs with "
-            "the pair's own processor."
+            f"The large model's prompts have {counts[0]} visual tokens, but the small model's have {counts[1]}: "
+            "prepare their inputs with the pair's own `SGLProcessor`, which says where on the images both models' "
+            "tokens lie."
         )
 
 

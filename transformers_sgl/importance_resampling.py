@@ -7,7 +7,6 @@ the original image (`visual_token_boxes.py`), so importance can be carried over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,25 +53,18 @@ def pad_boxes(boxes: Sequence[Sequence[Tensor]]) -> Tensor:
     return padded
 
 
-def resample_importance(
-    importance: Tensor,
-    small_boxes: Tensor,
-    large_boxes: Tensor,
-    definition: Literal["density", "share"] = "density",
-) -> Tensor:
+def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Tensor) -> Tensor:
     """Importance of one model's visual tokens as that of another's, weighted by the areas that their boxes share.
 
-    The total importance of every image stays the same. What belongs to no place (separators), or to a place that the
-    large model does not see (cropped away), is spread evenly over the large model's tokens of that image.
+    Each large token gets the mean importance per area over its box, and all of an image are scaled together so that
+    its total stays the same: a thumbnail's token, whose box is larger than a tile's, does not outrank it for that.
+    What belongs to no place (separators), or to a place that the large model does not see (cropped away), is spread
+    evenly over the large model's tokens of that image.
 
     Args:
         importance (`Tensor` of shape `(batch, num_small_tokens)`): The importance of the small model's tokens.
         small_boxes (`Tensor` of shape `(batch, num_small_tokens, 5)`): Their boxes, as of [`pad_boxes`].
         large_boxes (`Tensor` of shape `(batch, num_large_tokens, 5)`): The boxes of the large model's tokens.
-        definition (`str`, *optional*, defaults to `"density"`): `"density"` gives each large token the mean
-            importance per area over its box, scaled for each image to keep its total, so that a thumbnail's token
-            does not outrank a tile's by being larger; `"share"` divides each small token's importance among the large
-            tokens in proportion to the area that they share with it.
 
     Returns:
         `Tensor` of shape `(batch, num_large_tokens)`: The importance of the large model's tokens; 0 where a sample
@@ -118,7 +110,7 @@ def resample_importance(
         for number in numbers:
             of_small, of_large = small_image == number, large_image == number
             resampled[sample, of_large] = _resample_image(
-                values[sample, of_small], small[sample, of_small, 1:], large[sample, of_large, 1:], definition
+                values[sample, of_small], small[sample, of_small, 1:], large[sample, of_large, 1:]
             )
     return resampled.to(importance.device, importance.dtype)
 
@@ -128,7 +120,7 @@ def _image_numbers(image: Tensor) -> list[int]:
     return [int(number) for number in image.unique().tolist() if number >= 0]
 
 
-def _resample_image(importance: Tensor, small: Tensor, large: Tensor, definition: str) -> Tensor:
+def _resample_image(importance: Tensor, small: Tensor, large: Tensor) -> Tensor:
     """One image's importance, `(num_small,)`, as that of the large model's tokens, `(num_large,)`."""
     small_area, large_area = _area(small), _area(large)
     received = torch.zeros_like(large_area)
@@ -142,12 +134,11 @@ def _resample_image(importance: Tensor, small: Tensor, large: Tensor, definition
         amount = importance[block] * seen
         placed = placed + amount.sum()
         unplaced = unplaced + (importance[block] * ~seen).sum()
-        per_area = amount / torch.where(seen, covered if definition == "share" else small_area[block], 1.0)
+        per_area = amount / torch.where(seen, small_area[block], 1.0)
         received += per_area @ overlap
-    if definition == "density":
-        received = received / torch.where(large_area > 0, large_area, 1.0)
-        total = received.sum()
-        received = received * (placed / torch.where(total != 0, total, 1.0))
+    received = received / torch.where(large_area > 0, large_area, 1.0)
+    total = received.sum()
+    received = received * (placed / torch.where(total != 0, total, 1.0))
     return received + unplaced / large.shape[0]
 
 

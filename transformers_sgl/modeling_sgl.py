@@ -23,7 +23,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from transformers_sgl.architectures import check_supported
 from transformers_sgl.checkpoints import (
@@ -40,12 +40,21 @@ from transformers_sgl.checkpoints import (
 )
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.generation_sgl import (
+    BOX_INPUTS,
+    SGLGenerateOutput,
+    generate,
+    importance_transfer,
+    read_arguments,
+)
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["SGLForConditionalGeneration"]
+
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _MARKER_OF_A_FINISHED_SAVE = "config.json"
 # What of a model's loading is part of what it is, and so of a recipe that is written down.
@@ -183,7 +192,28 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             models[name], _ = _load(name, checkpoint, options[name])
         pair = cls(**models)
         pair._remember(checkpoints, options)
+        if pair.importance_transfer == "resampling":
+            logger.warning(
+                f"A {pair.small.config.model_type!r} model guides a {pair.large.config.model_type!r} model, so "
+                "importance is carried over through image coordinates (resampling): prepare the inputs with the "
+                "pair's own `SGLProcessor`."
+            )
+        else:
+            logger.info(
+                "Both models are of one family: importance is handed over token by token (identity), where their "
+                "processors cut images alike."
+            )
         return pair
+
+    @property
+    def importance_transfer(self) -> str:
+        """How importance passes from the small model to the large one, as far as their types tell.
+
+        `"identity"`, token by token, for models of one family; `"resampling"`, through image coordinates, for others,
+        and for all inputs that say where their visual tokens lie. The pair's processor knows from its settings
+        whether that is needed within a family, too; the output of `generate` tells what was done.
+        """
+        return importance_transfer(self.large.config, self.small.config)
 
     @classmethod
     def from_pretrained(
@@ -357,12 +387,13 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             *args: Arguments of the large model's `forward`.
-            **kwargs: Arguments of the large model's `forward`; `small_*` inputs are not looked at.
+            **kwargs: Arguments of the large model's `forward`; `small_*` inputs and boxes are not looked at.
 
         Returns:
             `ModelOutput`: The large model's output.
         """
-        return self.large(*args, **{name: value for name, value in kwargs.items() if not name.startswith("small_")})
+        own = {name: kwargs[name] for name in kwargs if not name.startswith("small_") and name not in BOX_INPUTS}
+        return self.large(*args, **own)
 
     @torch.no_grad()
     def generate(
@@ -385,8 +416,9 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             small_tokenizer (`PreTrainedTokenizerBase`, *optional*): The small model's tokenizer, as `tokenizer` is the
                 large model's; both are read from the checkpoints if not given.
             **kwargs: Model inputs (`input_ids`, `attention_mask`, `pixel_values`, ..., and `small_*` for the small
-                model's own), settings (`retention_ratio=0.2`, `max_new_tokens=64`, ...) and arguments of stock
-                `generate` (`streamer`, `logits_processor`, ...).
+                model's own, and `visual_token_boxes` and `small_visual_token_boxes` where the processor makes them),
+                settings (`retention_ratio=0.2`, `max_new_tokens=64`, ...) and arguments of stock `generate`
+                (`streamer`, `logits_processor`, ...).
 
         Returns:
             `Tensor` of shape `(batch, prompt_length + answer_length)`: Prompts and answers; with

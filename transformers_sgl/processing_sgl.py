@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers.image_utils import get_image_size, load_image, to_numpy_array
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 
 from transformers_sgl.checkpoints import (
     HUB_KWARGS,
@@ -26,14 +32,28 @@ from transformers_sgl.checkpoints import (
     read_config,
     split_kwargs,
 )
+from transformers_sgl.generation_sgl import BOX_INPUTS
+from transformers_sgl.importance_resampling import pad_boxes
 from transformers_sgl.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.visual_token_boxes import has_boxes, visual_token_boxes
 
 __all__ = ["SGLProcessor"]
+
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _CONFIG_FILE = "processor_config.json"
 
 # Heights and widths in pixels that are cut in every way: smaller than a tile, square, wide, tall, large.
-_PROBE_SIZES = [[height, width] for height in (64, 448, 1500) for width in (64, 448, 1500)]
+_PROBE_SIZES = [[height, width] for height in (16, 64, 448, 1500) for width in (16, 64, 448, 1500)]
+# Those that show whether an image is stretched, cropped or padded.
+_PLACED_PROBE_SIZES = [[96, 96], [96, 300], [300, 96]]
+# How far apart two tokens' edges may lie and still be the same, as a fraction of the image.
+_SAME_PLACE = 0.01
+# Where a processor keeps what it expects in a prompt in the place of an image.
+_PLACEHOLDERS = ("image_placeholder_token", "image_token", "boi_token", "fake_image_token")
+# Under which of these names a part of a message holds its image, as in transformers.
+_IMAGE_SOURCES = ("image", "url", "path", "base64")
 
 
 class SGLProcessor(ProcessorMixin):
@@ -43,12 +63,20 @@ class SGLProcessor(ProcessorMixin):
     `small_*`. Where both read the same, no key is doubled, and the large model's own processor would do as well.
     Everything else (`tokenizer`, `decode`, `image_processor`, ...) is the large model's.
 
+    Two processors of one class that cut every image alike hand importance over token by token (`importance_transfer`
+    is `"identity"`). Any other two do it through image coordinates (`"resampling"`): then the inputs also say where
+    on its image every visual token of either model lies, as `visual_token_boxes` and `small_visual_token_boxes`.
+
     Args:
         large_processor (`ProcessorMixin`): The large model's processor.
         small_processor (`ProcessorMixin`): The small model's processor.
 
+    Attributes:
+        importance_transfer (`str`): `"identity"` or `"resampling"`.
+        reads_the_same (`bool`): Whether both models' inputs are the same in all.
+
     Raises:
-        ValueError: If the two are known to cut an image into different numbers of visual tokens.
+        ValueError: If the two cut images differently and nothing is known about where one of them does.
 
     Example:
         ```python
@@ -66,11 +94,15 @@ class SGLProcessor(ProcessorMixin):
     """
 
     def __init__(self, large_processor: ProcessorMixin, small_processor: ProcessorMixin) -> None:
-        _check_same_grid(large_processor, small_processor)
         # Not `super().__init__`, which wants tokenizers and image processors: the parts here are whole processors.
         self.large_processor = large_processor
         self.small_processor = small_processor
         self.reads_the_same = _reads_the_same(large_processor, small_processor)
+        cuts_alike = self.reads_the_same or _cuts_alike(large_processor, small_processor)
+        self.importance_transfer = "identity" if cuts_alike else "resampling"
+        if not cuts_alike:
+            for name in PARTS:
+                _check_boxes(name, getattr(self, f"{name}_processor"))
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -100,7 +132,15 @@ class SGLProcessor(ProcessorMixin):
             where = hub_kwargs(options[name])
             path, subfolder = locate(path, options[name].pop("subfolder", None))
             parts.append(_load(name, Checkpoint(path, {**where, **subfolder}), options[name]))
-        return cls(*parts)
+        pair = cls(*parts)
+        if pair.importance_transfer == "resampling":
+            logger.warning(
+                f"The processors of {os.fspath(large)!r} and {os.fspath(small)!r} cut images into different visual "
+                "tokens, so importance is carried over through image coordinates (resampling)."
+            )
+        else:
+            logger.info("Both processors cut images alike: importance is handed over token by token (identity).")
+        return pair
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> SGLProcessor:
@@ -184,32 +224,70 @@ class SGLProcessor(ProcessorMixin):
         Args:
             images (image or list of images, *optional*): As the models' own processors take them.
             text (`str` or list of `str`, *optional*): Prompts, with the large model's image token where images stand.
-            **kwargs: Arguments of the processors.
+            **kwargs: Arguments of the processors. With resampling plain ones go to both, `large_*` and `small_*` to
+                one.
 
         Returns:
-            `BatchFeature`: The large model's inputs, and `small_*` where the small model's differ.
+            `BatchFeature`: The large model's inputs, and `small_*` where the small model's differ; with resampling
+            all of the small model's, and `visual_token_boxes` and `small_visual_token_boxes` of shape
+            `(batch, num_visual_tokens, 5)`.
+
+        Raises:
+            ValueError: If there are videos, whose frames cannot be resampled.
         """
-        inputs = self.large_processor(images=images, text=text, **kwargs)
-        if self.reads_the_same:
-            return inputs
-        return _merge(inputs, self.small_processor(images=images, text=self._small_text(text), **kwargs))
+        if self.importance_transfer == "identity":
+            inputs = self.large_processor(images=images, text=text, **kwargs)
+            if self.reads_the_same:
+                return inputs
+            return _merge(inputs, self.small_processor(images=images, text=self._small_text(text), **kwargs))
+
+        _check_no_videos(kwargs.get("videos"))
+        images, options = _loaded(images), split_kwargs(kwargs)
+        by_prompt = [] if text is None else _by_prompt(images, text, _placeholder(self.large_processor))
+        if any(by_prompt):  # nested, as all processors take it, save for some that know prompts of one image only
+            images = [one for [one] in by_prompt] if all(len(few) == 1 for few in by_prompt) else by_prompt
+        inputs = self.large_processor(images=images, text=text, **options["large"])
+        small_inputs = self.small_processor(images=images, text=self._small_text(text), **options["small"])
+        return self._with_boxes((inputs, small_inputs), by_prompt, options)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepares conversations, each model by its own chat template.
 
         Args:
             conversation (list of `dict`, or a list of such): The conversations.
-            *args: As in `ProcessorMixin.apply_chat_template`.
-            **kwargs: As in `ProcessorMixin.apply_chat_template`.
+            *args: As in `ProcessorMixin.apply_chat_template`; with resampling for the large model alone.
+            **kwargs: As in `ProcessorMixin.apply_chat_template`. With resampling plain arguments go to both
+                processors, `large_*` and `small_*` to one, in `processor_kwargs` too; `chat_template` is the large
+                model's.
 
         Returns:
             `BatchFeature` with `tokenize=True, return_dict=True`: The large model's inputs, and `small_*` where the
-            small model's differ. Otherwise what the large model's processor returns.
+            small model's differ, as from a call. Otherwise what the large model's processor returns.
+
+        Raises:
+            ValueError: If there are videos, whose frames cannot be resampled.
         """
-        inputs = self.large_processor.apply_chat_template(conversation, *args, **kwargs)
-        if self.reads_the_same or not isinstance(inputs, BatchFeature):
+        if self.importance_transfer == "identity":
+            inputs = self.large_processor.apply_chat_template(conversation, *args, **kwargs)
+            if self.reads_the_same or not isinstance(inputs, BatchFeature):
+                return inputs
+            return _merge(inputs, self.small_processor.apply_chat_template(conversation, *args, **kwargs))
+
+        if "chat_template" in kwargs:
+            kwargs["large_chat_template"] = kwargs.pop("chat_template")
+        options = split_kwargs(kwargs)
+        processor_options = split_kwargs(kwargs.get("processor_kwargs") or {})
+        for name in PARTS:
+            options[name]["processor_kwargs"] = processor_options[name]
+        images: list[list[Any]] = []
+        if kwargs.get("tokenize"):
+            conversation, images = _with_loaded_images(conversation)
+        inputs = self.large_processor.apply_chat_template(conversation, *args, **options["large"])
+        if not isinstance(inputs, BatchFeature):
             return inputs
-        return _merge(inputs, self.small_processor.apply_chat_template(conversation, *args, **kwargs))
+        small_inputs = self.small_processor.apply_chat_template(conversation, **options["small"])
+        options = {name: {**processor_options[name], **options[name]} for name in PARTS}
+        return self._with_boxes((inputs, small_inputs), images, options)
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the large model's processor."""
@@ -234,7 +312,7 @@ class SGLProcessor(ProcessorMixin):
         names = list(self.large_processor.model_input_names)
         if not self.reads_the_same:
             names += [f"small_{name}" for name in self.small_processor.model_input_names]
-        return names
+        return [*names, *BOX_INPUTS] if self.importance_transfer == "resampling" else names
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Decodes what the large model wrote; as in the tokenizer."""
@@ -250,10 +328,25 @@ class SGLProcessor(ProcessorMixin):
 
     def _small_text(self, text: Any) -> Any:
         """Prompts with the small model's image token in the place of the large model's."""
-        large, small = (getattr(part, "image_token", None) for part in (self.large_processor, self.small_processor))
+        large, small = (_placeholder(part) for part in (self.large_processor, self.small_processor))
         if large is None or small is None or text is None:
             return text
         return text.replace(large, small) if isinstance(text, str) else [one.replace(large, small) for one in text]
+
+    def _with_boxes(
+        self, inputs: tuple[BatchFeature, BatchFeature], images: list[list[Any]], options: dict[str, dict[str, Any]]
+    ) -> BatchFeature:
+        """Both models' inputs, and where their visual tokens lie on each prompt's images."""
+        large_inputs, small_inputs = inputs
+        data = {**large_inputs, **{f"small_{name}": value for name, value in small_inputs.items()}}
+        if any(images) and "input_ids" in large_inputs:
+            pictures = [[_as_pil(image) for image in few] for few in images]
+            for key, name in zip(BOX_INPUTS, PARTS, strict=True):
+                processor = getattr(self, f"{name}_processor")
+                own = _image_kwargs(processor, options[name])
+                boxes = [visual_token_boxes(processor, few, **own) for few in pictures]
+                data[key] = _like(large_inputs["input_ids"], pad_boxes(boxes))
+        return BatchFeature(data)
 
 
 def _load(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> ProcessorMixin:
@@ -267,18 +360,140 @@ def _load(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Process
         ) from error
 
 
-def _check_same_grid(large: ProcessorMixin, small: ProcessorMixin) -> None:
-    """Raises where the two are known to make different numbers of visual tokens of an image."""
-    if not all(hasattr(processor, "_get_num_multimodal_tokens") for processor in (large, small)):
-        return  # then only the inputs themselves can tell, and generation looks at those
-    counts = [processor._get_num_multimodal_tokens(_PROBE_SIZES)["num_image_tokens"] for processor in (large, small)]
-    for (height, width), *numbers in zip(_PROBE_SIZES, *counts, strict=True):
-        if numbers[0] != numbers[1]:
-            raise ValueError(
-                f"The two processors do not fit each other: of an image of {width}x{height} pixels the large model's "
-                f"makes {numbers[0]} tokens and the small model's {numbers[1]}, so pair models of one family whose "
-                "processors cut an image into the same tiles."
-            )
+def _cuts_alike(large: ProcessorMixin, small: ProcessorMixin) -> bool:
+    """Whether two processors are known to make the same visual tokens of every image."""
+    processors = (large, small)
+    if type(large) is not type(small):
+        return False
+    if large.to_dict() == small.to_dict():
+        return True
+    if all(hasattr(processor, "_get_num_multimodal_tokens") for processor in processors):
+        counts = [each._get_num_multimodal_tokens(_PROBE_SIZES)["num_image_tokens"] for each in processors]
+        if counts[0] != counts[1]:
+            return False
+    if all(map(has_boxes, processors)):
+        probes = [Image.new("RGB", (width, height)) for height, width in _PLACED_PROBE_SIZES]
+        boxes = [[visual_token_boxes(each, [probe])[0] for probe in probes] for each in processors]
+        return all(
+            one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=_SAME_PLACE)
+            for one, other in zip(*boxes, strict=True)
+        )
+    return True  # as far as can be told; generation looks at the numbers of tokens
+
+
+def _check_boxes(name: str, processor: ProcessorMixin) -> None:
+    """Raises if it is not known where the visual tokens of one of the two processors lie."""
+    try:
+        visual_token_boxes(processor, [Image.new("RGB", (64, 64))])
+    except ValueError as error:
+        raise ValueError(
+            f"The {name} model's processor does not fit the other one, which cuts images otherwise. {error}"
+        ) from error
+
+
+def _check_no_videos(videos: Any) -> None:
+    """Raises if there is a video."""
+    if videos is not None:
+        raise ValueError(
+            "The pair's processors cut images into different visual tokens, and importance is carried over between "
+            "images only, not videos: leave the video out, or pair models of one family that cut it alike."
+        )
+
+
+def _loaded(images: Any) -> Any:
+    """The same images, read from where they are, so that it is done once for both models."""
+    if isinstance(images, (list, tuple)):
+        return [_loaded(one) for one in images]
+    return load_image(images) if isinstance(images, str) else images
+
+
+def _with_loaded_images(conversation: Sequence[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """Conversations with their images in them, and each one's images; what was passed is not changed."""
+    is_batch = isinstance(conversation[0], (list, tuple))
+    images: list[list[Any]] = []
+
+    def loaded_part(part: Any) -> Any:
+        if not isinstance(part, Mapping):
+            return part
+        if part.get("type") == "video":
+            _check_no_videos(part)
+        if part.get("type") == "image_url" and "image_url" in part:  # as OpenAI writes it
+            address = part["image_url"]
+            part = {"type": "image", "url": address.get("url", "") if isinstance(address, Mapping) else address}
+        source = next((name for name in _IMAGE_SOURCES if part.get("type") == "image" and name in part), None)
+        if source is None:
+            return part
+        images[-1].append(_loaded(part[source]))
+        return {
+            **{name: value for name, value in part.items() if name not in _IMAGE_SOURCES},
+            "image": images[-1][-1],
+        }
+
+    def loaded_message(message: Any) -> Any:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), (list, tuple)):
+            return message
+        return {**message, "content": [loaded_part(part) for part in message["content"]]}
+
+    conversations = []
+    for one in conversation if is_batch else [conversation]:
+        images.append([])
+        conversations.append([loaded_message(message) for message in one])
+    return conversations if is_batch else conversations[0], images
+
+
+def _by_prompt(images: Any, text: Any, placeholder: str | None) -> list[list[Any]]:
+    """Which images stand in each prompt: as they are nested, or as many as it has places for.
+
+    Args:
+        images (image, list of images or list of lists of images): As they were passed.
+        text (`str` or list of `str`): The prompts.
+        placeholder (`str`, *optional*): What stands for an image in them.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    images = list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]
+    if images and all(isinstance(few, (list, tuple)) for few in images) and len(images) == len(texts):
+        return [list(few) for few in images]
+    flat = [one for few in images for one in (few if isinstance(few, (list, tuple)) else [few])]
+    counts = [0 if placeholder is None else one.count(placeholder) for one in texts]
+    if sum(counts) != len(flat):
+        raise ValueError(
+            f"There are {len(flat)} images, but the prompts have places for {counts}: write "
+            f"{placeholder or 'the image token'} where an image stands, or pass a list of images for each prompt."
+        )
+    ends = np.cumsum(counts)
+    return [flat[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _as_pil(image: Any) -> Image.Image:
+    """The image, or an empty one of its size."""
+    if isinstance(image, Image.Image):
+        return image
+    height, width = get_image_size(to_numpy_array(image))
+    return Image.new("RGB", (width, height))
+
+
+def _image_kwargs(processor: ProcessorMixin, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a processor's arguments that bear on images."""
+    own = getattr(processor.image_processor, "valid_kwargs", ImagesKwargs)
+    names = {"images_kwargs", *ImagesKwargs.__annotations__, *own.__annotations__} - {"return_tensors"}
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+def _placeholder(processor: ProcessorMixin) -> str | None:
+    """What stands for an image in the prompts that a processor takes."""
+    known = [token for token in (getattr(processor, name, None) for name in _PLACEHOLDERS) if isinstance(token, str)]
+    if len(known) < 2 or not processor.chat_template:
+        return known[0] if known else None
+    content = [{"type": "image"}, {"type": "text", "text": ""}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+    return next((token for token in known if token in prompt), known[0])
+
+
+def _like(example: Any, boxes: Tensor) -> Any:
+    """Boxes as a tensor, an array or lists, whichever the other inputs are."""
+    if isinstance(example, torch.Tensor):
+        return boxes
+    return boxes.numpy() if isinstance(example, np.ndarray) else boxes.tolist()
 
 
 def _check_image_token(name: str, processor: ProcessorMixin, config: dict[str, Any]) -> None:
@@ -319,14 +534,12 @@ def _reads_the_same(large: ProcessorMixin, small: ProcessorMixin) -> bool:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         # How a tokenizer pads and truncates is only what its last call asked for.
         rules = json.loads(backend.to_str()) if hasattr(backend, "to_str") else tokenizer.get_vocab()
-        parts = [getattr(processor, f"{name}_processor", None) for name in ("image", "video")]
         return [
             type(processor),
             {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")},
             tokenizer.padding_side,
             processor.chat_template,
-            [part if part is None else part.to_dict() for part in parts],
-            getattr(processor, "image_seq_length", None),
+            processor.to_dict(),  # image and video processor, and how many tokens an image takes
         ]
 
     return facts(large) == facts(small)

@@ -81,8 +81,8 @@ class Finding:
 def validate(folder: str | os.PathLike[str], repo_id: str | None = None) -> list[Finding]:
     """Looks for what would keep others from loading a pair, or should not leave this machine.
 
-    Configurations, generation settings and card can be read; both models are there, or named; their processors cut
-    images alike and fit their models; no secrets, no pickles, no stray files. What cannot be looked at without the
+    Configurations, generation settings and card can be read; both models are there, or named; their processors
+    fit each other and their models; no secrets, no pickles, no stray files. What cannot be looked at without the
     network is said in a note.
 
     Args:
@@ -437,7 +437,7 @@ def _model_config(
 
 
 def _processors(folder: Path, config: dict[str, Any], configs: dict[str, PreTrainedConfig]) -> Iterator[Finding]:
-    """Whether both models see an image as the same visual tokens, and each writes in its own tokens."""
+    """Whether importance can pass from one model's visual tokens to the other's, and each writes in its own tokens."""
     path = "processor_config.json"
     content, problem = _read_json(folder / path)
     if problem:
@@ -465,6 +465,9 @@ def _processors(folder: Path, config: dict[str, Any], configs: dict[str, PreTrai
                 f"has a tokenizer of {len(tokenizer):,} tokens, but the model knows {size:,}: save the right one."
             )
             yield Finding(part, message)
+    if processor.importance_transfer == "resampling":
+        message = "cuts images otherwise than `large`: importance is carried over through image coordinates."
+        yield Finding("small", message, stops=False)
     if tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         message = "has another tokenizer than `large`: drafts are re-encoded, and fewer of their tokens accepted."
         yield Finding("small", message, stops=False)

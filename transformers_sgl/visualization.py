@@ -1,6 +1,6 @@
 """Seeing what was kept: the importance map painted over the image the question was about.
 
-Two steps, each usable alone. `internvl_token_boxes` says which part of the image every visual token stands for;
+Two steps, each usable alone. `token_boxes` says which part of the image every visual token stands for;
 `importance_overlay` paints boxes, importance and keep mask over the image. Only Pillow and NumPy draw.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["TokenBoxes", "importance_overlay", "internvl_token_boxes"]
+__all__ = ["TokenBoxes", "importance_overlay", "internvl_token_boxes", "token_boxes"]
 
 # Low to high importance; dark blue to red by way of light colours, readable in grey as well.
 HEAT_COLOURS = np.array([(28, 44, 140), (38, 130, 200), (120, 205, 165), (250, 215, 90), (215, 48, 39)], np.float32)
@@ -44,6 +44,33 @@ class TokenBoxes:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+
+def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
+    """Looks up which part of an image each visual token of any known model stands for.
+
+    Args:
+        image (`PIL.Image.Image`): The original image.
+        processor (`ProcessorMixin`): The processor that prepares it.
+
+    Returns:
+        [`TokenBoxes`]: The places, with `boxes` of shape `(num_visual_tokens, 4)`. Where the model sees the image
+        twice, `tile` is 0 for the finer view and 1 for the coarser one, the thumbnail.
+
+    Raises:
+        ValueError: If it is not known where the processor's visual tokens lie.
+    """
+    # Here, not above: it brings in transformers, which painting does not need.
+    from transformers_sgl.visual_token_boxes import visual_token_boxes
+
+    [boxes] = visual_token_boxes(processor, [image])
+    fractions = boxes.numpy().astype(np.float64)
+    covered = np.cumsum((fractions[:, 2] - fractions[:, 0]) * (fractions[:, 3] - fractions[:, 1]))
+    first_view = np.arange(len(fractions)) <= np.searchsorted(covered, 0.999 * min(1.0, covered[-1]))
+    is_thumbnail = np.zeros(len(fractions), dtype=bool)
+    if covered[-1] > 1.5:
+        is_thumbnail = first_view if first_view.sum() < (~first_view).sum() else ~first_view
+    return TokenBoxes(fractions * np.tile(image.size, 2), is_thumbnail.astype(np.int64), is_thumbnail)
 
 
 def internvl_token_boxes(
@@ -119,7 +146,7 @@ def importance_overlay(
 
     Args:
         image (`PIL.Image.Image`): The original image.
-        boxes ([`TokenBoxes`]): Where its tokens lie, for example from [`internvl_token_boxes`].
+        boxes ([`TokenBoxes`]): Where its tokens lie, for example from [`token_boxes`].
         importance (array of shape `(num_visual_tokens,)`): The importance of each token. Dropped tokens may be `-inf`.
         keep_mask (array of shape `(num_visual_tokens,)`): Whether each token was kept.
 

@@ -649,6 +649,8 @@ for _variant, _kinds in (("", ("full_attention",)), ("sparse", ("full_attention"
     add(
         "minimax_m3_vl",
         TinyArchitecture(
+            # The vision encoder of earlier versions lets the patches of all images of a batch see each other.
+            batches_alike=Version(transformers.__version__) >= Version("5.23"),
             config=config_of(
                 "minimax_m3_vl",
                 {**layers_config(), "image_size": 16},

@@ -1,0 +1,177 @@
+"""Measures what it costs that the small model of the embedded pair cuts images into other tokens than the large one.
+
+    python scripts/evaluate_transfer.py
+
+The large model reads scenes as ever, in 2x2 tiles of 8x8 tokens and a thumbnail. The small model, whose weights stay
+the same, is given the same scenes on other grids, and its importance is carried over through image coordinates. Pruned
+to 35 % average retention, the large model answers the 1,000 scene questions of `evaluate_tiny_pair.py`, guided on
+every grid; beside that stand guidance on its own grid and random pruning (mean over several seeds). All see the same
+questions, so the differences come with 95 % paired-bootstrap intervals.
+
+An answer counts if it is the expected one to the letter. The result goes to `benchmarks/sgl_tiny_transfer.json`, from
+which `scripts/render_tables.py` fills the README. The script fails if guidance on one of the grids keeps less than
+95 % of the accuracy that guidance on the large model's own grid keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, Evaluation, Method, paired_interval, percent, scene_samples
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from transformers_sgl import SGLProcessor
+from transformers_sgl.evaluation.records import measurement_record
+
+AVERAGE_RETENTION = 0.35
+LEAST_KEPT = 0.95
+PATCH_PX = 8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the small model is shown an image.
+
+    Attributes:
+        name: What the table calls it.
+        tile_px: The side of its tiles, of which every 8x8 pixels are a token.
+        settings: Settings of its image processor.
+    """
+
+    name: str
+    tile_px: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+GRIDS = (
+    Grid("2x2 tiles of 9x9 and a thumbnail", 72),
+    Grid("2x2 tiles of 7x7 and a thumbnail", 56),
+    Grid("3x2 tiles of 8x8 and a thumbnail", 64, {"min_patches": 6, "max_patches": 6}),
+    Grid("one picture of 16x16", 128, {"max_patches": 1}),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_transfer.json")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random-seeds", type=int, default=3, help="seeds that random pruning is averaged over")
+    parser.add_argument("--limit", type=int, default=1000, help="questions in all")
+    arguments = parser.parse_args()
+
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    samples = scene_samples("test", arguments.limit, questions_per_scene=1)[: arguments.limit]
+
+    own = Evaluation(model, processor, arguments.batch_size)
+    pruned = own.pruned(range(arguments.random_seeds))
+    pruned = {name: method for name, method in pruned.items() if str(AVERAGE_RETENTION) in name.split()}
+    guided = f"guided {AVERAGE_RETENTION}"
+    right = own(samples, {"large": own.large_alone, "small": own.small_alone, **pruned}, "own grid")
+    for grid in GRIDS:
+        evaluate = Evaluation(model, regridded(processor, grid), arguments.batch_size)
+        methods = {"small": small_alone(model), "guided": evaluate.pruned(())[guided]}
+        for name, hits in evaluate(samples, methods, grid.name).items():
+            right[f"{name} {grid.name}"] = hits
+    accuracy = {name: np.array(hits, dtype=float) for name, hits in right.items()}
+    random = np.mean([accuracy[name] for name in pruned if name != guided], axis=0)
+
+    num_tokens = [count_tokens(processor, samples), *(count_tokens(regridded(processor, g), samples) for g in GRIDS)]
+    record = measurement_record(arguments.seed, torch.device(arguments.device))
+    record["tables"] = {
+        "sgl-tiny-transfer": table(accuracy, guided, random, num_tokens, arguments.random_seeds, arguments.seed)
+    }
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {arguments.output}")
+    for grid in GRIDS:
+        kept = accuracy[f"guided {grid.name}"].mean() / accuracy[guided].mean()
+        if kept < LEAST_KEPT:
+            raise AssertionError(
+                f"Guided on {grid.name}, the large model keeps {kept:.1%}, less than {LEAST_KEPT:.0%}."
+            )
+
+
+def regridded(processor: SGLProcessor, grid: Grid) -> SGLProcessor:
+    """The pair's processor with a small half that cuts images on that grid."""
+    small = copy.deepcopy(processor.small_processor)
+    for name, value in {**grid.settings, "size": {"height": grid.tile_px, "width": grid.tile_px}}.items():
+        setattr(small.image_processor, name, value)
+    small.image_seq_length = (grid.tile_px // PATCH_PX) ** 2
+    made = SGLProcessor(processor.large_processor, small)
+    assert made.importance_transfer == "resampling"
+    return made
+
+
+def small_alone(model: Any) -> Method:
+    """The small model on its own inputs, its answer behind the large model's prompt, where an answer is looked for."""
+
+    def run(inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        own = {name: value for name, value in inputs.items() if name.startswith("small_") and "boxes" not in name}
+        own = {name.removeprefix("small_"): value for name, value in own.items()}
+        answers = model.small.generate(**own, max_new_tokens=MAX_NEW_TOKENS)[:, own["input_ids"].shape[1] :]
+        return torch.cat([inputs["input_ids"], answers], dim=1)
+
+    return run
+
+
+def count_tokens(processor: SGLProcessor, samples: Sequence[Any]) -> int:
+    """How many visual tokens a scene is to the small model."""
+    small = processor.small_processor
+    inputs = small(images=[samples[0].image], text=[small.image_token], return_tensors="pt")
+    return int((inputs["input_ids"] == small.image_token_id).sum())
+
+
+def table(
+    accuracy: dict[str, np.ndarray],
+    guided: str,
+    random: np.ndarray,
+    num_tokens: Sequence[int],
+    num_random_seeds: int,
+    seed: int,
+) -> dict[str, Any]:
+    own = accuracy[guided]
+    rows: list[list[Any]] = []
+    grids = [("the large model's: 2x2 tiles of 8x8 and a thumbnail", "small", guided)]
+    grids += [(grid.name, f"small {grid.name}", f"guided {grid.name}") for grid in GRIDS]
+    for (name, small, method), number in zip(grids, num_tokens, strict=True):
+        hits = accuracy[method]
+        differences = ["" if hits is own else difference(hits, own, seed), difference(hits, random, seed)]
+        kept = f"{hits.mean() / own.mean():.1%}"
+        rows.append([name, number, percent(accuracy[small]), percent(hits), kept, *differences])
+    return {
+        "columns": [
+            "small model's grid",
+            "its tokens",
+            "small alone",
+            "large, guided",
+            "of own grid",
+            "guided - own grid",
+            "guided - random",
+        ],
+        "rows": rows,
+        "caption": (
+            f"Exact match in percent on {len(own):,} questions about scenes, at {AVERAGE_RETENTION:.0%} average "
+            "retention; differences with their 95 % paired-bootstrap intervals. Unpruned, the large model reaches "
+            f"{percent(accuracy['large'])}; pruned at random, {percent(random)} (mean over {num_random_seeds} seeds)."
+        ),
+    }
+
+
+def difference(hits: np.ndarray, other: np.ndarray, seed: int) -> str:
+    low, high = paired_interval(hits - other, seed)
+    return f"{percent(hits - other):+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+if __name__ == "__main__":
+    main()
