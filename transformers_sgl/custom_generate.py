@@ -26,8 +26,9 @@ from transformers import (
 
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import BOX_INPUTS, SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
 from transformers_sgl.importance_process import ImportanceProcessor
+from transformers_sgl.importance_transfer import BOX_INPUTS
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["generate_with_small_model", "sgl_generate"]

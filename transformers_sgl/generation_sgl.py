@@ -20,12 +20,10 @@ from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
@@ -40,22 +38,19 @@ from transformers_sgl.batching import (
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.early_exit import exits_early
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import Guidance, check_same_visual_tokens, guide, visual_tokens_of
+from transformers_sgl.guidance import Guidance, guide, visual_tokens_of
 from transformers_sgl.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
     MinimumPerImageProcessor,
     RetentionRatioProcessor,
 )
-from transformers_sgl.importance_resampling import resample_importance
+from transformers_sgl.importance_transfer import ImportanceTransfer, split_boxes
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 from transformers_sgl.vocabulary import Vocabularies
 
-__all__ = ["BOX_INPUTS", "SGLGenerateOutput", "generate", "importance_transfer", "read_arguments"]
-
-# Where the visual tokens of both models lie on the images: inputs of the pair, and of neither model.
-BOX_INPUTS = ("visual_token_boxes", "small_visual_token_boxes")
+__all__ = ["SGLGenerateOutput", "generate", "read_arguments"]
 
 _SMALL_PREFIX = "small_"
 # Arguments of stock `generate` that are neither settings nor model inputs.
@@ -175,7 +170,7 @@ def generate(
         ValueError: If inputs or settings cannot be used, with cause and cure; the models stay as they were.
     """
     clock = _Clock(large.device, small.device)
-    inputs, boxes = _without_boxes(inputs)
+    inputs, boxes = split_boxes(inputs)
     large_inputs, small_inputs = _split(inputs, shares_tensors=boxes is None)
     generate_kwargs["generation_config"] = generation_config
     # What the large model's `generate` makes of it: where nothing is set, its checkpoint's own settings hold.
@@ -210,10 +205,8 @@ def generate(
     large_inputs, visual_tokens = _prepared(large, large_inputs)
     small_inputs, small_tokens = _prepared(small, small_inputs)
     if processors:
-        found["importance_transfer"] = _check_transfer(large, small, visual_tokens, small_tokens, boxes)
-    if boxes is not None:
-        of_both = (visual_tokens.counts, small_tokens.counts)
-        large_boxes, small_boxes = map(_aligned_boxes, BOX_INPUTS, boxes, of_both)
+        transfer = ImportanceTransfer.between(large.config, small.config, visual_tokens, small_tokens, boxes)
+        found["importance_transfer"] = transfer.kind
 
     # 3. The small model answers first: a draft, how far to trust it, and where it looked.
     limits = _length_limits(settings, prompts.shape[1])
@@ -228,11 +221,8 @@ def generate(
             scores=may_exit or bool(settings.return_dict_in_generate),
             **draft_settings,
         ).to(prompts.device)
-    if guidance.importance is not None and boxes is not None:
-        resampled = resample_importance(
-            guidance.importance, small_boxes.to(prompts.device), large_boxes.to(prompts.device)
-        )
-        guidance = replace(guidance, importance=resampled)
+    if guidance.importance is not None:
+        guidance = replace(guidance, importance=transfer(guidance.importance))
     for name in ("draft_sequences", "importance", "confidence", "consistency", "decision_score"):
         found[name] = getattr(guidance, name)
     clock.lap("guidance_ms")
@@ -312,36 +302,6 @@ def read_arguments(
     return settings, model_inputs, generate_kwargs
 
 
-def importance_transfer(large: PreTrainedConfig, small: PreTrainedConfig) -> str:
-    """How importance passes from one model to the other where nothing tells where their visual tokens lie.
-
-    Models whose images one class of processor prepares may cut an image alike, and so have their visual tokens in
-    common, if the processors' settings agree too. Models of different families are never taken to, even where their
-    visual tokens happen to be equal in number.
-
-    Args:
-        large (`PreTrainedConfig`): The large model's configuration.
-        small (`PreTrainedConfig`): The small model's configuration.
-
-    Returns:
-        `str`: `"identity"`, token by token, or `"resampling"`, through image coordinates.
-
-    Example:
-        ```python
-        >>> from transformers import LlavaConfig, Qwen2VLConfig, VipLlavaConfig
-        >>> from transformers_sgl.generation_sgl import importance_transfer
-
-        >>> importance_transfer(VipLlavaConfig(), LlavaConfig())
-        'identity'
-        >>> importance_transfer(Qwen2VLConfig(), LlavaConfig())
-        'resampling'
-
-        ```
-    """
-    families = [PROCESSOR_MAPPING_NAMES.get(config.model_type, config.model_type) for config in (large, small)]
-    return "identity" if large.model_type == small.model_type or families[0] == families[1] else "resampling"
-
-
 # The hooks of a call sit on the models, so threads that share a model take turns.
 _LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _LOCKS_LOCK = Lock()
@@ -351,20 +311,6 @@ def _one_at_a_time(model: PreTrainedModel) -> Any:
     """The lock of a model, to be held while it runs."""
     with _LOCKS_LOCK:
         return _LOCKS.setdefault(model, RLock())
-
-
-def _without_boxes(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
-    """The models' inputs, and apart from them the large model's boxes and the small one's, if there are any."""
-    boxes = [inputs.get(name) for name in BOX_INPUTS]
-    missing = [name for name, value in zip(BOX_INPUTS, boxes, strict=True) if value is None]
-    if len(missing) == 1:
-        raise ValueError(
-            f"Importance is carried over from the small model's boxes to the large model's, but `{missing[0]}` is "
-            "missing: pass both, as the pair's own processor makes them, or neither."
-        )
-    large_boxes, small_boxes = boxes
-    inputs = {name: value for name, value in inputs.items() if name not in BOX_INPUTS}
-    return inputs, None if missing else (torch.as_tensor(large_boxes), torch.as_tensor(small_boxes))
 
 
 def _split(inputs: dict[str, Any], shares_tensors: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -380,53 +326,6 @@ def _split(inputs: dict[str, Any], shares_tensors: bool) -> tuple[dict[str, Any]
         if name not in _LARGE_ONLY and (shares_tensors or not isinstance(value, (Tensor, list, tuple)))
     }
     return plain, {**shared, **own}
-
-
-def _aligned_boxes(name: str, boxes: Tensor, counts: Tensor) -> Tensor:
-    """The boxes `(batch, num_visual_tokens, 5)` with all filling behind them, if there is one for each visual token.
-
-    Whoever joins inputs to a batch without knowing of boxes, like a pipeline, fills up with zeros, in front or behind.
-    """
-    if boxes.shape[::2] != (len(counts), 5):
-        raise ValueError(
-            f"`{name}` has the shape {tuple(boxes.shape)}, but there are {len(counts)} prompts: pass boxes of the "
-            "shape (batch, num_visual_tokens, 5), as the pair's own processor makes them."
-        )
-    rows = []
-    for row, count in zip(boxes.to(counts.device, torch.float32), counts.tolist(), strict=True):
-        described = row[row[:, 0] >= 0]
-        surplus = max(0, len(described) - count)
-        described = described[surplus:] if not described[:surplus].any() else described
-        if len(described) < count or described[count:].any():
-            raise ValueError(
-                f"`{name}` describes other visual tokens than the {counts.tolist()} of the prompts: prepare both in "
-                "one call of the pair's own processor."
-            )
-        rows.append(described[:count])
-    filled = boxes.new_full((len(rows), int(counts.max()), 5), -1.0, dtype=torch.float32)
-    for row, described in zip(filled, rows, strict=True):
-        row[: len(described)] = described
-    return filled.to(counts.device)
-
-
-def _check_transfer(
-    large: PreTrainedModel,
-    small: PreTrainedModel,
-    visual_tokens: VisualTokens,
-    small_tokens: VisualTokens,
-    boxes: tuple[Tensor, Tensor] | None,
-) -> str:
-    """How the small model's importance is to be handed over; raises if it cannot be."""
-    if boxes is None:
-        if importance_transfer(large.config, small.config) != "identity":
-            raise ValueError(
-                f"Importance passes from a {small.config.model_type!r} model to a {large.config.model_type!r} model "
-                "through image coordinates, but the inputs do not say where their visual tokens lie: prepare them "
-                "with the pair's own `SGLProcessor`, which adds `visual_token_boxes` and `small_visual_token_boxes`."
-            )
-        check_same_visual_tokens(visual_tokens, small_tokens)
-        return "identity"
-    return "resampling"
 
 
 def _find_visual_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> VisualTokens | None:

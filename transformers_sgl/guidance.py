@@ -34,7 +34,7 @@ from transformers_sgl.importance_process import ImportanceProcessorList, Retenti
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 
-__all__ = ["Guidance", "check_same_visual_tokens", "guide", "visual_tokens_of"]
+__all__ = ["Guidance", "guide", "visual_tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -180,25 +180,6 @@ def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality:
     """
     ids, gap = visual_token_ids(config, modality), check_supported(config).image_gap
     return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
-
-
-def check_same_visual_tokens(large: VisualTokens, small: VisualTokens) -> None:
-    """Raises unless importance can be handed over token by token.
-
-    Args:
-        large (`VisualTokens`): The visual tokens of the large model's prompts.
-        small (`VisualTokens`): The visual tokens of the small model's prompts.
-
-    Raises:
-        ValueError: If the numbers of prompts, or of their visual tokens, differ.
-    """
-    counts = [tokens.counts.tolist() for tokens in (large, small)]
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"The large model's prompts have {counts[0]} visual tokens, but the small model's have {counts[1]}: "
-            "prepare their inputs with the pair's own `SGLProcessor`, which says where on the images both models' "
-            "tokens lie."
-        )
 
 
 def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:

@@ -40,14 +40,9 @@ from transformers_sgl.checkpoints import (
 )
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import (
-    BOX_INPUTS,
-    SGLGenerateOutput,
-    generate,
-    importance_transfer,
-    read_arguments,
-)
+from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
+from transformers_sgl.importance_transfer import BOX_INPUTS, importance_transfer
 from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 

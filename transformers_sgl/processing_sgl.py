@@ -32,8 +32,8 @@ from transformers_sgl.checkpoints import (
     read_config,
     split_kwargs,
 )
-from transformers_sgl.generation_sgl import BOX_INPUTS
 from transformers_sgl.importance_resampling import pad_boxes
+from transformers_sgl.importance_transfer import BOX_INPUTS
 from transformers_sgl.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
 from transformers_sgl.visual_token_boxes import has_boxes, visual_token_boxes
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig
 
 from . import BREAK, END, IMAGE, START, VIDEO, VOCAB_SIZE, Generator, Inputs, TinyArchitecture
