@@ -7,15 +7,10 @@ import tiny_processors
 import torch
 from PIL import Image
 from transformers import InternVLModel
-from transformers.models.got_ocr2 import GotOcr2ImageProcessor
 
-from transformers_sgl.visualization import TokenBoxes, importance_overlay, internvl_token_boxes, token_boxes
+from transformers_sgl.visualization import TokenBoxes, importance_overlay, token_boxes
 
 pytestmark = pytest.mark.mechanics
-
-
-def image_processor(tile_size: int = 448, **kwargs) -> GotOcr2ImageProcessor:
-    return GotOcr2ImageProcessor(size={"height": tile_size, "width": tile_size}, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +24,27 @@ def whole_grid(size: int, side_px: float) -> TokenBoxes:
     edges = np.arange(size) * side_px
     top, left = (edge.ravel() for edge in np.meshgrid(edges, edges, indexing="ij"))
     boxes = np.stack([left, top, left + side_px, top + side_px], axis=-1)
-    return TokenBoxes(boxes, np.zeros(size * size, dtype=int), np.zeros(size * size, dtype=bool))
+    return TokenBoxes(boxes, np.zeros(size * size, dtype=bool))
 
 
 class TestTokenBoxes:
     def test_it_agrees_with_the_layout_of_internvl(self, coffee):
-        processor = tiny_processors.PROCESSORS["internvl"]()
-        layout = token_boxes(coffee, processor)
-        expected = internvl_token_boxes(coffee.size, processor.image_processor, 7 * 16)
-        np.testing.assert_allclose(layout.boxes, expected.boxes, atol=2)
-        np.testing.assert_array_equal(layout.is_thumbnail, expected.is_thumbnail)
+        layout = token_boxes(coffee, tiny_processors.PROCESSORS["internvl"]())
+        # Tiles of 200 x 200 pixels in reading order, each of 4 x 4 tokens, and the whole.
+        tiles = [(left, top, 50, 50) for top in (0, 200) for left in (0, 200, 400)] + [(0, 0, 150, 100)]
+        expected = [
+            (
+                left + width * column / 4,
+                top + height * row / 4,
+                left + width * (column + 1) / 4,
+                top + height * (row + 1) / 4,
+            )
+            for left, top, width, height in tiles
+            for row in range(4)
+            for column in range(4)
+        ]
+        np.testing.assert_allclose(layout.boxes, expected, atol=2)
+        np.testing.assert_array_equal(layout.is_thumbnail, np.arange(7 * 16) >= 6 * 16)
 
     @pytest.mark.parametrize(
         ("family", "num_views"), [("llava", 1), ("qwen2_vl", 1), ("idefics3", 2), ("llava_next", 2), ("gemma3", 1)]
@@ -52,58 +58,6 @@ class TestTokenBoxes:
         if num_views == 2:
             assert (fine[:, 2] - fine[:, 0]).max() < (coarse[:, 2] - coarse[:, 0]).max()
 
-
-class TestInternVLTokenBoxes:
-    def test_one_tile_in_reading_order(self):
-        layout = internvl_token_boxes((64, 64), image_processor(64), 64)
-        expected = whole_grid(8, 8.0)
-        np.testing.assert_allclose(layout.boxes, expected.boxes)
-        assert not layout.is_thumbnail.any()
-        assert set(layout.tile) == {0}
-
-    def test_one_tile_is_stretched_onto_a_flat_image(self):
-        layout = internvl_token_boxes((100, 40), image_processor(64), 4, tokens_per_tile=4)
-        np.testing.assert_allclose(
-            layout.boxes, [[0, 0, 50, 20], [50, 0, 100, 20], [0, 20, 50, 40], [50, 20, 100, 40]]
-        )
-
-    def test_photograph_of_six_tiles_and_a_thumbnail(self, coffee):
-        layout = internvl_token_boxes(coffee.size, image_processor(), 7 * 256)
-        assert coffee.size == (600, 400)
-        assert len(layout) == 7 * 256
-        # tiles of 200 x 200 pixels in reading order, each of 16 x 16 tokens
-        for tile, (left, top) in enumerate([(0, 0), (200, 0), (400, 0), (0, 200), (200, 200), (400, 200)]):
-            boxes = layout.boxes[layout.tile == tile]
-            np.testing.assert_allclose(boxes[0], [left, top, left + 12.5, top + 12.5])
-            np.testing.assert_allclose(boxes[1, :2], [left + 12.5, top])
-            np.testing.assert_allclose(boxes[16, :2], [left, top + 12.5])
-            np.testing.assert_allclose(boxes[-1, 2:], [left + 200, top + 200])
-        np.testing.assert_array_equal(layout.is_thumbnail, np.arange(7 * 256) >= 6 * 256)
-        np.testing.assert_allclose(layout.boxes[6 * 256], [0, 0, 37.5, 25])
-        np.testing.assert_allclose(layout.boxes[-1, 2:], [600, 400])
-
-    @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "page"])
-    def test_agrees_with_the_image_processor_on_how_many_tiles(self, name):
-        image = Image.fromarray(getattr(skimage.data, name)())
-        processor = image_processor()
-        num_tiles = len(processor(image.convert("RGB"), crop_to_patches=True)["pixel_values"])
-        layout = internvl_token_boxes(image.size, processor, num_tiles * 256, tokens_per_tile=256)
-        assert layout.tile.max() + 1 == num_tiles
-        area = np.prod(layout.boxes[:, 2:] - layout.boxes[:, :2], axis=1)
-        # the tiles cover the image once, and so does the thumbnail
-        for part in (~layout.is_thumbnail, layout.is_thumbnail):
-            assert not part.any() or area[part].sum() == pytest.approx(image.width * image.height)
-
-    def test_a_tile_shows_what_its_box_says(self, coffee):
-        processor = image_processor(64, resample=Image.Resampling.BILINEAR, do_normalize=False)
-        tiles = processor(coffee, crop_to_patches=True, return_tensors="np")["pixel_values"]
-        layout = internvl_token_boxes(coffee.size, processor, len(tiles) * 64)
-        for tile, pixels in enumerate(tiles):
-            boxes = layout.boxes[layout.tile == tile]
-            left, top, right, bottom = (*boxes[0, :2].astype(int), *boxes[-1, 2:].astype(int))
-            crop = coffee.crop((left, top, right, bottom)).resize((64, 64), Image.Resampling.BILINEAR)
-            assert np.abs(np.asarray(crop) / 255 - pixels.transpose(1, 2, 0)).mean() < 0.01
-
     def test_tokens_run_row_by_row_in_the_model(self):
         row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
         patches = torch.stack([row, column], dim=-1)[None]  # (1, rows, columns, channels)
@@ -111,15 +65,6 @@ class TestInternVLTokenBoxes:
         tokens = InternVLModel.pixel_shuffle(None, patches, scale_factor=0.5).flatten(1, 2)[0]  # (4, 2 * 4)
         centres = tokens.unflatten(-1, (4, 2)).mean(1)
         assert centres.tolist() == [[0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]
-
-    def test_an_image_left_whole(self, coffee):
-        # 256 = 16 x 16 in one tile; 7 tiles do not divide it
-        assert set(internvl_token_boxes(coffee.size, image_processor(), 256).tile) == {0}
-
-    @pytest.mark.parametrize("num_visual_tokens", [0, 1, 7, 100])
-    def test_tokens_per_tile_settles_or_refuses(self, coffee, num_visual_tokens):
-        with pytest.raises(ValueError, match="fit no InternVL layout of a 600 x 400 image"):
-            internvl_token_boxes(coffee.size, image_processor(), num_visual_tokens, tokens_per_tile=256)
 
 
 class TestImportanceOverlay:
@@ -132,7 +77,7 @@ class TestImportanceOverlay:
         assert overlay.width == 1024 + 24
 
     def test_thumbnail_has_a_panel_of_its_own(self, coffee):
-        layout = internvl_token_boxes(coffee.size, image_processor(), 7 * 256)
+        layout = token_boxes(coffee, tiny_processors.PROCESSORS["internvl"]())
         importance = np.random.default_rng(0).random(len(layout))
         overlay = importance_overlay(coffee, layout, importance, importance > 0.8)
         assert overlay.mode == "RGB"

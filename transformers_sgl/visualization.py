@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["TokenBoxes", "importance_overlay", "internvl_token_boxes", "token_boxes"]
+__all__ = ["TokenBoxes", "importance_overlay", "token_boxes"]
 
 # Low to high importance; dark blue to red by way of light colours, readable in grey as well.
 HEAT_COLOURS = np.array([(28, 44, 140), (38, 130, 200), (120, 205, 165), (250, 215, 90), (215, 48, 39)], np.float32)
@@ -32,14 +32,11 @@ class TokenBoxes:
     Attributes:
         boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom of what each token stands
             for, in pixels of the original image.
-        tile (`np.ndarray` of shape `(num_visual_tokens,)`): The index of the tile each token belongs to, in the order
-            in which the model sees the tiles.
-        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether that tile is the thumbnail, a view of the
-            whole image beside the tiles.
+        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether it belongs to a thumbnail, a coarser view
+            of the whole image beside a finer one.
     """
 
     boxes: npt.NDArray[np.float64]
-    tile: npt.NDArray[np.int64]
     is_thumbnail: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -55,7 +52,7 @@ def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
 
     Returns:
         [`TokenBoxes`]: The places, with `boxes` of shape `(num_visual_tokens, 4)`. Where the model sees the image
-        twice, `tile` is 0 for the finer view and 1 for the coarser one, the thumbnail.
+        twice, the coarser view is the thumbnail.
 
     Raises:
         ValueError: If it is not known where the processor's visual tokens lie.
@@ -70,66 +67,7 @@ def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
     is_thumbnail = np.zeros(len(fractions), dtype=bool)
     if covered[-1] > 1.5:
         is_thumbnail = first_view if first_view.sum() < (~first_view).sum() else ~first_view
-    return TokenBoxes(fractions * np.tile(image.size, 2), is_thumbnail.astype(np.int64), is_thumbnail)
-
-
-def internvl_token_boxes(
-    image_size: tuple[int, int],
-    image_processor: Any,
-    num_visual_tokens: int,
-    tokens_per_tile: int | None = None,
-) -> TokenBoxes:
-    """Computes which part of an image each InternVL visual token stands for.
-
-    InternVL stretches the image onto a grid of square tiles whose proportions come close to its own, and reads the
-    tiles row by row; where there is more than one, a thumbnail of the whole image follows. Within a tile the tokens
-    run row by row.
-
-    Args:
-        image_size (`tuple[int, int]`): Width and height of the original image in pixels, as in `image.size`.
-        image_processor (`BaseImageProcessor`): The image processor that prepared it; its `size`, `min_patches` and
-            `max_patches` decide on the tiles.
-        num_visual_tokens (`int`): How many visual tokens the image became.
-        tokens_per_tile (`int`, *optional*): The processor's `image_seq_length`. Without it the image counts as tiled
-            wherever that fits `num_visual_tokens`, and as one tile otherwise.
-
-    Returns:
-        [`TokenBoxes`]: The places, with `boxes` of shape `(num_visual_tokens, 4)`.
-
-    Raises:
-        ValueError: If no InternVL layout of this image has that many visual tokens.
-    """
-    # Here, not above: it brings in torchvision, which painting does not need.
-    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
-
-    width, height = image_size
-    tile_height, tile_width = image_processor.size["height"], image_processor.size["width"]
-    grid = get_optimal_tiled_canvas(
-        (height, width), (tile_height, tile_width), image_processor.min_patches, image_processor.max_patches
-    )
-    for tile_columns, tile_rows in (grid, (1, 1)):  # tiled, or `crop_to_patches=False`
-        num_grid_tiles = tile_columns * tile_rows
-        has_thumbnail = num_grid_tiles > 1
-        num_in_tile, remainder = divmod(num_visual_tokens, num_grid_tiles + has_thumbnail)
-        rows = math.isqrt(num_in_tile * tile_height // tile_width)
-        columns = num_in_tile // rows if rows else 0
-        fits = not remainder and num_in_tile and rows * columns == num_in_tile
-        if fits and rows * tile_width == columns * tile_height and tokens_per_tile in (None, num_in_tile):
-            break
-    else:
-        in_tile = f" of {tokens_per_tile} tokens each" if tokens_per_tile else ""
-        raise ValueError(
-            f"{num_visual_tokens} visual tokens fit no InternVL layout of a {width} x {height} image: it is cut into "
-            f"{grid[0]} x {grid[1]} tiles{in_tile}, with a thumbnail if that is more than one, or left whole. "
-            "Give the image processor that prepared the image, and the tokens of this image alone."
-        )
-
-    tile_boxes = _grid_boxes((0.0, 0.0, float(width), float(height)), tile_rows, tile_columns)
-    if has_thumbnail:
-        tile_boxes = np.concatenate([tile_boxes, [[0.0, 0.0, width, height]]])
-    boxes = np.concatenate([_grid_boxes(tuple(box), rows, columns) for box in tile_boxes])
-    tile = np.repeat(np.arange(len(tile_boxes)), num_in_tile)
-    return TokenBoxes(boxes, tile, is_thumbnail=has_thumbnail & (tile == num_grid_tiles))
+    return TokenBoxes(fractions * np.tile(image.size, 2), is_thumbnail)
 
 
 def importance_overlay(
@@ -177,15 +115,6 @@ def importance_overlay(
     parts = " · left: tiles, right: thumbnail" if len(panels) > 1 else ""
     legend = f"{keep_mask.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
     return _compose(panels, legend)
-
-
-def _grid_boxes(box: tuple[float, ...], rows: int, columns: int) -> npt.NDArray[np.float64]:
-    """Cuts `box` into a grid and returns its cells row by row, of shape `(rows * columns, 4)`."""
-    left, top, right, bottom = box
-    x = np.linspace(left, right, columns + 1)
-    y = np.linspace(top, bottom, rows + 1)
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    return np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=-1)
 
 
 def _at_readable_size(image: Image.Image) -> Image.Image:
