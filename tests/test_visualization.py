@@ -34,10 +34,10 @@ class TestTokenBoxes:
         tiles = [(left, top, 50, 50) for top in (0, 200) for left in (0, 200, 400)] + [(0, 0, 150, 100)]
         expected = [
             (
-                left + width * column / 4,
-                top + height * row / 4,
-                left + width * (column + 1) / 4,
-                top + height * (row + 1) / 4,
+                left + width * column,
+                top + height * row,
+                left + width * (column + 1),
+                top + height * (row + 1),
             )
             for left, top, width, height in tiles
             for row in range(4)
