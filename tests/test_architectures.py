@@ -71,7 +71,7 @@ def test_every_type_of_model_is_supported_or_has_a_reason() -> None:
 def test_a_type_that_is_not_supported_names_its_reason(name: str) -> None:
     config = PreTrainedConfig()
     config.model_type = name
-    sentence = f"Models of type '{name}' are not supported, because {UNSUPPORTED[name]}: use a model that reads"
+    sentence = f"Models of type '{name}' are not supported, because {UNSUPPORTED[name]}: use one of the types"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         check_supported(config)
 

@@ -75,125 +75,115 @@ class AttentionPattern:
     chunk: int | None = None
 
 
+# How image inputs are divided: pictures of one size; patches and the grids that they form; images of different sizes;
+# views of different sizes; rows of samples; and what only the whole batch tells.
 _PATCHES = {
     "pixel_values": "tile",
     "image_grid_thw": "image_grid_thw",
     "pixel_values_videos": "tile",
     "video_grid_thw": "video_grid_thw",
+    "second_per_grid_ts": "video",
+    "video_second_per_grid": "video",
 }
 _SIZED = {"pixel_values": "image", "image_sizes": "image"}
-_DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+_POSITIONED = {"pixel_values": "image", "image_position_ids": "image"}
 _SPATIAL = dict.fromkeys(("pixel_values", "pixel_attention_mask", "spatial_shapes"), "spatial_shapes")
-_SECONDS = {"second_per_grid_ts": "video", "video_second_per_grid": "video"}
+_SAMPLES = {"pixel_values": "sample", "pixel_attention_mask": "sample"}
 _LOCAL = dict.fromkeys(("pixel_values", "num_local_patches", "pixel_values_local"), "batch")
-_MINICPM = Architecture(
-    inputs=dict.fromkeys(("pixel_values", "target_sizes", "pixel_values_videos", "target_sizes_videos"), "batch")
+_VIEWS = dict.fromkeys(("pixel_values", "target_sizes", "pixel_values_videos", "target_sizes_videos"), "batch")
+_POOLED = dict.fromkeys(
+    (
+        *("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"),
+        *("pixel_values_videos", "video_token_pooling", "video_grids"),
+    ),
+    "batch",
 )
-_LLAVA = Architecture()
-_QWEN = Architecture(inputs={**_PATCHES, **_SECONDS})
+_COMPRESSED = dict.fromkeys(
+    ("pixel_values_videos", "video_grid_thw", "video_merge_sizes", "video_compression_mask"), "batch"
+)
+_DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")
+_PER_LAYER = {"per_layer_input": -2}
+
+_TILES = Architecture()
+_GRIDS = Architecture(inputs=_PATCHES)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "aria": Architecture(inputs={"pixel_values": "tile", "pixel_mask": "tile"}),
-    "aya_vision": _LLAVA,
-    "chameleon": _LLAVA,
-    "cohere2_vision": _LLAVA,
+    "aya_vision": _TILES,
+    "chameleon": _TILES,
+    "cohere2_vision": _TILES,
     "cohere_compass": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
-    "cosmos3_edge": _QWEN,
+    "cosmos3_edge": _GRIDS,
     "cosmos3_omni": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
-    "deepseek_vl": _LLAVA,
-    "deepseek_vl_hybrid": Architecture(inputs={"pixel_values": "tile", "high_res_pixel_values": "tile"}),
     "deepseek_ocr2": Architecture(inputs=_LOCAL),
+    "deepseek_vl": _TILES,
+    "deepseek_vl_hybrid": Architecture(inputs={"pixel_values": "tile", "high_res_pixel_values": "tile"}),
     "emu3": Architecture(inputs=_SIZED),
     "ernie4_5_vl_moe": Architecture(inputs=_PATCHES, per_token_arguments={"moe_mm_token_type_ids": -1}),
-    "exaone4_5": _QWEN,
-    "fast_vlm": _LLAVA,
+    "exaone4_5": _GRIDS,
+    "fast_vlm": _TILES,
     "fuyu": Architecture(inputs={"pixel_values": "tile", "image_patches": "tile"}, image_gap=1),
-    "gemma3": _LLAVA,
-    "gemma3n": Architecture(per_token_arguments={"per_layer_input": -2}),
-    "gemma4": Architecture(
-        inputs={"pixel_values": "image", "image_position_ids": "image"}, per_token_arguments={"per_layer_input": -2}
-    ),
-    "gemma4_unified": Architecture(
-        inputs={"pixel_values": "image", "image_position_ids": "image"}, per_token_arguments={"per_layer_input": -2}
-    ),
-    "glm46v": _QWEN,
-    "glm4v": _QWEN,
-    "glm4v_moe": _QWEN,
-    "glm_ocr": _QWEN,
-    "glmga": _QWEN,
-    "got_ocr2": _LLAVA,
+    "gemma3": _TILES,
+    "gemma3n": Architecture(per_token_arguments=_PER_LAYER),
+    "gemma4": Architecture(inputs=_POSITIONED, per_token_arguments=_PER_LAYER),
+    "gemma4_unified": Architecture(inputs=_POSITIONED, per_token_arguments=_PER_LAYER),
+    "glm46v": _GRIDS,
+    "glm4v": _GRIDS,
+    "glm4v_moe": _GRIDS,
+    "glm_ocr": _GRIDS,
+    "glmga": _GRIDS,
+    "got_ocr2": _TILES,
     "granite4_vision": Architecture(inputs=_SIZED, deepstack=("vision_mask", "deepstack_features")),
-    "granite_docling": Architecture(
-        inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}, deepstack=_DEEPSTACK
-    ),
-    "hunyuan_vl": _QWEN,
-    "hyperclovax_vision_v2": _QWEN,
-    "idefics2": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
-    "idefics3": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
-    "internvl": _LLAVA,
-    "kimi_k25": _QWEN,
+    "granite_docling": Architecture(inputs=_SAMPLES, deepstack=_DEEPSTACK),
+    "hunyuan_vl": _GRIDS,
+    "hyperclovax_vision_v2": _GRIDS,
+    "idefics2": Architecture(inputs=_SAMPLES),
+    "idefics3": Architecture(inputs=_SAMPLES),
+    "internvl": _TILES,
+    "kimi_k25": _GRIDS,
     "lfm2_vl": Architecture(inputs=_SPATIAL, image_gap=1),
-    "lfm3_vl": _QWEN,
+    "lfm3_vl": _GRIDS,
     "lighton_ocr": Architecture(inputs=_SIZED),
     "llama4": Architecture(decoder_attribute="model", image_gap=2),
-    "llava": _LLAVA,
+    "llava": _TILES,
     "llava_next": Architecture(inputs=_SIZED),
     "llava_next_video": Architecture(inputs={**_SIZED, "pixel_values_videos": "video"}),
-    "llava_onevision": Architecture(
-        inputs={**_SIZED, "batch_num_images": "sample", "pixel_values_videos": "video"},
-    ),
-    "minicpm_ocr": _MINICPM,
-    "minicpmv4_6": _MINICPM,
-    "minicpmv4_7": _MINICPM,
-    "minimax_m3_vl": _QWEN,
+    "llava_onevision": Architecture(inputs={**_SIZED, "batch_num_images": "sample", "pixel_values_videos": "video"}),
+    "minicpm_ocr": Architecture(inputs=_VIEWS),
+    "minicpmv4_6": Architecture(inputs=_VIEWS),
+    "minicpmv4_7": Architecture(inputs=_VIEWS),
+    "minimax_m3_vl": _GRIDS,
     "mistral3": Architecture(inputs=_SIZED, image_gap=1),
-    "molmo2": Architecture(
-        inputs=dict.fromkeys(
-            (
-                *("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"),
-                *("pixel_values_videos", "video_token_pooling", "video_grids"),
-            ),
-            "batch",
-        ),
-        image_gap=1,
-    ),
-    "muse_glimmer": _QWEN,
-    "muse_spark": _QWEN,
+    "molmo2": Architecture(inputs=_POOLED, image_gap=1),
+    "muse_glimmer": _GRIDS,
+    "muse_spark": _GRIDS,
     "nemotron_h_omni": Architecture(
         inputs={"pixel_values": "tile", "image_grid_hw": "image_grid_hw"},
         decoder_attribute="model",
         attention_attributes=("mixer",),
     ),
-    "ovis2": _LLAVA,
-    "paddleocr_vl": _QWEN,
+    "ovis2": _TILES,
+    "paddleocr_vl": _GRIDS,
     "paligemma": Architecture(answer_token_type=1),
     "perception_lm": Architecture(inputs={"pixel_values": "image", "pixel_values_videos": "video"}),
-    "pp_chart2table": _LLAVA,
-    "qianfan_ocr": _LLAVA,
-    "qwen2_5_omni_thinker": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen2_vl": _QWEN,
-    "qwen3_5": _QWEN,
-    "qwen3_5_moe": _QWEN,
-    "qwen3_omni_moe_thinker": Architecture(inputs={**_PATCHES, **_SECONDS}, deepstack=_DEEPSTACK),
+    "pp_chart2table": _TILES,
+    "qianfan_ocr": _TILES,
+    "qwen2_5_omni_thinker": _GRIDS,
+    "qwen2_5_vl": _GRIDS,
+    "qwen2_vl": _GRIDS,
+    "qwen3_5": _GRIDS,
+    "qwen3_5_moe": _GRIDS,
+    "qwen3_omni_moe_thinker": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
     "qwen3_vl": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
     "qwen3_vl_moe": Architecture(inputs=_PATCHES, deepstack=_DEEPSTACK),
-    "shieldgemma2": _LLAVA,
-    "smolvlm": Architecture(inputs={"pixel_values": "sample", "pixel_attention_mask": "sample"}),
+    "shieldgemma2": _TILES,
+    "smolvlm": Architecture(inputs=_SAMPLES),
     "step3p7": Architecture(inputs=_LOCAL),
-    "video_llama_3": Architecture(
-        inputs={
-            "pixel_values": "tile",
-            "image_grid_thw": "image_grid_thw",
-            "image_merge_sizes": "image",
-            **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "video_merge_sizes"), "batch"),
-            "video_compression_mask": "batch",
-        }
-    ),
+    "video_llama_3": Architecture(inputs={**_PATCHES, "image_merge_sizes": "image", **_COMPRESSED}),
     "video_llava": Architecture(
         inputs={"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
     ),
-    "vipllava": _LLAVA,
+    "vipllava": _TILES,
 }
 
 _ENCODER_DECODER = "it is an encoder-decoder, whose decoder sees the image only through cross-attention"
@@ -260,8 +250,8 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
     """
     if config.model_type in UNSUPPORTED:
         raise ValueError(
-            f"Models of type {config.model_type!r} are not supported, because {UNSUPPORTED[config.model_type]}: use a "
-            "model that reads its visual tokens in its decoder, in the places of placeholder tokens."
+            f"Models of type {config.model_type!r} are not supported, because {UNSUPPORTED[config.model_type]}: use one "
+            "of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
