@@ -36,6 +36,12 @@ from transformers_sgl.architectures import (
 from transformers_sgl.evaluation.records import measurement_record
 from transformers_sgl.visual_token_boxes import LAYOUTS, PLACELESS
 
+# The processors of types that transformers itself names none for; their checkpoints do.
+PROCESSORS = {
+    "fast_vlm": "LlavaProcessor",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniProcessor",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeProcessor",
+}
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -45,9 +51,15 @@ from architectures import TINY, conformance, tiny_model  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "architectures.json")
+    parser.add_argument("--tables", action="store_true", help="only make the tables of earlier runs again")
     parser.add_argument("--only", nargs="*", help="types of models to try, for a quick look: nothing is written")
     arguments = parser.parse_args()
 
+    if arguments.tables:
+        record = json.loads(arguments.output.read_text(encoding="utf-8"))
+        record["tables"] = tables(record["runs"])
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     names = [name for name in sorted(TINY) if is_supported(name)]
@@ -174,7 +186,7 @@ def passes(found: dict[str, Any] | None) -> bool:
 
 def other_families(model_type: str) -> bool:
     """Whether the boxes of an architecture's visual tokens are known."""
-    names = PROCESSOR_MAPPING_NAMES.get(model_type)
+    names = PROCESSOR_MAPPING_NAMES.get(model_type) or PROCESSORS.get(model_type)
     name = names if isinstance(names, str) or names is None else names[0]
     return name in LAYOUTS and name not in PLACELESS
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,3 +136,12 @@ def test_a_stock_model_is_guided_through_custom_generate(name: str, num_beams: i
     wanted = SGLForConditionalGeneration(large=large, small=small).generate(**inputs, **settings)
     found = large.generate(**inputs, **settings, custom_generate=sgl_generate, small_model=small)
     assert torch.equal(found, wanted)
+
+
+def test_the_table_of_architectures_is_that_of_the_package() -> None:
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "architectures.json").read_text())
+    newest = record["runs"][max(record["runs"])]
+    assert newest.keys() == ARCHITECTURES.keys()
+    for run in record["runs"].values():
+        for found in run.values():
+            assert False not in [found[field] for field in ("guide", "guided", "images", "video")]

@@ -250,8 +250,8 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
     """
     if config.model_type in UNSUPPORTED:
         raise ValueError(
-            f"Models of type {config.model_type!r} are not supported, because {UNSUPPORTED[config.model_type]}: use one "
-            "of the types in `transformers_sgl.architectures.ARCHITECTURES`."
+            f"Models of type {config.model_type!r} are not supported, because {UNSUPPORTED[config.model_type]}: use "
+            "one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
