@@ -12,7 +12,13 @@ from tiny_models import FLASH_STAND_IN, state, tiny_internvl
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from transformers_sgl import AttentionRecorder, SGLForConditionalGeneration, VisualTokenPruner, sgl_generate
+from transformers_sgl import (
+    AttentionRecorder,
+    SGLForConditionalGeneration,
+    SGLGenerationConfig,
+    VisualTokenPruner,
+    sgl_generate,
+)
 from transformers_sgl.architectures import (
     ARCHITECTURES,
     UNSUPPORTED,
@@ -22,7 +28,7 @@ from transformers_sgl.architectures import (
     key_sources,
 )
 from transformers_sgl.generation_sgl import _row_owners
-from transformers_sgl.guidance import visual_tokens_of
+from transformers_sgl.guidance import guide, visual_tokens_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -65,6 +71,20 @@ def test_videos(name: str) -> None:
     conformance.check_identity(name, video=True)
     conformance.check_is_guided(name, video=True)
     conformance.check_pair(name, video=True)
+
+
+@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_the_vision_encoder_sees_an_image_or_a_video_once(name: str, video: bool) -> None:
+    model = tiny_model(name)
+    batch = tiny_batch(name, tiny_samples(name, video=video))
+    seen = []
+    encoder = getattr(model.model, "visual", None) or model.model.vision_tower
+    encoder.register_forward_pre_hook(lambda *_: seen.append(1))
+    config = SGLGenerationConfig(max_new_tokens=3).resolved(model.generation_config)
+    guidance = guide(model, batch, visual_tokens_of(model.config, batch), config, scores=True, max_new_tokens=3)
+    assert guidance.consistency is not None
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next_video", "perception_lm"])
