@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from transformers_sgl import AttentionRecorder, VisualTokens
+from transformers_sgl import AttentionRecorder, VisualTokenPruner, VisualTokens
 from transformers_sgl.attention_recorder import _AttentionScores
 
 pytestmark = pytest.mark.mechanics
@@ -288,6 +288,25 @@ class TestRefusals:
             AttentionRecorder(self.model, self.tokens),
         ):
             self.model.generate(**self.inputs, cache_implementation="static", max_new_tokens=2)
+
+    @pytest.mark.parametrize("prune_layer", [0, 2])
+    def test_pruning(self, prune_layer: int) -> None:
+        keep = self.tokens.valid.clone()
+        keep[:, ::3] = False
+        with (
+            pytest.raises(ValueError, match="cannot be recorded while tokens are pruned"),
+            VisualTokenPruner(self.model, self.tokens.prompt_keep_mask(keep), prune_layer),
+            AttentionRecorder(self.model, self.tokens),
+        ):
+            self.model(**self.inputs)
+
+    def test_a_bias_for_positions(self) -> None:
+        layer = self.model.get_decoder().layers[0].self_attn
+        tensor = torch.zeros(3, 4, 1, 8)
+        with AttentionRecorder(self.model, self.tokens):
+            attention = ALL_ATTENTION_FUNCTIONS[layer.config._attn_implementation]
+            with pytest.raises(ValueError, match="adds a bias for positions"):
+                attention(layer, tensor, tensor, tensor, None, position_bias=tensor)
 
     def test_another_prompt(self) -> None:
         with (

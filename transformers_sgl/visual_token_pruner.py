@@ -203,7 +203,7 @@ class VisualTokenPruner(HookContext):
                 "`cache_implementation` unset, or set it to 'dynamic'."
             )
         index = self._attention_indices[0]
-        length = int(cache.get_seq_length(index)) if index < len(cache.layers) else 0
+        length = int(cache.get_seq_length(index))
         if length == 0 or index < self.prune_layer:
             return length
         return self._kept.prompt_length + length - self._kept.positions.shape[1]
@@ -212,7 +212,7 @@ class VisualTokenPruner(HookContext):
         """How many keys the layer's attention will have before it, its own included."""
         index = self._index[layer]
         source = self._key_sources.get(index, index)
-        if cache is None or source >= len(cache.layers):
+        if cache is None:
             return cut.key_positions.shape[1]
         if source == index:
             return int(cache.get_mask_sizes(num_queries, index)[0])
@@ -376,9 +376,10 @@ class _Cut:
                 "with attn_implementation='sdpa', 'flash_attention_2' or 'eager'."
             )
         if "flash" in implementation:
-            if (pattern.window or pattern.chunk or self.end) < self.end:
+            # Chunks that are shorter than the prompt are refused by transformers.
+            if (pattern.window or self.end) < self.end:
                 raise ValueError(
-                    f"Pruning a layer that sees only {pattern.window or pattern.chunk} tokens does not work with "
+                    f"Pruning a layer that sees only {pattern.window} tokens does not work with "
                     f"attn_implementation={implementation!r}, which would count them among the kept tokens: load the "
                     "large model with 'sdpa' or 'eager'."
                 )
