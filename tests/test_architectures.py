@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from architectures import TINY, conformance, tiny_batch, tiny_model, tiny_samples
+from architectures import TINY, conformance, tiles, tiny_batch, tiny_model, tiny_samples
 from tiny_models import FLASH_STAND_IN, state, tiny_internvl
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from transformers_sgl import SGLForConditionalGeneration, VisualTokenPruner, sgl_generate
-from transformers_sgl.architectures import ARCHITECTURES, UNSUPPORTED, check_prunable, check_supported
-from transformers_sgl.guidance import visual_tokens_of
+from transformers_sgl import (
+    AttentionRecorder,
+    SGLForConditionalGeneration,
+    SGLGenerationConfig,
+    VisualTokenPruner,
+    sgl_generate,
+)
+from transformers_sgl.architectures import (
+    ARCHITECTURES,
+    UNSUPPORTED,
+    attention_modules,
+    check_prunable,
+    check_supported,
+    key_sources,
+)
+from transformers_sgl.generation_sgl import _row_owners
+from transformers_sgl.guidance import guide, visual_tokens_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -58,6 +73,36 @@ def test_videos(name: str) -> None:
     conformance.check_identity(name, video=True)
     conformance.check_is_guided(name, video=True)
     conformance.check_pair(name, video=True)
+
+
+@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_the_vision_encoder_sees_an_image_or_a_video_once(name: str, video: bool) -> None:
+    model = tiny_model(name)
+    batch = tiny_batch(name, tiny_samples(name, video=video))
+    seen = []
+    encoder = getattr(model.model, "visual", None) or model.model.vision_tower
+    encoder.register_forward_pre_hook(lambda *_: seen.append(1))
+    config = SGLGenerationConfig(max_new_tokens=3).resolved(model.generation_config)
+    guidance = guide(model, batch, visual_tokens_of(model.config, batch), config, scores=True, max_new_tokens=3)
+    assert guidance.consistency is not None
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next_video", "perception_lm"])
+def test_images_and_videos_of_one_batch_find_their_prompts(name: str) -> None:
+    if name not in TINY:
+        pytest.skip("this transformers does not have it")
+    images, [video] = tiny_samples(name), tiny_samples(name, (1,), (4,), video=True)
+    if name == "qwen2_5_vl":
+        video["second_per_grid_ts"] = torch.ones(1)
+    samples = [images[0], video, images[1]]
+    batch = tiny_batch(name, samples)
+    owners = _row_owners(tiny_model(name), batch)
+    assert owners.keys() == batch.keys() & ARCHITECTURES[name].inputs.keys()
+    for key, owner in owners.items():
+        wanted = [number for number, sample in enumerate(samples) for _ in sample.get(key, ())]
+        assert owner.tolist() == wanted
 
 
 def test_every_type_of_model_is_supported_or_has_a_reason() -> None:
@@ -108,6 +153,97 @@ def test_layers_that_read_lower_keys_are_not_cut_off_from_them(name: str) -> Non
     check_prunable(config, 0)
     with pytest.raises(ValueError, match="read the keys and values of layer 0, .* set `prune_layer` to 0 or less"):
         check_prunable(config, 1)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_keys_are_read_where_the_model_stores_them(name: str) -> None:
+    model = tiny_model(name, num_layers=7, num_kv_shared_layers=3)
+    stored = {index for index, each in attention_modules(model).items() if each.store_full_length_kv}
+    assert set(key_sources(model.config).values()) == stored
+    assert set(key_sources(model.config)) == {4, 5, 6}
+
+
+# What decoders of other models have, in one whose decoder may be any.
+DECODERS = {
+    "window": ("mistral", {"sliding_window": 8}, ("sdpa", "eager")),
+    "softcap": ("gemma2", {"sliding_window": 8, "head_dim": 8, "attn_logit_softcapping": 0.5}, ("eager",)),
+    "sinks": (
+        "gpt_oss",
+        {"sliding_window": 8, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ("eager",),
+    ),
+}
+
+
+def add_decoder(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    model_type, changes, implementations = DECODERS[kind]
+
+    def config(num_layers: int) -> PreTrainedConfig:
+        text = tiles.decoder(model_type, num_layers, **changes)
+        return type(TINY["llava"].config(1))(**{**TINY["llava"].config(1).to_dict(), "text_config": text})
+
+    tiny = replace(TINY["llava"], config=config, attn_implementations=implementations)
+    monkeypatch.setitem(TINY, kind, tiny)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_importance_is_that_of_any_decoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_decoder(monkeypatch, kind)
+    conformance.check_guides(kind)
+
+
+def test_one_window_in_all_layers_is_the_same_when_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_decoder(monkeypatch, "window")
+    conformance.check_identity("window")
+    conformance.check_is_guided("window")
+
+
+def test_flash_attention_is_recorded_within_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_decoder(monkeypatch, "window")
+    batch = tiny_batch("window", tiny_samples("window"))
+    recorded = []
+    for implementation in ("eager", FLASH_STAND_IN):
+        model = tiny_model("window")
+        model.get_decoder().config._attn_implementation = implementation
+        with AttentionRecorder(model, visual_tokens_of(model.config, batch)) as recorder:
+            model.generate(**batch, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+        recorded.append(recorder.importance)
+    torch.testing.assert_close(*recorded)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "gemma4", "lfm2_vl", "paligemma"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_copies_of_a_prompt_may_keep_different_tokens(name: str, step: int) -> None:
+    model, sample = tiny_model(name), tiny_samples(name)[1]
+    batch = tiny_batch(name, [sample, sample])
+    tokens = visual_tokens_of(model.config, batch)
+    keep = tokens.valid.clone()
+    keep[0] &= torch.arange(keep.shape[1]) % step == 0  # all of them at first
+    keep[1] &= torch.arange(keep.shape[1]) % 3 == 0
+    keep = tokens.prompt_keep_mask(keep)
+    settings = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    with VisualTokenPruner(model, keep, 0):
+        together = model.generate(**batch, **settings).logits
+    for number in range(2):
+        with VisualTokenPruner(model, keep[number : number + 1], 0):
+            alone = model.generate(**sample, **settings).logits
+        for logits, wanted in zip(together, alone, strict=True):
+            torch.testing.assert_close(logits[number], wanted[0], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "glm4v", "fuyu"])
+def test_a_model_that_is_not_told_its_positions_counts_the_dropped_tokens(name: str) -> None:
+    model, sample = tiny_model(name), tiny_samples(name)[1]
+    keep = sample["attention_mask"].bool().clone()
+    keep[:, 3:6] = False
+    with VisualTokenPruner(model, keep, 0):
+        output = model.generate(
+            **sample, do_sample=False, max_new_tokens=2, return_dict_in_generate=True, output_logits=True
+        )
+    with VisualTokenPruner(model, keep, 0):
+        cache = model(**sample, use_cache=True).past_key_values
+        logits = model(input_ids=output.sequences[:, -2:-1], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(logits, output.logits[1], atol=2e-4, rtol=2e-3)
 
 
 def test_flash_attention_does_not_count_a_window_among_kept_tokens() -> None:

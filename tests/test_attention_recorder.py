@@ -15,11 +15,12 @@ from tiny_models import (
     state,
     tiny_internvl,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from transformers_sgl import AttentionRecorder, VisualTokens
+from transformers_sgl import AttentionRecorder, VisualTokenPruner, VisualTokens
+from transformers_sgl.attention_recorder import _AttentionScores
 
 pytestmark = pytest.mark.mechanics
 
@@ -120,6 +121,62 @@ def test_a_long_prompt_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
             model(**inputs)
         recorded.append(recorder.importance)
     torch.testing.assert_close(recorded[0], recorded[1])
+
+
+def attention_by_loop(
+    query: Tensor, key: Tensor, allowed: Tensor, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
+    """Attention of every head and query, from the definition; `allowed` has shape `(heads, queries, keys)`."""
+    attention = torch.zeros(*query.shape[:3], key.shape[2])
+    group = query.shape[1] // key.shape[1]
+    for head, row in torch.cartesian_prod(torch.arange(query.shape[1]), torch.arange(query.shape[2])).tolist():
+        logits = (key[0, head // group] @ query[0, head, row]) * query.shape[-1] ** -0.5
+        weights = (softcap * (logits / softcap).tanh() if softcap else logits).exp() * allowed[head, row]
+        attention[0, head, row] = weights / (weights.sum() + (0 if sinks is None else sinks[head].exp()))
+    return attention
+
+
+CAUSAL = torch.ones(5, 7).tril(2).bool()  # the last five of seven tokens ask
+
+
+@pytest.mark.parametrize(
+    ("implementation", "arguments", "allowed", "settings"),
+    [
+        ("sdpa", {}, CAUSAL, {}),
+        ("eager", {"softcap": 0.5}, CAUSAL, {"softcap": 0.5}),
+        ("eager", {"s_aux": torch.tensor([0.1, 2.0, -1.0, 0.5])}, CAUSAL, {}),
+        ("sdpa", {"is_causal": False}, CAUSAL | True, {}),
+        ("sdpa", {"sliding_window": 3}, CAUSAL, {}),  # told by the mask, if at all
+        ("flash_attention_2", {"sliding_window": 3}, CAUSAL.triu(0), {}),
+    ],
+    ids=["plain", "softcap", "sinks", "not causal", "window in the mask", "window"],
+)
+def test_scores_are_those_of_the_attention_function(
+    implementation: str, arguments: dict, allowed: Tensor, settings: dict
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, heads, length, 8, generator=generator) for heads, length in ((4, 5), (2, 7)))
+    for mask in (None, torch.rand(1, 4, 5, 7, generator=generator) < 0.7):  # which may differ from head to head
+        if mask is not None:
+            mask[..., 0] = True
+        scores = _AttentionScores(nn.Module(), query, key, mask, implementation, arguments)
+        found = scores(query, key, slice(1, 5)).flatten(1, 2)
+        wanted = attention_by_loop(
+            query,
+            key,
+            allowed.expand(4, -1, -1) if mask is None else mask[0],
+            **settings,
+            sinks=arguments.get("s_aux"),
+        )
+        torch.testing.assert_close(found, wanted[:, :, 1:])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_module_says_whether_its_attention_is_causal(is_causal: bool) -> None:
+    module, query = nn.Module(), torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    module.is_causal = is_causal
+    attention = _AttentionScores(module, query, query, None, "sdpa", {})(query, query, slice(0, 3))
+    assert bool(attention.triu(1).any()) == (not is_causal)
 
 
 def test_half_precision_is_summed_in_float32() -> None:
@@ -231,6 +288,25 @@ class TestRefusals:
             AttentionRecorder(self.model, self.tokens),
         ):
             self.model.generate(**self.inputs, cache_implementation="static", max_new_tokens=2)
+
+    @pytest.mark.parametrize("prune_layer", [0, 2])
+    def test_pruning(self, prune_layer: int) -> None:
+        keep = self.tokens.valid.clone()
+        keep[:, ::3] = False
+        with (
+            pytest.raises(ValueError, match="cannot be recorded while tokens are pruned"),
+            VisualTokenPruner(self.model, self.tokens.prompt_keep_mask(keep), prune_layer),
+            AttentionRecorder(self.model, self.tokens),
+        ):
+            self.model(**self.inputs)
+
+    def test_a_bias_for_positions(self) -> None:
+        layer = self.model.get_decoder().layers[0].self_attn
+        tensor = torch.zeros(3, 4, 1, 8)
+        with AttentionRecorder(self.model, self.tokens):
+            attention = ALL_ATTENTION_FUNCTIONS[layer.config._attn_implementation]
+            with pytest.raises(ValueError, match="adds a bias for positions"):
+                attention(layer, tensor, tensor, tensor, None, position_bias=tensor)
 
     def test_another_prompt(self) -> None:
         with (

@@ -8,6 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl.batching import (
     WholeBatchStreamer,
+    append_tokens,
     left_padded,
     merge_answers,
     pad_rows,
@@ -29,12 +30,13 @@ def test_selected_samples_are_those_of_a_batch_of_their_own(images: list, seed: 
     text = [(3 * number + seed) % 7 + 1 for number in range(len(images))]
     inputs = left_padded(prompts(images, text, seed, padding_side=data.draw(st.sampled_from(["left", "right"]))))
     inputs["position_ids"] = inputs["attention_mask"].cumsum(1)
-    inputs["flag"] = True
+    inputs["flag"], inputs["scale"] = True, torch.tensor(0.5)
     owners = {}
     if "pixel_values" in inputs:
         owners["pixel_values"] = row_owners(inputs["pixel_values"].shape[0], find_visual_tokens(inputs).counts)
     selected = select_samples(inputs, chosen, owners)
     assert selected["flag"] is True
+    assert selected["scale"] is inputs["scale"]
     lengths = inputs["attention_mask"].sum(1)[chosen]
     assert selected["input_ids"].shape == (int(chosen.sum()), int(lengths.max()))
     tiles = torch.split(inputs.get("pixel_values", torch.empty(0, 3, 16, 16)), [sum(numbers) for numbers in images])
@@ -72,6 +74,22 @@ def test_rows_of_different_sizes_belong_to_the_sample_that_they_fill(sizes: list
     rows = [size * factor for own in sizes for size in own]
     wanted = [number for number, own in enumerate(sizes) for _ in own]
     assert row_owners(len(rows), weights, torch.tensor(rows)).tolist() == wanted
+
+
+@pytest.mark.parametrize(("token_type", "wanted"), [(None, [0, 2, 2, 2]), (1, [0, 2, 1, 1])])
+def test_appended_tokens_are_marked_as_text(token_type: int | None, wanted: list[int]) -> None:
+    def extend(_outputs: dict, inputs: dict, num_new_tokens: int = 1) -> dict:  # as transformers does
+        types = inputs["token_type_ids"]
+        return {**inputs, "token_type_ids": torch.cat([types, types[:, -num_new_tokens:]], dim=1)}
+
+    inputs = {name: torch.tensor([[0, 2]]) for name in ("input_ids", "token_type_ids", "unknown_per_token")}
+    inputs["pixel_values"] = torch.ones(3, 4)
+    appended = append_tokens(inputs, torch.tensor([[7, 8]]), extend, token_type)
+    assert appended["input_ids"].tolist() == [[0, 2, 7, 8]]
+    assert appended["token_type_ids"].tolist() == [wanted]
+    assert appended["unknown_per_token"].tolist() == [[0, 2, 0, 0]]
+    assert appended["pixel_values"] is inputs["pixel_values"]
+    assert inputs["token_type_ids"].tolist() == [[0, 2]]
 
 
 @settings(max_examples=40, deadline=None)

@@ -253,6 +253,19 @@ def test_the_draft_is_not_used_where_it_could_change_something(options: dict) ->
     assert verifier.num_accepted is None
 
 
+@pytest.mark.parametrize(("window", "is_used"), [(8, False), (26, False), (31, True)])
+def test_a_sliding_window_verifies_where_it_loses_no_token(window: int, is_used: bool) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    large = tiny_internvl(num_layers=3, use_sliding_window=True, sliding_window=window, layer_types=kinds)
+    options = {**samples(prompts())[0], "do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+    expected = large.generate(**options)  # 24 tokens of the prompt, and 6
+    draft = expected[:, 24:].clone()
+    draft[:, 2] = (draft[:, 2] + 1) % 50
+    verifier = DraftVerifier(large, draft, torch.ones_like(draft).bool())
+    assert torch.equal(verifier.generate(**options), expected)
+    assert (verifier.num_accepted is not None) == is_used
+
+
 def test_what_is_compiled_is_compiled_from_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 

@@ -166,6 +166,12 @@ def test_after_a_minimum_per_image_no_image_vanishes_and_the_rest_goes_by_rank(b
             assert int(of_image.sum()) >= min(min_tokens, len(values))
 
 
+def test_a_minimum_protects_nothing_where_there_is_no_token():
+    batch = Samples([[[1.0, 2.0], [3.0]], [[4.0]]])
+    protected = MinimumPerImageProcessor(1)(batch.tokens, batch.importance.clamp(min=0.0))
+    assert protected.tolist() == [[1.0, PROTECTED, PROTECTED], [PROTECTED, 0.0, 0.0]]
+
+
 def test_a_minimum_protects_from_the_mass_processor_too():
     batch = Samples([[[8.0, 0.0], [0.0, 0.25]]])
 

@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from transformers_sgl import VisualTokenPruner
+from transformers_sgl.architectures import AttentionPattern
+from transformers_sgl.visual_token_pruner import _KeptTokens
 
 pytestmark = pytest.mark.mechanics
 
@@ -200,6 +202,43 @@ def test_a_four_dimensional_mask_is_cut_with_the_tokens() -> None:
         expected = model(**inputs).logits[:, -1]
         found = model(**{**inputs, "attention_mask": mask}).logits[:, -1]
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "pattern", [AttentionPattern(), AttentionPattern(window=5), AttentionPattern(chunk=4)], ids=str
+)
+@pytest.mark.parametrize(("past", "num_new"), [(0, 14), (14, 1), (16, 3)])
+@pytest.mark.parametrize("num_last", [1, 3, None])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_masks_made_anew_equal_plain_loops(
+    pattern: AttentionPattern, past: int, num_new: int, num_last: int | None, batch_size: int
+) -> None:
+    keep = torch.rand(batch_size, 14, generator=torch.Generator().manual_seed(0)) < 0.5
+    starts = [0, 2, 3][:batch_size]  # behind padding on the left
+    for row, start in zip(keep, starts, strict=True):
+        row[: start + 1] = torch.tensor([False] * start + [True])
+    kept, end = keep.sum(1).tolist(), past + num_new
+    width = max(kept) + end - 14  # keys, fillers in front included
+    num_queries = min(num_last or width, num_new if past else width)
+
+    cut = _KeptTokens.from_mask(keep).cut(past, torch.zeros(batch_size, num_new), num_new)
+    found = cut.mask(None, pattern, num_queries, width, "eager", torch.float32)
+
+    if found is None:  # as much as all of them
+        assert past
+        found = torch.zeros(batch_size, 1, num_queries, width)
+    assert found.shape == (batch_size, 1, num_queries, width)
+    for sample, start in enumerate(starts):
+        positions = [None] * (max(kept) - kept[sample]) + keep[sample].nonzero()[:, 0].tolist() + [*range(14, end)]
+        for row, query in enumerate(range(width - num_queries, width)):
+            for key in range(width):
+                first, last = positions[key], positions[query]
+                allowed = key == query
+                if key < query and first is not None and last is not None:
+                    allowed = pattern.window is None or last - first < pattern.window
+                    if pattern.chunk is not None:
+                        allowed = (last - start) // pattern.chunk == (first - start) // pattern.chunk
+                assert (found[sample, 0, row, key] == 0) == allowed
 
 
 @pytest.mark.parametrize("prune_layer", [0, 2])

@@ -156,6 +156,22 @@ def test_several_ids_stand_for_visual_tokens():
     assert tokens.image_index.tolist() == [[0, 0, 1]]
 
 
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        ([1, IMAGE, IMAGE, 5, IMAGE, IMAGE, 1, 1], [0, 0, 0, 0]),  # a break between rows
+        ([IMAGE, 5, IMAGE, 6, IMAGE, 5, IMAGE, 6, 1], [0, 0, 1, 1]),  # two images, each with its end
+        ([IMAGE, 5, IMAGE, 1, 1, IMAGE, 6], [0, 0, 1]),  # text
+        ([IMAGE, IMAGE, IMAGE], [0, 0, 0]),
+        ([1, 5, IMAGE, 5, IMAGE, IMAGE], [0, 0, 0]),
+    ],
+)
+def test_with_a_gap_an_image_goes_on_behind_a_break_but_not_behind_its_end(row, images):
+    ids = torch.tensor([row, [1] * len(row)])
+    tokens = VisualTokens.from_input_ids(ids, IMAGE, max_gap=1)
+    assert tokens.image_index.tolist() == [images, [-1] * len(images)]
+
+
 def test_prompts_without_images_give_an_empty_result():
     tokens = VisualTokens.from_input_ids(torch.tensor([[1, 2, 3], [4, 5, 6]]), IMAGE)
 

@@ -171,7 +171,8 @@ def _flash_stand_in(
     # Flash attention takes a single sequence whose positions have gaps for several sequences packed into one.
     assert attention_mask is not None or not _is_packed_sequence(kwargs.get("position_ids"), query.shape[0])
     position = torch.arange(key_length)
-    mask = (position <= position[key_length - query_length :, None])[None, None]
+    own = position[key_length - query_length :, None]
+    mask = ((position <= own) & (position > own - (kwargs.get("sliding_window") or key_length)))[None, None]
     if attention_mask is not None:
         assert attention_mask.shape == (query.shape[0], key_length)
         mask = mask & attention_mask.bool()[:, None, None, :] | torch.eye(key_length).bool()[-query_length:]

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_sgl.architectures import attention_implementation, attention_modules, decoder
+from transformers_sgl.architectures import attention_implementation, attention_modules, attention_pattern, decoder
 from transformers_sgl.hook_context import HookContext
 from transformers_sgl.visual_tokens import VisualTokens
 
@@ -90,9 +90,9 @@ class AttentionRecorder(HookContext):
         self.visual_tokens = visual_tokens
         self.queries = queries
         self._decoder = decoder(model)
-        self._attention_modules = list(attention_modules(model).values())
-        # Attention modules usually hold the decoder's configuration, but may hold one of their own.
-        self._configs = list(_unique([self._decoder.config, *(module.config for module in self._attention_modules)]))
+        self._patterns = {
+            module: attention_pattern(model, index) for index, module in attention_modules(model).items()
+        }
         attention_implementation(model)  # raises if it cannot be recorded
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
@@ -130,16 +130,16 @@ class AttentionRecorder(HookContext):
         stack.callback(self.model.register_forward_pre_hook(self._note_ends, with_kwargs=True).remove)
         stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
         stack.callback(self._decoder.register_forward_hook(self._finish_pass).remove)
-        for module in self._attention_modules:
+        for module in self._patterns:
             stack.callback(_listen(module, self))
-        for config in self._configs:
-            config._attn_implementation = _recording_implementation(config._attn_implementation)
+        config: Any = self._decoder.config
+        config._attn_implementation = _recording_implementation(config._attn_implementation)
 
     def _restore_attention(self) -> None:
         """Puts the model's own attention function back, unless another recorder still needs the recording one."""
-        if not any(_LISTENERS.get(module) for module in self._attention_modules):
-            for config in self._configs:
-                config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
+        if not any(_LISTENERS.get(module) for module in self._patterns):
+            config: Any = self._decoder.config
+            config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
 
     def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: a sample that reads an end-of-sequence token has finished, whatever it is fed after."""
@@ -172,10 +172,11 @@ class AttentionRecorder(HookContext):
                 "its own."
             )
 
-    def record(self, query: Tensor, key: Tensor, scores: _AttentionScores) -> None:
+    def record(self, module: nn.Module, query: Tensor, key: Tensor, scores: _AttentionScores) -> None:
         """Adds one layer's attention on the visual tokens; called by the attention function.
 
         Args:
+            module (`nn.Module`): The layer's attention.
             query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The last queries of this pass, rotated.
             key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The last keys, rotated.
             scores (`_AttentionScores`): How queries and keys become attention.
@@ -186,6 +187,12 @@ class AttentionRecorder(HookContext):
                 f"The cache holds {key.shape[2]} tokens, but only {end} have been seen: attention cannot be recorded "
                 "with a static cache or a prompt that is continued, so leave `cache_implementation` unset and start "
                 "with the whole prompt."
+            )
+        pattern = self._patterns[module]
+        if key.shape[2] < min(end, pattern.window or pattern.chunk or end):
+            raise ValueError(
+                "Attention cannot be recorded while tokens are pruned: let the recorder and the pruner follow each "
+                "other, not enclose each other."
             )
         self._num_layers += 1
         tokens = self.visual_tokens.to(key.device)
@@ -229,11 +236,6 @@ class AttentionRecorder(HookContext):
                 "only once: pass the prompts that the visual tokens were found in, whole, and use a new recorder for "
                 "each call."
             )
-
-
-def _unique(objects: list[Any]) -> Any:
-    """The different ones among some objects, by identity."""
-    return {id(each): each for each in objects}.values()
 
 
 def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None]:
@@ -292,7 +294,7 @@ def _recording_attention(
             )
         scores = _AttentionScores(module, query, key, attention_mask, implementation, kwargs)
         for recorder in listeners:
-            recorder.record(query, key, scores)
+            recorder.record(module, query, key, scores)
     # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
     config: Any = module.config
     recording_implementation = config._attn_implementation
@@ -327,12 +329,6 @@ class _AttentionScores:
         implementation: str,
         arguments: dict[str, Any],
     ) -> None:
-        if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
-            raise ValueError(
-                f"The attention mask covers {attention_mask.shape[-1]} keys, but there are {key.shape[2]}: attention "
-                "cannot be recorded while tokens are pruned, or with a static cache, so leave "
-                "`cache_implementation` unset."
-            )
         self.attention_mask = attention_mask
         self.offset = key.shape[2] - query.shape[2]
         self.key_length = key.shape[2]

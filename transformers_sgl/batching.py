@@ -153,7 +153,6 @@ def append_tokens(
         if extended[name].shape == ids.shape:  # which `extend` does not know
             extended[name] = torch.nn.functional.pad(extended[name], (0, tokens.shape[1]))
     if token_type is not None and extended.get("token_type_ids") is not None:
-        extended["token_type_ids"] = extended["token_type_ids"].clone()
         extended["token_type_ids"][:, ids.shape[1] :] = token_type
     extended["input_ids"] = torch.cat([ids, tokens.to(ids.device)], dim=1)
     return extended

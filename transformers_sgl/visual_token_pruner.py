@@ -185,7 +185,7 @@ class VisualTokenPruner(HookContext):
             kwargs["position_ids"] = None if is_flash else cut.last_rows_of(kwargs["position_ids"], num_queries, -1)
         mask, pattern = kwargs.get("attention_mask"), self._patterns[layer]
         if pattern is None:
-            kwargs["attention_mask"] = cut.padding_mask(mask)
+            kwargs["attention_mask"] = cut.padding_mask()
         else:
             num_keys = self._num_keys(kwargs.get("past_key_values"), layer, num_queries, cut)
             kwargs["attention_mask"] = cut.mask(
@@ -203,27 +203,23 @@ class VisualTokenPruner(HookContext):
                 "`cache_implementation` unset, or set it to 'dynamic'."
             )
         index = self._attention_indices[0]
-        length = int(cache.get_seq_length(index)) if index < len(cache.layers) else 0
+        length = int(cache.get_seq_length(index))
         if length == 0 or index < self.prune_layer:
             return length
-        num_kept = self._kept.positions.shape[1]
-        if length < num_kept:
-            return length  # not a cache of these prompts, which `cut` refuses
-        return self._kept.prompt_length + length - num_kept
+        return self._kept.prompt_length + length - self._kept.positions.shape[1]
 
     def _num_keys(self, cache: Cache | None, layer: nn.Module, num_queries: int, cut: _Cut) -> int:
         """How many keys the layer's attention will have before it, its own included."""
         index = self._index[layer]
         source = self._key_sources.get(index, index)
-        if cache is None or source >= len(cache.layers):
+        if cache is None:
             return cut.key_positions.shape[1]
         if source == index:
             return int(cache.get_mask_sizes(num_queries, index)[0])
         # The lower layer has run, so its cache holds this pass's tokens already.
-        num_new = cut.end - cut.past if cut.past else cut.key_positions.shape[1]
-        before = int(cache.get_seq_length(source)) - num_new
+        length = int(cache.get_seq_length(source))
         window = (self._patterns[layer] or AttentionPattern()).window
-        return num_new + (before if window is None else min(before, window - 1))
+        return length if window is None else min(length, cut.end - cut.past + window - 1)
 
 
 @dataclass(frozen=True)
@@ -342,16 +338,12 @@ class _Cut:
         return torch.take_along_dim(tensor, index.expand(*tensor.shape[: axis - 1], *index.shape), dim=axis)
 
     def last_rows_of(self, tensor: Tensor, num: int, axis: int) -> Tensor:
-        """The last of the remaining rows of a tensor that the model may have cut to as many already."""
-        if tensor.shape[axis] == num:
-            return tensor if self.end - self.past != num else self.rows_of(tensor, axis)
-        rows = self.rows_of(tensor, axis)
-        return rows.narrow(axis, rows.shape[axis] - num, num)
+        """The remaining rows, or the tensor itself where the model has cut it to its last `num` already."""
+        is_cut = tensor.shape[axis] == num != self.end - self.past
+        return tensor if is_cut else self.rows_of(tensor, axis)
 
-    def padding_mask(self, padding_mask: Tensor | None) -> Tensor | None:
+    def padding_mask(self) -> Tensor | None:
         """The mask of a layer without attention; `(batch, num_queries)`, or `None` if nothing is padding."""
-        if self.past:
-            return padding_mask
         return None if self.key_valid is None else self.key_valid[:, self.rows].long()
 
     def mask(
@@ -384,13 +376,14 @@ class _Cut:
                 "with attn_implementation='sdpa', 'flash_attention_2' or 'eager'."
             )
         if "flash" in implementation:
-            if (pattern.window or pattern.chunk or self.end) < self.end:
+            # Chunks that are shorter than the prompt are refused by transformers.
+            if (pattern.window or self.end) < self.end:
                 raise ValueError(
-                    f"Pruning a layer that sees only {pattern.window or pattern.chunk} tokens does not work with "
+                    f"Pruning a layer that sees only {pattern.window} tokens does not work with "
                     f"attn_implementation={implementation!r}, which would count them among the kept tokens: load the "
                     "large model with 'sdpa' or 'eager'."
                 )
-            return None if self.key_valid is None else self.key_valid[:, -num_keys:]
+            return None if self.key_valid is None else self.key_valid
         is_additive = implementation.endswith("eager")
         if self.past:
             allowed = self._allowed(pattern)[:, :, -num_queries:, -num_keys:]
