@@ -21,8 +21,9 @@ a linear recurrence or a convolution is handed the kept tokens as if the others 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from inspect import Parameter, signature
 from typing import Any
@@ -93,7 +94,7 @@ class VisualTokenPruner(HookContext):
         check_prunable(model.config, self.prune_layer)
         self._model = model
         self._decoder = decoder(model)
-        self._per_token = {"position_embeddings": -2, **architecture.per_token_arguments}
+        self._per_token = {"position_embeddings": -2, "position_ids": -1, **architecture.per_token_arguments}
         self._key_sources = key_sources(model.config)
         self._deepstack = architecture.deepstack
         self._implementation = attention_implementation(model)
@@ -177,20 +178,20 @@ class VisualTokenPruner(HookContext):
             hidden_states = hidden_states + self._added[self._index[layer]].to(hidden_states)
 
         num_queries = hidden_states.shape[-2]  # fewer where the model itself goes on with the last tokens only
+        if "flash" in self._implementation:
+            kwargs["position_ids"] = None
         for name, axis in self._per_token.items():
-            if kwargs.get(name) is not None:
-                kwargs[name] = _map_tensors(partial(cut.last_rows_of, num=num_queries, axis=axis), kwargs[name])
-        if kwargs.get("position_ids") is not None:
-            is_flash = "flash" in self._implementation
-            kwargs["position_ids"] = None if is_flash else cut.last_rows_of(kwargs["position_ids"], num_queries, -1)
+            whole = kwargs.get(name)
+            if whole is not None and not cut.past:  # while decoding, every token stays
+                rows = partial(cut.last_rows_of, num=num_queries, axis=axis)
+                kwargs[name] = cut.once((name, num_queries), whole, partial(_map_tensors, rows, whole))
         mask, pattern = kwargs.get("attention_mask"), self._patterns[layer]
         if pattern is None:
             kwargs["attention_mask"] = cut.padding_mask()
         else:
             num_keys = self._num_keys(kwargs.get("past_key_values"), layer, num_queries, cut)
-            kwargs["attention_mask"] = cut.mask(
-                mask, pattern, num_queries, num_keys, self._implementation, hidden_states.dtype
-            )
+            form = (pattern, num_queries, num_keys, self._implementation, hidden_states.dtype)
+            kwargs["attention_mask"] = cut.once(form, mask, partial(cut.mask, mask, *form))
         return (hidden_states,), kwargs
 
     def _past_length(self, cache: Cache | None) -> int:
@@ -304,6 +305,7 @@ class _Cut:
         rows (`slice`): Which of the keys are this pass's own tokens, its queries.
         past (`int`): The whole sequence's tokens before this pass.
         end (`int`): The whole sequence's tokens after it.
+        memo (`dict`): What was computed for one layer and is the same for others.
     """
 
     starts: Tensor
@@ -312,6 +314,7 @@ class _Cut:
     rows: slice
     past: int
     end: int
+    memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:
@@ -324,8 +327,29 @@ class _Cut:
             return self
         valid = None if self.key_valid is None else self.key_valid.to(device)
         return replace(
-            self, starts=self.starts.to(device), key_positions=self.key_positions.to(device), key_valid=valid
+            self,
+            starts=self.starts.to(device),
+            key_positions=self.key_positions.to(device),
+            key_valid=valid,
+            memo={},
         )
+
+    def once(self, form: Any, whole: Any, cut_down: Callable[[], Any]) -> Any:
+        """What becomes of an argument that many layers are handed; computed for the first of them.
+
+        Args:
+            form (hashable): What else the result depends on.
+            whole (any): The argument.
+            cut_down (`Callable`): Computes the result.
+
+        Returns:
+            any: The result.
+        """
+        known, result = self.memo.get(form, (self, None))
+        if known is not whole:
+            result = cut_down()
+            self.memo[form] = whole, result  # an argument of one layer alone gives way to the next layer's
+        return result
 
     def rows_of(self, tensor: Tensor, axis: int = -2) -> Tensor:
         """The remaining rows of `(..., batch or 1, query_length, ...)`, whose tokens lie along `axis`."""
@@ -386,10 +410,9 @@ class _Cut:
             return None if self.key_valid is None else self.key_valid
         is_additive = implementation.endswith("eager")
         if self.past:
-            allowed = self._allowed(pattern)[:, :, -num_queries:, -num_keys:]
             if num_queries == 1 and self.key_valid is None and pattern == AttentionPattern():
                 return None
-            return _in_form(allowed, dtype if is_additive else None)
+            return _in_form(self._allowed(pattern)[:, :, -num_queries:, -num_keys:], dtype if is_additive else None)
         if attention_mask is None or attention_mask.dim() == 2:
             if self.key_valid is None and not is_additive:
                 return None  # plain causal attention, which the fast kernels do best without a mask
