@@ -24,9 +24,12 @@ from transformers_sgl import (
 from transformers_sgl.architectures import (
     ARCHITECTURES,
     UNSUPPORTED,
+    AttentionPattern,
     attention_modules,
+    attention_pattern,
     check_prunable,
     check_supported,
+    decoder,
     key_sources,
 )
 from transformers_sgl.generation_sgl import _row_owners
@@ -281,3 +284,42 @@ def test_the_table_of_architectures_is_that_of_the_package() -> None:
     for run in record["runs"].values():
         for found in run.values():
             assert False not in [found[field] for field in ("guide", "guided", "images", "video")]
+
+
+# Whose stock model writes otherwise with flash attention: it cannot tell it of bidirectional attention, or hands it
+# positions on several axes, which it takes for packed sequences.
+_NOT_WITH_FLASH = ("ernie4_5_vl_moe", "glm4v_moe", "mistral3-mistral4", "molmo2", "paligemma")
+
+
+def _has_windows(name: str) -> bool:
+    model = tiny_model(name)
+    return any(attention_pattern(model, index) != AttentionPattern() for index in attention_modules(model))
+
+
+@pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in _NOT_WITH_FLASH])
+def test_flash_attention_prunes_and_records_alike(name: str) -> None:
+    if _has_windows(name):
+        pytest.skip("windows shorter than the prompt are refused with flash attention")
+    plain, flash = tiny_model(name), tiny_model(name)
+    decoder(flash).config._attn_implementation = FLASH_STAND_IN
+    batch = tiny_batch(name, tiny_samples(name))
+    tokens = visual_tokens_of(plain.config, batch)
+    keep = tokens.valid & (torch.arange(tokens.num_visual_tokens) % 3 != 1)
+    outputs, importances = [], []
+    for model in (plain, flash):
+        with VisualTokenPruner(model, tokens.prompt_keep_mask(keep), min([1, *key_sources(model.config).values()])):
+            outputs.append(model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True, output_logits=True))
+        with AttentionRecorder(model, tokens) as recorder:
+            model.generate(**batch, max_new_tokens=3)
+        importances.append(recorder.importance)
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=2e-4, rtol=2e-3)
+    torch.testing.assert_close(*importances, atol=2e-4, rtol=2e-3)
+
+
+def test_flash_attention_is_refused_where_positions_are_read() -> None:
+    model = tiny_model("mistral3-mistral4")
+    decoder(model).config._attn_implementation = FLASH_STAND_IN
+    keep = tiny_samples("mistral3-mistral4")[0]["attention_mask"].bool()
+    with pytest.raises(ValueError, match="'mistral3' model's attention reads the positions .* 'sdpa' or 'eager'"):
+        VisualTokenPruner(model, keep, 1)

@@ -98,8 +98,14 @@ class VisualTokenPruner(HookContext):
         self._key_sources = key_sources(model.config)
         self._deepstack = architecture.deepstack
         self._implementation = attention_implementation(model)
-        # Where attention is, what a token sees there; elsewhere `None`.
         attention = attention_modules(model)
+        if "flash" in self._implementation and any(_needs_position_ids(module) for module in attention.values()):
+            raise ValueError(
+                f"This {model.config.model_type!r} model's attention reads the positions of its tokens, and flash "
+                "attention would take the gaps in them for the borders of several prompts: load the large model with "
+                "'sdpa' or 'eager'."
+            )
+        # Where attention is, what a token sees there; elsewhere `None`.
         self._patterns = {
             layer: attention_pattern(model, index) if index in attention else None
             for index, layer in enumerate(layers)
@@ -468,6 +474,12 @@ def _in_form(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _map_tensors(function: Any, value: Any) -> Any:
     """Applies a function to a tensor, or to each of several."""
     return function(value) if isinstance(value, Tensor) else type(value)(function(each) for each in value)
+
+
+def _needs_position_ids(attention: nn.Module) -> bool:
+    """Whether an attention module does something with position ids itself, beside handing them on."""
+    parameter = signature(attention.__class__.forward).parameters.get("position_ids")
+    return parameter is not None and parameter.default is Parameter.empty
 
 
 @cache
