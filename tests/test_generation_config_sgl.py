@@ -23,6 +23,7 @@ RANDOMLY = settings(max_examples=40, deadline=None)
 SGL_FIELDS = (
     "retention_ratio",
     "prune_layer",
+    "min_tokens_per_image",
     "guidance_queries",
     "guidance_max_new_tokens",
     "early_exit_threshold",
@@ -118,7 +119,8 @@ def test_an_index_past_the_last_layer_is_refused(prune_layer):
 def test_nothing_is_set_until_someone_sets_it():
     settings = SGLGenerationConfig()
 
-    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * 8
+    assert set(SGL_FIELDS) == SGLGenerationConfig._sgl_defaults().keys()  # none is forgotten here
+    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * len(SGL_FIELDS)
 
 
 def test_resolved_prefers_the_users_value_then_the_models_then_the_default():
@@ -183,7 +185,7 @@ def test_from_generation_config_copies_stock_fields_and_leaves_the_rest_unset():
     settings = SGLGenerationConfig.from_generation_config(stock)
 
     assert (settings.do_sample, settings.top_k, settings.eos_token_id) == (True, 3, 61)
-    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * 8
+    assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * len(SGL_FIELDS)
     assert not hasattr(stock, "retention_ratio")
 
 
@@ -280,6 +282,7 @@ BAD_VALUES = [
     *(("prune_layer", value, LAYER) for value in (-1, -0.5, 1.0, 2.5, True, "9", math.nan)),
     *(("guidance_queries", value, QUERIES) for value in ("answer", "", True, 1, ["both"])),
     *(("guidance_max_new_tokens", value, COUNT) for value in (0, -1, 1.5, True, "8")),
+    *(("min_tokens_per_image", value, "pass a whole number of 1 or more, or 0") for value in (-1, 0.5, True, "1")),
     *(("early_exit_threshold", value, THRESHOLD) for value in (-0.1, True, "0.5", math.nan, [0.5])),
     *(("consistency_retention_ratio", value, RATIO) for value in (0, 1.5, True, "0.05")),
     *(("consistency_reduction", value, REDUCTION) for value in ("mean", "", 1)),

@@ -257,6 +257,22 @@ def test_an_own_importance_processor_runs_before_the_ratio() -> None:
         assert output.keep_mask[sample].nonzero()[:, 0].tolist() == list(range(count - count // 4, count))
 
 
+@pytest.mark.parametrize("min_tokens", [None, 0, 3])
+def test_every_image_keeps_as_many_tokens_as_the_settings_say(min_tokens: int | None) -> None:
+    class LastFirst(ImportanceProcessor):
+        def __call__(self, visual_tokens, importance):
+            return visual_tokens.positions.float().masked_fill(~visual_tokens.valid, -torch.inf)
+
+    settings = {} if min_tokens is None else {"min_tokens_per_image": min_tokens}
+    output = tiny_pair().generate(
+        **prompts(images=[[1, 1, 1]], text=[4]), **GREEDY, **settings, retention_ratio=0.25,
+        importance_processor=LastFirst(), return_dict_in_generate=True,
+    )  # fmt: skip
+    least = 1 if min_tokens is None else min_tokens
+    # Twelve tokens are kept; left to itself the processor would take all of them from the last image.
+    assert output.keep_mask[0].unflatten(0, (3, 16)).sum(1).tolist() == [least, least, 12 - 2 * least]
+
+
 def test_several_importance_processors() -> None:
     pair, inputs = tiny_pair(), prompts()
     output = pair.generate(
