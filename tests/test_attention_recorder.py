@@ -112,6 +112,33 @@ def test_only_the_queries_asked_for_are_recorded(queries: str, silent: str) -> N
     assert getattr(recorder, f"{silent}_importance").sum() == 0
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_last_prompt_token_alone(padding_side: str) -> None:
+    inputs = prompts(padding_side=padding_side)
+    attentions = tiny_internvl(attn_implementation="eager")(**inputs, output_attentions=True).attentions
+    with AttentionRecorder(tiny_internvl(), find_visual_tokens(inputs), queries="last") as recorder:
+        recorder.model.generate(**inputs, do_sample=False, max_new_tokens=3)
+    for sample, mask in enumerate(inputs["attention_mask"]):
+        last = int(mask.nonzero()[-1])
+        columns = (inputs["input_ids"][sample] == 60).nonzero()[:, 0]
+        expected = sum(attention[sample, :, last, columns].sum(dim=0) for attention in attentions)
+        torch.testing.assert_close(recorder.importance[sample, : len(columns)], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_layers_asked_for_are_recorded() -> None:
+    model, inputs = tiny_internvl(), prompts()
+    tokens = find_visual_tokens(inputs)
+    parts = [AttentionRecorder(model, tokens, layers=layers) for layers in (None, [0, 2], [1, 3])]
+    with parts[0], parts[1], parts[2]:
+        model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    whole, even, odd = (part.importance for part in parts)
+    torch.testing.assert_close(even + odd, whole)
+    assert even.any()
+    assert odd.any()
+    with pytest.raises(ValueError, match=r"`layers` is \[7\].* are \[0, 1, 2, 3\]"):
+        AttentionRecorder(model, tokens, layers=[7])
+
+
 def test_a_long_prompt_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_internvl(), prompts()
     recorded = []

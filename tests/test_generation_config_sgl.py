@@ -25,6 +25,7 @@ SGL_FIELDS = (
     "prune_layer",
     "min_tokens_per_image",
     "guidance_queries",
+    "guidance_layers",
     "guidance_max_new_tokens",
     "early_exit_threshold",
     "consistency_retention_ratio",
@@ -226,6 +227,7 @@ def test_save_and_load_round_trip(tmp_path):
     settings = SGLGenerationConfig.from_preset(
         "fast",
         guidance_queries="generated",
+        guidance_layers=0.5,
         early_exit_threshold=0,
         verify_draft=False,
         max_new_tokens=12,
@@ -271,7 +273,7 @@ def test_plain_transformers_reads_the_file_and_passes_the_fields_on(tmp_path):
 
 RATIO = "but it is the fraction of visual tokens that are kept: pass a number above 0 and up to 1"
 LAYER = "pass a layer index .* or a fraction of the depth"
-QUERIES = "choose one of 'prompt', 'generated', 'both'"
+QUERIES = "choose one of 'prompt', 'last', 'generated', 'both'"
 COUNT = "pass a whole number of 1 or more, or None"
 THRESHOLD = "but it is compared with scores between 0 and 1: pass a number of 0 or more, or None"
 REDUCTION = "choose one of 'product', 'geometric_mean'"
@@ -281,6 +283,10 @@ BAD_VALUES = [
     *(("retention_ratio", value, RATIO) for value in (0, -0.1, 1.5, 35, True, "0.2", math.nan, torch.tensor(0.5))),
     *(("prune_layer", value, LAYER) for value in (-1, -0.5, 1.0, 2.5, True, "9", math.nan)),
     *(("guidance_queries", value, QUERIES) for value in ("answer", "", True, 1, ["both"])),
+    *(
+        ("guidance_layers", value, "pass a number above 0 and up to 1")
+        for value in (0, -0.5, 1.5, True, "1", math.nan)
+    ),
     *(("guidance_max_new_tokens", value, COUNT) for value in (0, -1, 1.5, True, "8")),
     *(("min_tokens_per_image", value, "pass a whole number of 1 or more, or 0") for value in (-1, 0.5, True, "1")),
     *(("early_exit_threshold", value, THRESHOLD) for value in (-0.1, True, "0.5", math.nan, [0.5])),

@@ -206,12 +206,21 @@ def test_a_cached_turn_is_continued_as_by_the_stock_large_model() -> None:
     assert torch.equal(*continued)
 
 
-@pytest.mark.parametrize("queries", ["prompt", "generated"])
+@pytest.mark.parametrize("queries", ["prompt", "last", "generated"])
 def test_guidance_may_come_from_some_queries_only(queries: str) -> None:
     pair, inputs = tiny_pair(), prompts()
     with AttentionRecorder(pair.small, find_visual_tokens(inputs), queries=queries) as recorder:
         pair.small.generate(**inputs, **GREEDY)
     output = pair.generate(**inputs, **GREEDY, guidance_queries=queries, return_dict_in_generate=True)
+    assert torch.equal(output.importance, recorder.importance)
+
+
+@pytest.mark.parametrize(("fraction", "num_layers"), [(0.1, 1), (0.5, 2), (0.7, 3), (1, 4)])
+def test_guidance_may_come_from_the_first_layers_only(fraction: float, num_layers: int) -> None:
+    pair, inputs = SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(seed=1)).eval(), prompts()
+    with AttentionRecorder(pair.small, find_visual_tokens(inputs), layers=range(num_layers)) as recorder:
+        pair.small.generate(**inputs, **GREEDY)
+    output = pair.generate(**inputs, **GREEDY, guidance_layers=fraction, return_dict_in_generate=True)
     assert torch.equal(output.importance, recorder.importance)
 
 
@@ -364,8 +373,12 @@ class TestRefusals:
             ({"prefill_chunk_size": 8}, "does not work together with prefill_chunk_size: leave it out"),
             ({"prompt_lookup_num_tokens": 3}, "does not work together with assisted decoding: leave it out"),
             ({"guidance_scale": 1.5}, "does not work together with classifier-free guidance: leave it out"),
+            ({"guidance_layers": 0}, "`guidance_layers` is 0, .* above 0 and up to 1"),
             ({"importance_processor": 5}, "`importance_processor` is or holds 5: pass an ImportanceProcessor"),
-            ({"guidance_queries": "all"}, "`guidance_queries` is 'all': choose one of 'prompt', 'generated', 'both'"),
+            (
+                {"guidance_queries": "all"},
+                "`guidance_queries` is 'all': choose one of 'prompt', 'last', 'generated', 'both'",
+            ),
             ({"retention": 0.5}, r"`model_kwargs` are not used by the model: \['retention'\]"),
         ],
         ids=str,

@@ -317,7 +317,10 @@ class TestSettings:
         [
             ({"retention_ratio": 3}, "`retention_ratio` is 3, but it is the fraction of visual tokens"),
             ({"early_exit_threshold": "high"}, "`early_exit_threshold` is 'high'"),
-            ({"guidance_queries": "all"}, "`guidance_queries` is 'all': choose one of 'prompt', 'generated', 'both'."),
+            (
+                {"guidance_queries": "all"},
+                "`guidance_queries` is 'all': choose one of 'prompt', 'last', 'generated', 'both'.",
+            ),
             ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
             ({"retention": 0.5}, "`generation_config` has no field 'retention'"),
             ({"return_dict_in_generate": True}, "a server returns texts only"),

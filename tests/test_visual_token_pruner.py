@@ -81,6 +81,32 @@ def test_pruned_writing_equals_layers_called_by_hand(implementation: str, prune_
 
 
 @pytest.mark.parametrize("prune_layer", LAYERS)
+def test_the_choice_may_wait_until_the_prefill_has_come_to_the_prune_layer(prune_layer: int) -> None:
+    model, inputs = tiny_internvl(), prompts()
+    keep = random_choice(inputs)
+    with VisualTokenPruner(model, keep, prune_layer):
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+
+    ran: list[int] = []
+    asked: list[list[int]] = []
+
+    def choose() -> Tensor:
+        asked.append(list(ran))
+        return keep
+
+    hooks = [
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, layer in enumerate(model.get_decoder().layers)
+    ]
+    with VisualTokenPruner(model, choose, prune_layer):
+        written = model.generate(**inputs, do_sample=False, max_new_tokens=6)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(written, expected)
+    assert asked == [list(range(prune_layer))]  # once, and no later layer had run
+
+
+@pytest.mark.parametrize("prune_layer", LAYERS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}], ids=str)
 def test_a_batch_writes_what_its_samples_write_one_by_one(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -48,12 +48,14 @@ class AttentionRecorder(HookContext):
     Args:
         model (`PreTrainedModel`): The model to watch.
         visual_tokens (`VisualTokens`): Where the visual tokens stand in the prompts that it will be given.
-        queries (`str`, *optional*, defaults to `"both"`): Whose attention to record: that of the `"prompt"`, of the
-            `"generated"` tokens, or of `"both"`.
+        queries (`str`, *optional*, defaults to `"both"`): Whose attention to record: that of the `"prompt"`, of its
+            `"last"` token alone, of the `"generated"` tokens, or of `"both"`, prompt and generated.
+        layers (collection of `int`, *optional*): The decoder layers to record; all by default.
 
     Raises:
-        ValueError: If the model's architecture or attention implementation cannot be recorded; while running, if the
-            model is given other prompts than `visual_tokens` describes, several beams, or a static cache.
+        ValueError: If the model's architecture or attention implementation cannot be recorded, or none of `layers` has
+            attention; while running, if the model is given other prompts than `visual_tokens` describes, several
+            beams, or a static cache.
 
     Example:
         ```python
@@ -84,15 +86,23 @@ class AttentionRecorder(HookContext):
         self,
         model: PreTrainedModel,
         visual_tokens: VisualTokens,
-        queries: Literal["prompt", "generated", "both"] = "both",
+        queries: Literal["prompt", "last", "generated", "both"] = "both",
+        layers: Collection[int] | None = None,
     ) -> None:
         self.model = model
         self.visual_tokens = visual_tokens
         self.queries = queries
         self._decoder = decoder(model)
         self._patterns = {
-            module: attention_pattern(model, index) for index, module in attention_modules(model).items()
+            module: attention_pattern(model, index)
+            for index, module in attention_modules(model).items()
+            if layers is None or index in layers
         }
+        if not self._patterns:
+            raise ValueError(
+                f"`layers` is {layers!r}, but the decoder layers with attention are "
+                f"{sorted(attention_modules(model))}: name some of them."
+            )
         attention_implementation(model)  # raises if it cannot be recorded
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
@@ -102,6 +112,9 @@ class AttentionRecorder(HookContext):
         # Prompt queries that count: after the sample's last visual token, and not padding. (batch, prompt_length)
         after = torch.arange(visual_tokens.prompt_length, device=zeros.device) > visual_tokens.last_position[:, None]
         self._prompt_queries = after & visual_tokens.prompt_mask & visual_tokens.valid.any(dim=1, keepdim=True)
+        if queries == "last":
+            behind = self._prompt_queries.flip(1).cumsum(dim=1).flip(1)
+            self._prompt_queries = self._prompt_queries & (behind == 1)
         # Prompt rows before this one count in no sample and are never computed.
         self._unfinished = visual_tokens.valid.any(dim=1)  # (batch,): samples whose generated tokens still count
         ends = visual_tokens.last_position[self._unfinished]
@@ -212,7 +225,7 @@ class AttentionRecorder(HookContext):
         if start < stop and self.queries != "generated":
             self.prompt_importance += received(start, stop, self._prompt_queries[:, start:stop])
         start = max(new, tokens.prompt_length)
-        if start < end and self.queries != "prompt":
+        if start < end and self.queries not in ("prompt", "last"):
             counted = self._unfinished[:, None].expand(-1, end - start)
             self.generated_importance += received(start, end, counted)
 

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 
 _DEFAULT_PRESET = "balanced"
-_GUIDANCE_QUERIES = ("prompt", "generated", "both")
+_GUIDANCE_QUERIES = ("prompt", "last", "generated", "both")
 _CONSISTENCY_REDUCTIONS = ("product", "geometric_mean")
 
 
@@ -96,8 +96,10 @@ class SGLGenerationConfig(GenerationConfig):
         min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image, or of every frame of a
             video, are kept whatever their rank, so that none vanishes; with 0 some may.
         guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens:
-            `"prompt"` (the prompt after the last visual token), `"generated"` (the small model's own answer) or
-            `"both"` (paper, section 3.2).
+            `"prompt"` (the prompt after the last visual token), its `"last"` token alone, `"generated"` (the small
+            model's own answer) or `"both"`, prompt and answer (paper, section 3.2).
+        guidance_layers (`float`, *optional*, defaults to 1.0): The fraction, in `(0, 1]`, of the small model's layers
+            whose attention counts, from the first one on.
         guidance_max_new_tokens (`int`, *optional*): The most tokens the small model may write; by default as many as
             the large model.
         early_exit_threshold (`float`, *optional*): The decision score, 0 or more, from which on the small model's
@@ -186,6 +188,7 @@ class SGLGenerationConfig(GenerationConfig):
             **PRESETS[_DEFAULT_PRESET],
             "min_tokens_per_image": 1,
             "guidance_queries": "both",
+            "guidance_layers": 1.0,
             "guidance_max_new_tokens": None,
             "early_exit_threshold": None,
             "consistency_retention_ratio": 0.05,
@@ -253,6 +256,13 @@ class SGLGenerationConfig(GenerationConfig):
                     f"`{name}` is {value!r}, but it is the fraction of visual tokens that are kept: pass a number "
                     "above 0 and up to 1, where 1 keeps all."
                 )
+        if self.guidance_layers is not None and not (
+            _is_number(self.guidance_layers) and 0 < self.guidance_layers <= 1
+        ):
+            raise ValueError(
+                f"`guidance_layers` is {self.guidance_layers!r}, but it is the fraction of the small model's layers "
+                "that rank the visual tokens: pass a number above 0 and up to 1, where 1 counts all."
+            )
         if self.prune_layer is not None:
             _check_prune_layer(self.prune_layer)
         for name, choices in (

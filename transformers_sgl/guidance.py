@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from transformers_sgl import early_exit
-from transformers_sgl.architectures import check_supported, visual_token_ids
+from transformers_sgl.architectures import attention_modules, check_supported, visual_token_ids
 from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.batching import append_tokens
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
@@ -129,7 +129,9 @@ def guide(
         "return_dict_in_generate": False,
     }
     with ExitStack() as stack:
-        recorder = stack.enter_context(AttentionRecorder(small, visual_tokens)) if ranks or scores else None
+        recorder = None
+        if ranks or scores:
+            recorder = stack.enter_context(_attention_recorder(small, visual_tokens, generation_config))
         draft = stack.enter_context(_DraftRecorder(small)) if scores else None
         watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
         watch.recorder = recorder
@@ -182,6 +184,17 @@ def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality:
     return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
 
 
+def _attention_recorder(
+    small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig
+) -> AttentionRecorder:
+    """Who watches the layers and the queries that the settings name."""
+    layers = sorted(attention_modules(small))
+    num_layers = max(1, round((settings.guidance_layers or 1.0) * len(layers)))
+    # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
+    queries: Literal["last", "both"] = "last" if settings.guidance_queries == "last" else "both"
+    return AttentionRecorder(small, visual_tokens, queries, layers[:num_layers])
+
+
 def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
     """The importance that the wanted queries give; `(batch, num_visual_tokens)`.
 
@@ -190,6 +203,7 @@ def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
     """
     wanted = {
         "prompt": recorder.prompt_importance,
+        "last": recorder.prompt_importance,
         "generated": recorder.generated_importance,
         "both": recorder.importance,
     }[queries]

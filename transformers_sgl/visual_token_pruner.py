@@ -60,7 +60,8 @@ class VisualTokenPruner(HookContext):
     Args:
         model (`PreTrainedModel`): The model to prune.
         keep_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens to keep, `False` for dropped
-            tokens and for padding; see [`VisualTokens.prompt_keep_mask`].
+            tokens and for padding; see [`VisualTokens.prompt_keep_mask`]. Or a function that returns it, asked when
+            the prefill reaches `prune_layer`, so that the layers below can have a say.
         prune_layer (`int` or `float`, defaults to 9/48): The first decoder layer that sees fewer tokens: an index, or
             a fraction of the depth in `[0, 1)`.
 
@@ -87,7 +88,9 @@ class VisualTokenPruner(HookContext):
         ```
     """
 
-    def __init__(self, model: PreTrainedModel, keep_mask: Tensor, prune_layer: int | float = 9 / 48) -> None:
+    def __init__(
+        self, model: PreTrainedModel, keep_mask: Tensor | Callable[[], Tensor], prune_layer: int | float = 9 / 48
+    ) -> None:
         architecture = check_supported(model.config)
         layers = list(decoder_layers(model))
         self.prune_layer = resolve_prune_layer(prune_layer, len(layers))
@@ -113,8 +116,10 @@ class VisualTokenPruner(HookContext):
         }
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._attention_indices = sorted(attention)
-        self._kept = _KeptTokens.from_mask(keep_mask)
+        self._choose = keep_mask if callable(keep_mask) else None
+        self._kept = None if callable(keep_mask) else _KeptTokens.from_mask(keep_mask)
         # Of the forward pass that is running:
+        self._start_cut: Callable[[_KeptTokens], _Cut] | None = None
         self._cuts: dict[torch.device, _Cut] = {}  # by device
         self._added: dict[int, Tensor] = {}  # what deepstack adds to the inputs of pruned layers
         self._positions_given = True
@@ -122,6 +127,7 @@ class VisualTokenPruner(HookContext):
     def _register(self, stack: ExitStack) -> None:
         stack.callback(self._cuts.clear)
         stack.callback(self._added.clear)
+        stack.callback(setattr, self, "_start_cut", None)
         if self.prune_layer == 0:
             hook = self._model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
             stack.callback(hook.remove)
@@ -143,13 +149,14 @@ class VisualTokenPruner(HookContext):
             inputs = kwargs.get("input_ids", args[0] if args else None)
         past = self._past_length(kwargs.get("past_key_values"))
         self._cuts.clear()
-        cut = self._kept.cut(past, inputs, inputs.shape[1])
-        self._cuts[inputs.device] = cut
-        if self.prune_layer == 0 and past and not self._positions_given:
+        self._start_cut = partial(_KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
+        if self._kept is not None and self.prune_layer == 0 and past and not self._positions_given:
             # The model counts from the cache of the first layer, which is short of the dropped tokens.
             position_ids = kwargs.get("position_ids")
             missing = self._kept.prompt_length - self._kept.positions.shape[1]
-            kwargs["position_ids"] = cut.positions if position_ids is None else position_ids + missing
+            kwargs["position_ids"] = (
+                self._cut(inputs.device).positions if position_ids is None else position_ids + missing
+            )
         self._added.clear()
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
             places, added = (kwargs[name] for name in self._deepstack)
@@ -166,8 +173,21 @@ class VisualTokenPruner(HookContext):
                 if index > self.prune_layer:
                     whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
                     whole[places.reshape(inputs.shape[:2])] = each
-                    self._added[index] = cut.rows_of(whole)
+                    self._added[index] = whole
+        if self._choose is None:  # what does not fit is found before the lower layers have run
+            self._cut(inputs.device)
         return args, kwargs
+
+    def _cut(self, device: torch.device) -> _Cut:
+        """What this pass must be cut down to; with a device map each device gets its own copy of the indices, once."""
+        if not self._cuts:
+            assert self._start_cut is not None
+            if self._kept is None:
+                assert self._choose is not None
+                self._kept = _KeptTokens.from_mask(self._choose())
+            self._cuts[device] = self._start_cut(self._kept)
+        cut = next(iter(self._cuts.values()))
+        return self._cuts.setdefault(device, cut.to(device))
 
     def _prune_layer_inputs(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -175,13 +195,11 @@ class VisualTokenPruner(HookContext):
         """Layer pre-hook: hands a layer the kept tokens only."""
         kwargs = {**dict(zip(_parameter_names(layer.__class__.forward), args, strict=False)), **kwargs}
         hidden_states = kwargs.pop("hidden_states")
-        # With a device map the layers lie on several devices; each gets its own copy of the indices, once.
-        cut = next(iter(self._cuts.values()))
-        cut = self._cuts.setdefault(hidden_states.device, cut.to(hidden_states.device))
+        cut = self._cut(hidden_states.device)
         if self._index[layer] == self.prune_layer:
             hidden_states = cut.rows_of(hidden_states)
         if self._index[layer] in self._added:
-            hidden_states = hidden_states + self._added[self._index[layer]].to(hidden_states)
+            hidden_states = hidden_states + cut.rows_of(self._added[self._index[layer]]).to(hidden_states)
 
         num_queries = hidden_states.shape[-2]  # fewer where the model itself goes on with the last tokens only
         if "flash" in self._implementation:
@@ -211,7 +229,7 @@ class VisualTokenPruner(HookContext):
             )
         index = self._attention_indices[0]
         length = int(cache.get_seq_length(index))
-        if length == 0 or index < self.prune_layer:
+        if length == 0 or index < self.prune_layer or self._kept is None:
             return length
         return self._kept.prompt_length + length - self._kept.positions.shape[1]
 
