@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
 from transformers_sgl.evaluation import Scenes
-from transformers_sgl.evaluation.calibration_run import _inputs, read_samples
+from transformers_sgl.evaluation.calibration_run import _inputs
+from transformers_sgl.evaluation.data import read_samples
 from transformers_sgl.hub import embedded_pair
 
 QUESTION = "describe the red triangle."

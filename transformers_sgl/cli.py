@@ -356,6 +356,7 @@ def _add_calibrate(commands: Any) -> None:
 
 def _calibrate(arguments: argparse.Namespace) -> None:
     from transformers_sgl.evaluation import calibration, calibration_run
+    from transformers_sgl.evaluation.data import read_samples
     from transformers_sgl.evaluation.records import measurement_record
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
@@ -373,8 +374,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     pair = Path(arguments.model) if Path(arguments.model).is_dir() else None
     for folder in (arguments.out, pair):
         _check_writable_folder(folder)
-    samples = calibration_run.read_samples(arguments.data)
-    images = [sample.image.resolve() for sample in samples]
+    samples = read_samples(arguments.data)
+    images = [sample.image_id for sample in samples]
     split = {"confidence": arguments.confidence, "held_out": arguments.held_out, "seed": arguments.seed}
     calibration.check_feasible(promise, images, **split)
     model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)

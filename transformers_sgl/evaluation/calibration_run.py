@@ -1,8 +1,8 @@
 """The run behind a calibration: both models answer questions whose answers are known.
 
-Read top to bottom: the data comes from a file of JSON lines; each batch is one `generate` call; what came of it is on
-disk before the next one begins, so that a run that was cut off goes on where it was. What the answers tell about
-thresholds is told in `calibration`.
+Each batch is one `generate` call; what came of it is on disk before the next one begins, so that a run that was cut
+off goes on where it was. Where the questions come from is told in `data`, what the answers tell about thresholds in
+`calibration`.
 """
 
 from __future__ import annotations
@@ -16,156 +16,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from transformers_sgl import __version__
+from transformers_sgl.evaluation.data import Sample
+from transformers_sgl.evaluation.metrics import choice_accuracy, exact_match
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
-__all__ = ["Record", "Sample", "is_right", "read_samples", "run_facts", "run_samples", "write_atomically"]
+__all__ = ["Record", "run_facts", "run_samples", "write_atomically"]
 
 # Decision scores end at 1. A threshold above that never exits; unlike None it is not replaced by one that the pair
 # already has.
 _NEVER_EXIT = 2.0
 _FINGERPRINT_BYTES = 2**20
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
-
-
-# --------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A question about an image, with the answers that count as right.
-
-    Attributes:
-        image: The image file.
-        question: The question.
-        answers: The right answers.
-        where: The line it was read from, in the words of an error message.
-    """
-
-    image: Path
-    question: str
-    answers: tuple[str, ...]
-    where: str = ""
-
-
-def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
-    """Reads questions, one JSON object a line: `image`, `question`, and `answers` (a list) or `answer`.
-
-    Args:
-        path (`str` or `os.PathLike`): The file. Images are named by absolute paths or from the file's folder.
-
-    Returns:
-        `list[Sample]`: The samples, in the order of the lines; blank lines are passed over.
-
-    Raises:
-        OSError: If the file or an image is not there or is no image.
-        ValueError: If a line is not what it should be; the sentence names the line and the field.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise OSError(f"There is no data file {str(path)!r}: name one with a JSON object on each line.")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The data file {str(path)!r} is not UTF-8 text ({error}): save it as such.") from error
-    samples = [
-        _read_sample(line, path.parent, f"{str(path)!r}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not samples:
-        raise ValueError(f"The data file {str(path)!r} is empty: write a JSON object on each line.")
-    wheres = {sample.image: sample.where for sample in reversed(samples)}
-    for image, where in wheres.items():
-        _check_image(image, where)
-    return samples
-
-
-def is_right(answer: str, expected: Sequence[str]) -> bool:
-    """Whether an answer is one of the expected ones, whatever its case, white space and final full stop.
-
-    Args:
-        answer (`str`): What a model wrote.
-        expected (`Sequence[str]`): The right answers.
-
-    Returns:
-        `bool`: Whether it is right.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.evaluation.calibration_run import is_right
-
-        >>> is_right(" A red  circle.", ["a red circle", "red circle"])
-        True
-
-        ```
-    """
-    return _normalised(answer) in map(_normalised, expected)
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
-
-
-def _read_sample(line: str, folder: Path, where: str) -> Sample:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: this is no JSON ({error}); write one JSON object on each line.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: this is no JSON object; write one with `image`, `question` and `answers`.")
-    if ("answers" in fields) == ("answer" in fields):
-        problem = "both `answers` and `answer` are given" if "answer" in fields else "the field `answers` is missing"
-        raise ValueError(f"{where}: {problem}; give `answers`, a list of strings, or `answer`, one string.")
-    answers = [_text(fields, "answer", where)] if "answer" in fields else fields["answers"]
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f"{where}: `answers` is {answers!r}; give a list of one or more strings, none of them blank.")
-    image = folder / _text(fields, "image", where)  # an absolute path stays what it is
-    return Sample(image, _text(fields, "question", where), tuple(answers), where)
-
-
-def _text(fields: dict[str, Any], name: str, where: str) -> str:
-    if name not in fields:
-        raise ValueError(f"{where}: the field `{name}` is missing; give it as a string.")
-    value = fields[name]
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: `{name}` is {value!r}; give a string that is not blank.")
-    return value
-
-
-def _check_image(path: Path, where: str) -> None:
-    """Finds what is missing or no image at all; only the head of the file is read."""
-    if not path.is_file():
-        raise OSError(
-            f"{where}: `image` names {str(path)!r}, but there is no such file; give a path that is absolute or starts "
-            "from the data file's folder."
-        )
-    try:
-        with Image.open(path):
-            pass
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, where, error) from error
-
-
-def _open_image(sample: Sample) -> Image.Image:
-    try:
-        with Image.open(sample.image) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(sample.image, sample.where, error) from error
-
-
-def _unreadable(path: Path, where: str, error: Exception) -> OSError:
-    return OSError(
-        f"{where}: `image` names {str(path)!r}, which cannot be read as an image ({error}); replace it or leave the "
-        "line out."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- run
 
 
 @dataclass(frozen=True)
@@ -315,7 +179,7 @@ def _run_batch(
     scores = (score.float().tolist() for score in (output.confidence, output.consistency, output.decision_score))
     complete = output.draft_complete.tolist()
     records = [
-        Record(index, draft, answer, is_right(draft, sample.answers), is_right(answer, sample.answers), *rest)
+        Record(index, draft, answer, _is_right(draft, sample), _is_right(answer, sample), *rest)
         for index, sample, draft, answer, *rest in zip(
             indices, samples, drafts, answers, *scores, complete, strict=True
         )
@@ -329,10 +193,15 @@ def _run_batch(
     return records
 
 
+def _is_right(answer: str, sample: Sample) -> bool:
+    score = choice_accuracy if sample.choices else exact_match
+    return bool(score(answer, sample.answers, sample.choices))
+
+
 def _inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
     chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": sample.question}]}]
-        for sample, image in zip(samples, map(_open_image, samples), strict=True)
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]}]
+        for sample, image in zip(samples, map(Sample.open_image, samples), strict=True)
     ]
     return processor.apply_chat_template(
         chats,

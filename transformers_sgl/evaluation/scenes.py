@@ -7,7 +7,7 @@ be given by looking at the few visual tokens of one object. That makes scenes a 
 localisation benchmarks on which pruning methods for visual tokens are compared.
 
 Everything is drawn from a seed: `Scenes("test", seed=0)[7]` is the same scene on every machine with the same Pillow.
-Training and test scenes never share a seed.
+Scenes to train on, to set thresholds on (calibration) and to test on never share a seed.
 
     scenes = Scenes("test")
     scene = scenes[0]
@@ -45,7 +45,7 @@ KINDS = ("label", "color", "shape", "where", "count", "yes_no", "negated", "desc
 CELL = 32  # pixels; two cells make a 64-pixel tile, so no object straddles two tiles
 ORDINALS = ("first", "second", "third", "fourth")
 SUPERSAMPLING = 4
-SPLITS = {"train": 0, "test": 1}
+SPLITS = {"train": 0, "test": 1, "calibration": 2}
 
 Box = tuple[float, float, float, float]
 
@@ -132,7 +132,7 @@ class Scenes:
     """An endless, seeded sequence of scenes; `scenes[i]` never changes.
 
     Args:
-        split: `"train"` or `"test"`. Scenes of different splits never share a seed.
+        split: `"train"`, `"calibration"` or `"test"`. Scenes of different splits never share a seed.
         seed: A number that names the sequence.
         size: Side of the canvas in pixels, a multiple of 32 up to 128. 128 gives a 4 x 4 grid of cells.
         objects: The least and the greatest number of objects; 3 to 6 on a 4 x 4 grid and 1 to 4 on smaller ones
