@@ -30,6 +30,7 @@ SGL_FIELDS = (
     "early_exit_threshold",
     "consistency_retention_ratio",
     "consistency_reduction",
+    "score_draft",
     "verify_draft",
 )
 
@@ -292,6 +293,7 @@ BAD_VALUES = [
     *(("early_exit_threshold", value, THRESHOLD) for value in (-0.1, True, "0.5", math.nan, [0.5])),
     *(("consistency_retention_ratio", value, RATIO) for value in (0, 1.5, True, "0.05")),
     *(("consistency_reduction", value, REDUCTION) for value in ("mean", "", 1)),
+    *(("score_draft", value, SWITCH) for value in (0, 1, "yes")),
     *(("verify_draft", value, SWITCH) for value in (0, 1, "yes")),
 ]
 

@@ -110,6 +110,9 @@ class SGLGenerationConfig(GenerationConfig):
         consistency_reduction (`str`, *optional*, defaults to `"product"`): How the probabilities of an answer's tokens
             become one consistency: their `"product"`, as in the paper, or their `"geometric_mean"`, which does not
             punish long answers.
+        score_draft (`bool`, *optional*): Whether the small model's answer is scored, which takes one more pass of it.
+            By default where an early exit depends on it, and with `return_dict_in_generate`; with `False` only for an
+            early exit.
         verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
             goes on behind what it agrees with. What it writes stays the same. By default wherever the small model has
             answered; with `True` it answers for this even where nothing is pruned; with `False` never.
@@ -193,6 +196,7 @@ class SGLGenerationConfig(GenerationConfig):
             "early_exit_threshold": None,
             "consistency_retention_ratio": 0.05,
             "consistency_reduction": "product",
+            "score_draft": None,
             "verify_draft": None,
         }
 
@@ -278,8 +282,10 @@ class SGLGenerationConfig(GenerationConfig):
                 f"`early_exit_threshold` is {threshold!r}, but it is compared with scores between 0 and 1: pass a "
                 "number of 0 or more, or None never to exit early."
             )
-        if self.verify_draft is not None and not isinstance(self.verify_draft, bool):
-            raise ValueError(f"`verify_draft` is {self.verify_draft!r}: pass True, False or None.")
+        for name in ("score_draft", "verify_draft"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r}: pass True, False or None.")
         if self.min_tokens_per_image is not None and not _is_count(self.min_tokens_per_image, at_least=0):
             raise ValueError(
                 f"`min_tokens_per_image` is {self.min_tokens_per_image!r}: pass a whole number of 1 or more, or 0 to "

@@ -218,7 +218,8 @@ def generate(
             small_tokens,
             settings,
             ranks=bool(processors),
-            scores=may_exit or bool(settings.return_dict_in_generate),
+            scores=may_exit
+            or bool(settings.return_dict_in_generate if settings.score_draft is None else settings.score_draft),
             **draft_settings,
         ).to(prompts.device)
     if guidance.importance is not None:
