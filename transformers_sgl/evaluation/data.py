@@ -403,7 +403,8 @@ def _found_columns(rows: Any, columns: Mapping[str, str], name: str) -> dict[str
 
 
 def _row_sample(rows: Any, place: int, named: Mapping[str, str], folder: Path, where: str) -> Sample:
-    row = {ours: rows[place][theirs] for ours, theirs in named.items()}
+    found = rows[place]
+    row = {ours: found[theirs] for ours, theirs in named.items()}
     choices = _row_choices(row.get("choices"), named.get("choices", ""), where)
     image, image_id = _row_image(row["image"], named["image"], folder, where)
     return _checked_choices(
