@@ -13,17 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import SGLGenerationConfig
 from transformers_sgl.evaluation import Scenes, calibration_run
-from transformers_sgl.evaluation.calibration_run import (
-    Record,
-    Sample,
-    is_right,
-    read_samples,
-    run_facts,
-    run_samples,
-    write_atomically,
-)
-
-# --------------------------------------------------------------------------------------------------------------- data
+from transformers_sgl.evaluation.calibration_run import Record, run_facts, run_samples, write_atomically
+from transformers_sgl.evaluation.data import Sample, read_samples
 
 
 @pytest.fixture
@@ -37,79 +28,6 @@ def picture(tmp_path: Path) -> Path:
 def write_lines(path: Path, *lines: Any) -> Path:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
     return path
-
-
-class TestData:
-    good: ClassVar = {"image": "images/dot.png", "question": "what is it?", "answer": "a dot"}
-
-    def test_paths_start_from_the_file_or_are_absolute(self, tmp_path: Path, picture: Path) -> None:
-        several = {"image": str(picture), "question": "wo?\u2028", "answers": ["hier", "da"]}
-        first, second = read_samples(write_lines(tmp_path / "data.jsonl", self.good, "", several))
-        assert (first.image.resolve(), first.question, first.answers) == (picture, "what is it?", ("a dot",))
-        assert (second.image, second.question, second.answers) == (picture, "wo?\u2028", ("hier", "da"))
-
-    @pytest.mark.parametrize(
-        ("line", "message"),
-        [
-            ("{", "this is no JSON"),
-            ('["image"]', "this is no JSON object"),
-            ({"question": "?", "answer": "a"}, "the field `image` is missing"),
-            ({**good, "image": 3}, "`image` is 3; give a string"),
-            ({"image": "images/dot.png", "answer": "a"}, "the field `question` is missing"),
-            ({**good, "question": " "}, "`question` is ' '; give a string"),
-            ({"image": "images/dot.png", "question": "?"}, "the field `answers` is missing"),
-            ({**good, "answers": ["a"]}, "both `answers` and `answer` are given"),
-            ({**good, "answer": ["a"]}, r"`answer` is \['a'\]; give a string"),
-            ({"image": "images/dot.png", "question": "?", "answers": []}, r"`answers` is \[\]; give a list"),
-            ({"image": "images/dot.png", "question": "?", "answers": "a"}, "`answers` is 'a'; give a list"),
-            ({"image": "images/dot.png", "question": "?", "answers": ["a", 1]}, r"`answers` is \['a', 1\]"),
-        ],
-    )
-    def test_a_malformed_line_is_named(self, tmp_path: Path, picture: Path, line: Any, message: str) -> None:
-        path = write_lines(tmp_path / "data.jsonl", self.good, line)
-        with pytest.raises(ValueError, match=f"data.jsonl', line 2: {message}"):
-            read_samples(path)
-
-    def test_a_missing_image_is_named(self, tmp_path: Path, picture: Path) -> None:
-        path = write_lines(tmp_path / "data.jsonl", self.good, {**self.good, "image": "no.png"})
-        with pytest.raises(OSError, match="data.jsonl', line 2: `image` names .*no.png', but there is no such file"):
-            read_samples(path)
-
-    def test_what_is_no_image_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "text.png").write_text("no picture")
-        path = write_lines(tmp_path / "data.jsonl", {**self.good, "image": "text.png"})
-        with pytest.raises(OSError, match="data.jsonl', line 1: .* which cannot be read as an image"):
-            read_samples(path)
-
-    def test_there_must_be_data(self, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match="There is no data file"):
-            read_samples(tmp_path / "data.jsonl")
-        with pytest.raises(ValueError, match="is empty"):
-            read_samples(write_lines(tmp_path / "data.jsonl", ""))
-        (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe{")
-        with pytest.raises(ValueError, match="is not UTF-8 text"):
-            read_samples(tmp_path / "data.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        ("red", True),
-        (" RED\n", True),
-        ("Red.", True),
-        ("red .", True),
-        ("dark \t blue", True),
-        ("red..", False),
-        ("red!", False),
-        ("darkblue", False),
-        ("", False),
-    ],
-)
-def test_answers_are_compared_without_case_space_and_full_stop(answer: str, right: bool) -> None:
-    assert is_right(answer, ["Dark  Blue.", "red"]) is right
-
-
-# ---------------------------------------------------------------------------------------------------------------- run
 
 
 class FakeInputs(dict[str, Any]):
@@ -181,6 +99,24 @@ class TestRun:
         assert [r.index for r in records if not r.complete] == [0, 4, 8]
         lines = (tmp_path / "out" / "deep" / "samples.jsonl").read_text().splitlines()
         assert [json.loads(line)["decision_score"] for line in lines] == [r.decision_score for r in records]
+
+    def test_a_choice_is_offered_and_may_be_made_by_its_letter(self, tmp_path: Path, picture: Path) -> None:
+        prompts = []
+
+        class ChoosingPair(FakePair):
+            def apply_chat_template(self, chats: list[Any], **kwargs: Any) -> FakeInputs:
+                prompts.extend(chat[0]["content"][1]["text"] for chat in chats)
+                return FakeInputs(input_ids=torch.tensor([[2]]))
+
+            def batch_decode(self, sequences: torch.Tensor, **kwargs: Any) -> list[str]:
+                return ["B. a dot" if row[0] == 2 else "A" for row in sequences.tolist()]
+
+        line = {"image": "images/dot.png", "question": "what?", "answer": "B", "choices": ["a line", "a dot"]}
+        (record,) = self.run(
+            ChoosingPair(), read_samples(write_lines(tmp_path / "data.jsonl", line)), tmp_path / "out"
+        )
+        assert (record.large_right, record.draft_right) == (True, False)
+        assert set(prompts) == {"what?\nA. a line\nB. a dot"}
 
     def test_a_batch_is_on_disk_before_the_next_one_begins(
         self, tmp_path: Path, ten_samples: list[Sample], monkeypatch: pytest.MonkeyPatch

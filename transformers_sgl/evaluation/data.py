@@ -25,9 +25,10 @@ from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from transformers_sgl.evaluation.easy_vqa import load_easy_vqa
+from transformers_sgl.evaluation.metrics import choice_accuracy
 from transformers_sgl.evaluation.scenes import Scenes
 
 __all__ = ["Sample", "load_samples", "read_samples"]
@@ -135,9 +136,9 @@ def load_samples(
         ```python
         >>> from transformers_sgl.evaluation.data import load_samples
 
-        >>> [sample] = load_samples("easy-vqa", limit=1)
+        >>> sample = load_samples("easy-vqa")[0]
         >>> sample.question, sample.answers, sample.image_id
-        ('is there no circle?', ('no',), 'easy-vqa/test/510')
+        ('what is the red shape?', ('triangle',), 'easy-vqa/test/0')
 
         ```
     """
@@ -264,14 +265,16 @@ def _read_sample(line: str, folder: Path, where: str) -> Sample:
         raise ValueError(f"{where}: {problem}; give `answers`, a list of strings, or `answer`, one string.")
     answers = [_text(fields, "answer", where)] if "answer" in fields else _texts(fields, "answers", where)
     image = folder / _text(fields, "image", where)  # an absolute path stays what it is
-    return Sample(
-        image=image,
-        question=_text(fields, "question", where),
-        answers=tuple(answers),
-        choices=_checked_choices(_texts(fields, "choices", where) if "choices" in fields else [], "choices", where),
-        kind=_text(fields, "kind", where) if "kind" in fields else "",
-        image_id=str(image.resolve()),
-        where=where,
+    return _checked_choices(
+        Sample(
+            image=image,
+            question=_text(fields, "question", where),
+            answers=tuple(answers),
+            choices=tuple(_texts(fields, "choices", where)) if "choices" in fields else (),
+            kind=_text(fields, "kind", where) if "kind" in fields else "",
+            image_id=str(image.resolve()),
+            where=where,
+        )
     )
 
 
@@ -291,13 +294,14 @@ def _texts(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
     return values
 
 
-def _checked_choices(choices: Sequence[str], name: str, where: str) -> tuple[str, ...]:
-    if len(choices) > len(ascii_uppercase):
-        raise ValueError(
-            f"{where}: `{name}` has {len(choices)} choices; give {len(ascii_uppercase)} at the most, so that there is "
-            "a letter for each."
-        )
-    return tuple(choices)
+def _checked_choices(sample: Sample) -> Sample:
+    """The sample, if its right answers are among its choices, where it has any."""
+    if sample.choices:
+        try:
+            choice_accuracy("", sample.answers, sample.choices)
+        except ValueError as error:
+            raise ValueError(f"{sample.where}: {error}") from error
+    return sample
 
 
 def _check_image(path: Path, where: str) -> None:
@@ -320,7 +324,8 @@ def _unreadable(image: object, where: str, error: Exception) -> OSError:
             f"{where}: `image` names {str(image)!r}, which cannot be read as an image ({error}); replace it or leave "
             "the line out."
         )
-    return OSError(f"{where}: the image cannot be read ({error}); replace it or leave the row out.")
+    reason = "it is none" if isinstance(error, UnidentifiedImageError) else error  # whose text names an address
+    return OSError(f"{where}: the image cannot be read ({reason}); replace it or leave the row out.")
 
 
 # ------------------------------------------------------------------------------------------------ the datasets library
@@ -364,7 +369,7 @@ def _open_data_set(datasets: Any, name: str, source: str, split: str) -> Any:
                     "there is no such file or folder; give org/dataset:split for a data set of the Hugging Face Hub"
                 )
             return datasets.load_dataset(f"{organisation}/{repository}", config or None, split=split)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         reason = " ".join(str(error).split()).removesuffix(".")
         raise kind(f"The data set {name!r} cannot be loaded: {reason}.") from error
@@ -398,27 +403,30 @@ def _found_columns(rows: Any, columns: Mapping[str, str], name: str) -> dict[str
 
 
 def _row_sample(rows: Any, place: int, named: Mapping[str, str], folder: Path, where: str) -> Sample:
-    row = rows[place]
-    choices: tuple[str, ...] = ()
-    if "choices" in named and row[named["choices"]] is not None:
-        texts = [choice for choice in _as_list(row[named["choices"]]) if choice is not None]
-        if not all(isinstance(choice, str) and choice.strip() for choice in texts):
-            raise ValueError(
-                f"{where}: column `{named['choices']}` is {texts!r}; `choices` must be a list of strings, none of "
-                "them blank."
-            )
-        choices = _checked_choices(texts, named["choices"], where)
-    kind = row[named["kind"]] if "kind" in named else None
-    image, image_id = _row_image(row[named["image"]], named["image"], folder, where)
-    return Sample(
-        image=image or partial(_fetch_image, rows, place, named["image"]),
-        question=_row_question(row[named["question"]], named["question"], where),
-        answers=_row_answers(row[named["answers"]], choices, named["answers"], where),
-        choices=choices,
-        kind="" if kind is None else str(kind),
-        image_id=image_id,
-        where=where,
+    found = rows[place]
+    row = {ours: found[theirs] for ours, theirs in named.items()}
+    choices = _row_choices(row.get("choices"), named.get("choices", ""), where)
+    image, image_id = _row_image(row["image"], named["image"], folder, where)
+    return _checked_choices(
+        Sample(
+            image=image or partial(_fetch_image, rows, place, named["image"]),
+            question=_row_question(row["question"], named["question"], where),
+            answers=_row_answers(row["answers"], choices, named["answers"], where),
+            choices=choices,
+            kind="" if row.get("kind") is None else str(row["kind"]),
+            image_id=image_id,
+            where=where,
+        )
     )
+
+
+def _row_choices(value: Any, column: str, where: str) -> tuple[str, ...]:
+    choices = [] if value is None else value
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ValueError(
+            f"{where}: column `{column}` is {value!r}; `choices` must be a list of strings, none of them blank."
+        )
+    return tuple(choices)
 
 
 def _row_question(value: Any, column: str, where: str) -> str:
@@ -428,35 +436,29 @@ def _row_question(value: Any, column: str, where: str) -> str:
 
 
 def _row_answers(value: Any, choices: Sequence[str], column: str, where: str) -> tuple[str, ...]:
-    """The answers as strings; where there are choices, a number is the index of one."""
-    answers: list[str] = []
-    for found in _as_list(value):
-        item: Any = found.get("answer") if isinstance(found, dict) else found
-        is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
-        if choices and (is_number or (isinstance(item, str) and item.isdecimal() and item not in choices)):
-            if int(item) != float(item) or not 0 <= int(item) < len(choices):
-                raise ValueError(
-                    f"{where}: column `{column}` is {value!r}, which is the index of none of the {len(choices)} "
-                    "choices, counted from 0; correct it or leave the row out."
-                )
-            item = ascii_uppercase[int(item)]
-        elif is_number:
-            item = str(item)
-        if not isinstance(item, str):
-            answers.clear()
+    """The answers as strings; where there are choices, a whole number that is none of them is the index of one."""
+    answers = []
+    for item in value if isinstance(value, list) else [value]:
+        answer = item.get("answer") if isinstance(item, dict) else item
+        if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+            answer = str(answer)
+        if not isinstance(answer, str):
             break
-        answers.append(item)
-    # One of ten people may have answered nothing.
-    if not any(answer.strip() for answer in answers):
-        raise ValueError(
-            f"{where}: column `{column}` is {value!r}; `answers` must be a string that is not blank, a list of such "
-            "strings, or a list of objects with `answer`; where there are choices also an index."
-        )
-    return tuple(answers)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+        if choices and answer.isdecimal() and answer not in choices:
+            if int(answer) >= len(choices):
+                raise ValueError(
+                    f"{where}: column `{column}` is {value!r}, but there are {len(choices)} choices, counted from 0; "
+                    "correct it or leave the row out."
+                )
+            answer = ascii_uppercase[int(answer)]
+        answers.append(answer)
+    else:
+        if any(map(str.strip, answers)):  # of ten people one may have answered nothing
+            return tuple(answers)
+    raise ValueError(
+        f"{where}: column `{column}` is {value!r}; `answers` must be a string that is not blank, a list of such "
+        "strings, or a list of objects with `answer`; where there are choices also the index of one."
+    )
 
 
 def _row_image(value: Any, column: str, folder: Path, where: str) -> tuple[Path | None, str]:
@@ -472,7 +474,8 @@ def _row_image(value: Any, column: str, folder: Path, where: str) -> tuple[Path 
     if path is None:
         found = "empty" if value is None else f"of type {type(value).__name__}"
         raise ValueError(
-            f"{where}: column `{column}` is {found}; `image` must be one image, its bytes, or the path of its file."
+            f"{where}: column `{column}` is {found}; `image` must be one image, its bytes, or the path of its file; "
+            "name another column or leave the row out."
         )
     _check_image(folder / path, where)
     return folder / path, str((folder / path).resolve())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from string import ascii_uppercase
+from string import ascii_uppercase, punctuation
 
 __all__ = [
     "METRICS",
@@ -328,10 +328,10 @@ _ANOTHER_LETTER = re.compile(r"[).:]*\s*(?:/|,|&|\bor\b|\band\b)\s*\(?[A-Z]\b(?!
 
 def _chosen(answer: str, texts: Sequence[str]) -> int | None:
     """Which choice was made, as an index; `None` for none."""
-    answer = re.sub(r"[*`]", "", answer).strip()  # Markdown's emphasis
     index = _alone(answer, texts)
     if index is not None:
         return index
+    answer = re.sub(r"[*`]", "", answer).strip()  # Markdown's emphasis
     for declaration in reversed([*_DECLARATION.finditer(answer)]):
         rest = answer[declaration.end() :]
         index = _leading(rest, texts, _LETTER, _LETTER_THEN_WORD)
@@ -345,8 +345,9 @@ def _chosen(answer: str, texts: Sequence[str]) -> int | None:
 def _alone(answer: str, texts: Sequence[str]) -> int | None:
     """The choice whose letter or text is the whole answer."""
     answer = _normalised(answer)
-    letter = answer.strip("().: ").upper()
-    if len(letter) == 1 and letter in ascii_uppercase[: len(texts)]:
+    letter = answer.strip(punctuation + " ").upper()
+    # Marks belong to a letter only if they make no text, as in C++.
+    if len(letter) == 1 and letter in ascii_uppercase[: len(texts)] and (len(answer) == 1 or answer not in texts):
         return ascii_uppercase.index(letter)
     return texts.index(answer) if answer in texts else None
 
