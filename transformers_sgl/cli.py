@@ -428,6 +428,143 @@ def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
+# ----------------------------------------------------------------------------------------------------------- evaluate
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare guided pruning with other methods on questions with known answers",
+        description="Lets every method answer every question, and tells accuracy, retention, operations, time and "
+        "memory, with intervals and tests against the large model alone.",
+        epilog="Methods: large, small, sgp, sgl, random, fastv, oracle, divprune, divprune-late, downsample, "
+        "sgp-last, sgp-prompt, sgp-generated, sgp-10%%, sgp-30%%, sgp-50%%, sgp-70%%. A run that was stopped goes on "
+        "when the same command is given again. Under `accelerate launch` or `torchrun` processes share the work.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a saved pair: a folder or a Hub repository")
+    parser.add_argument(
+        "--data",
+        metavar="DATA",
+        required=True,
+        help="easy-vqa, scenes, a file of JSON lines, or a data set such as org/name:split",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="other questions, on which the method sgl chooses its threshold (default: another split of easy-vqa and "
+        "scenes)",
+    )
+    parser.add_argument("--methods", metavar="M,...", help="some of those listed below (default: all)")
+    parser.add_argument(
+        "--retention",
+        metavar="R,...",
+        default="0.64,0.35,0.09",
+        help="average retentions, as fractions (0.64,0.35,0.09)",
+    )
+    parser.add_argument(
+        "--metric",
+        default="exact_match",
+        help="how answers are scored: exact_match (default), vqa_accuracy, anls, relaxed_accuracy or choice_accuracy",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for records, tables and figure")
+    parser.add_argument(
+        "--columns", metavar="OURS=THEIRS,...", help="what a data set calls image, question, answers, choices, kind"
+    )
+    parser.add_argument("--limit", metavar="N", type=int, help="questions at the most, drawn at random (default: all)")
+    parser.add_argument(
+        "--calibration-limit", metavar="N", type=int, default=2000, help="calibration questions at the most (2000)"
+    )
+    parser.add_argument(
+        "--keep-accuracy",
+        metavar="A",
+        type=float,
+        default=0.99,
+        help="for sgl: fraction of the large model's right answers that stay right (0.99)",
+    )
+    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="questions answered at once (8)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="what everything random is drawn from (0)")
+    _add_model_options(parser)
+    parser.set_defaults(carry_out=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from transformers_sgl.evaluation import evaluation_report, evaluation_run
+    from transformers_sgl.evaluation.data import load_samples
+    from transformers_sgl.evaluation.methods import METHODS, SGL, Pair, find_method
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+    # 1. What can be wrong is looked at before the models are loaded.
+    SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
+    for name in ("batch_size", "calibration_limit"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(arguments, name)}: pass a whole number of 1 or more.")
+    if arguments.seed < 0:
+        raise ValueError(f"`seed` is {arguments.seed}: pass a whole number of 0 or more.")
+    evaluation_report.check_packages()
+    _check_writable_folder(arguments.out)
+    methods = {name: find_method(name) for name in (arguments.methods or ",".join(METHODS)).split(",")}
+    retentions = evaluation_run.read_retentions(arguments.retention)
+    columns = _columns(arguments.columns)
+    draw: dict[str, Any] = {"columns": columns, "seed": arguments.seed}
+    samples = load_samples(arguments.data, limit=arguments.limit, **draw)
+    evaluation_run.check_scorable(samples, arguments.metric)
+    calibration = []
+    if "sgl" in methods:
+        name = arguments.calibration or evaluation_run.other_split(arguments.data)
+        calibration = load_samples(name, limit=arguments.calibration_limit, **draw)
+        evaluation_run.check_scorable(calibration, arguments.metric)
+        evaluation_run.check_disjoint(samples, calibration)
+
+    # 2. Every method answers everything; what an earlier call has done is not done again.
+    processes = PartialState()
+    device = str(processes.device) if processes.num_processes > 1 else arguments.device
+    model, processor = _load_pair(arguments.model, arguments.dtype, device)
+    pair = Pair(model, processor, arguments.max_new_tokens, arguments.seed)
+    shared = {"metric_name": arguments.metric, "batch_size": arguments.batch_size}
+    asked = {**shared, "seed": arguments.seed, "max_new_tokens": arguments.max_new_tokens}
+
+    def facts(samples: Any, runs: Any, **more: Any) -> dict[str, Any]:
+        return evaluation_run.evaluation_facts(model, arguments.model, samples, runs, **asked, **more)
+
+    thresholds: dict[float, float] = {}
+    if calibration:
+        thresholds = evaluation_run.choose_thresholds(
+            pair,
+            calibration,
+            retentions,
+            arguments.out / "calibration",
+            facts(calibration, []),
+            keep_accuracy=arguments.keep_accuracy,
+            num_evaluated=len(samples),
+            **shared,
+        )
+        methods["sgl"] = SGL(thresholds=thresholds)
+    runs = evaluation_run.plan(methods, retentions, pair.num_layers)
+    run_facts = facts(samples, runs, data=arguments.data, thresholds=[thresholds.get(r) for r in retentions])
+    results = evaluation_run.run_methods(pair, samples, runs, arguments.out, run_facts, **shared)
+
+    # 3. What came of it; one of several processes tells.
+    if processes.is_main_process:
+        costs = evaluation_run.measure_costs(pair, samples, runs, batch_size=arguments.batch_size)
+        report = evaluation_report.summarise(results, samples, runs, costs, run_facts)
+        speed = evaluation_report.summarise_speed(results, runs, costs, arguments, pair)
+        written = evaluation_report.write_report(report, speed, arguments.out)
+        print(evaluation_report.as_markdown(report, speed))
+        print(f"\nwritten: {', '.join(map(str, written))}")
+    processes.wait_for_everyone()
+
+
+def _columns(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise ValueError(f"--columns is {text!r}: write ours=theirs, separated by commas, such as image=picture.")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
 # -------------------------------------------------------------------------------------------------------------- serve
 
 
@@ -529,4 +666,4 @@ def _publication_as_text(publication: Any) -> str:
     return "\n".join([*lines, f"in all      {total:,} bytes in {len(publication.files)} files"])
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate, _add_serve, _add_publish)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate, _add_evaluate, _add_serve, _add_publish)

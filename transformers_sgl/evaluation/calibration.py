@@ -31,7 +31,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from transformers_sgl.evaluation.calibration_run import Record, write_atomically
+from transformers_sgl.evaluation.calibration_run import Record
+from transformers_sgl.evaluation.records import write_atomically
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
 __all__ = [

@@ -21,15 +21,14 @@ from tqdm import tqdm
 from transformers_sgl import __version__
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.metrics import choice_accuracy, exact_match
+from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
-__all__ = ["Record", "run_facts", "run_samples", "write_atomically"]
+__all__ = ["Record", "run_facts", "run_samples"]
 
 # Decision scores end at 1. A threshold above that never exits; unlike None it is not replaced by one that the pair
 # already has.
 _NEVER_EXIT = 2.0
-_FINGERPRINT_BYTES = 2**20
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def run_facts(model: Any, source: str, data: str | os.PathLike[str], max_new_tok
     folder = Path(source)
     return {
         "model": str(folder.resolve()) if folder.is_dir() else source,
-        "weights": _fingerprint(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
+        "weights": fingerprint(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
         "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
         "max_new_tokens": max_new_tokens,
         "dtype": [str(part.dtype) for part in (model.large, model.small)],
@@ -130,7 +129,7 @@ def run_samples(
     file = folder / "samples.jsonl"
     # A pair whose settings do not allow an early exit says so here, before all the work.
     model.generate(**_inputs(model, processor, samples[:1]), max_new_tokens=1, early_exit_threshold=0.0)
-    _claim(folder, facts)
+    claim(folder, facts)
     records = {record.index: record for record in _read_records(file, len(samples))}
     waiting = [index for index in range(len(samples)) if index not in records]
     try:
@@ -213,76 +212,13 @@ def _inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
     ).to(model.device, dtype=model.dtype)
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Makes the folder this run's, or raises if it is another's; nothing is touched then."""
-    cure = f"give another --out, or delete the folder {str(folder)!r}"
-    file = folder / "run.json"
-    if not file.exists():
-        if (folder / "samples.jsonl").exists():
-            raise ValueError(f"{str(folder)!r} holds records, but no run.json that says what they are of: {cure}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(facts, indent=2) + "\n")
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as the record of a run: {cure}.") from error
-    if different:
-        raise ValueError(
-            f"{str(folder)!r} holds the records of another run, which differs in {' and '.join(different)}: {cure}."
-        )
-
-
 def _read_records(file: Path, num_samples: int) -> Iterator[Record]:
     """The records of an earlier call. A last line that was cut off is taken away; its sample is run again."""
-    if not file.exists():
-        return
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, fields in read_lines(file):
         try:
-            record = Record(**json.loads(line))
+            record = Record(**fields)
             if not 0 <= record.index < num_samples:
                 raise ValueError(f"there is no sample {record.index}")
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{str(file)!r}, line {number}: this is no record of a sample ({error}); delete the folder "
-                f"{str(file.parent)!r} to run all samples again."
-            ) from error
+            raise not_a_record(file, number, error) from error
         yield record
-
-
-def _fingerprint(folder: Path) -> str:
-    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that nobody, whatever happens, ever sees half of it.
-
-    Args:
-        path (`Path`): The file; replaced if it exists.
-        text (`str`): What it shall hold.
-
-    Raises:
-        OSError: If it cannot be written; the old file is then still there.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Cost: what a method's answers take beside time, counted on a few batches that are not timed.
 
 Floating-point operations are counted by PyTorch's own counter while the method runs, so everything is in the count:
-both models and their vision encoders, recorded attention, the consistency pass, drafts that were rejected, padding. Its
-formula is `2 * m * k * n` for the product of an `(m, k)` and a `(k, n)` matrix, for convolutions likewise, and
+both models and their vision encoders, recorded attention, the consistency pass, drafts that were rejected, padding.
+Its formula is `2 * m * k * n` for the product of an `(m, k)` and a `(k, n)` matrix, for convolutions likewise, and
 `2 * queries * keys * (key width + value width)` for each head of an attention, masked or not.
 
 Peak memory holds the weights of both models, whichever runs: on CUDA devices what PyTorch allocated, elsewhere (Linux)

@@ -1,9 +1,16 @@
-"""What every measurement says about itself: where, when, with what."""
+"""Records: what every measurement says about itself, and files that survive a run that is cut off.
+
+A run owns a folder. `run.json` says what its records depend on, so that those of another run are never mixed in; the
+records are JSON lines, each written whole or not at all, so that a run goes on where it was.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,7 +18,10 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["measurement_record"]
+__all__ = ["claim", "fingerprint", "measurement_record", "not_a_record", "read_lines", "write_atomically"]
+
+_FINGERPRINT_BYTES = 2**20
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -44,6 +54,121 @@ def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[st
     }
     date = datetime.now(timezone.utc).date().isoformat()
     return {"machine": machine, "versions": versions, "seed": seed, "date": date}
+
+
+def claim(folder: Path, facts: dict[str, Any]) -> None:
+    """Makes the folder this run's, or raises if it is another's; nothing is touched then.
+
+    Args:
+        folder (`Path`): The folder; made if it does not exist.
+        facts (`dict`): What the records depend on, ready for JSON.
+
+    Raises:
+        OSError: If the folder cannot be written.
+        ValueError: If it holds the records of another run.
+    """
+    cure = f"give another --out, or delete the folder {str(folder)!r}"
+    file = folder / "run.json"
+    if not file.exists():
+        if (folder / "samples.jsonl").exists():
+            raise ValueError(f"{str(folder)!r} holds records, but no run.json that says what they are of: {cure}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(facts, indent=2) + "\n")
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as the record of a run: {cure}.") from error
+    if different:
+        raise ValueError(
+            f"{str(folder)!r} holds the records of another run, which differs in {' and '.join(different)}: {cure}."
+        )
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of an earlier call. A last line that was cut off is taken away; its sample is run again.
+
+    Args:
+        file (`Path`): A file of JSON lines; if there is none, there are no records.
+
+    Yields:
+        `tuple[int, dict]`: The line's number, from 1, and what it holds.
+
+    Raises:
+        ValueError: If a line is no JSON object.
+    """
+    if not file.exists():
+        return
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise ValueError("it is no JSON object")
+        except ValueError as error:
+            raise not_a_record(file, number, error) from error
+        yield number, fields
+
+
+def not_a_record(file: Path, number: int, error: Exception) -> ValueError:
+    """What to raise where a line is not what the run writes.
+
+    Args:
+        file (`Path`): The file.
+        number (`int`): The line's number.
+        error (`Exception`): What is wrong with it.
+
+    Returns:
+        `ValueError`: The sentence, with its cure.
+    """
+    return ValueError(
+        f"{str(file)!r}, line {number}: this is no record of a sample ({error}); delete the folder "
+        f"{str(file.parent)!r} to run all samples again."
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends.
+
+    Args:
+        folder (`Path`): The pair's folder.
+
+    Returns:
+        `str`: A SHA-256 digest.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that nobody, whatever happens, ever sees half of it.
+
+    Args:
+        path (`Path`): The file; replaced if it exists.
+        text (`str`): What it shall hold.
+
+    Raises:
+        OSError: If it cannot be written; the old file is then still there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _processor_name() -> str:

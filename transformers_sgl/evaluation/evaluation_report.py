@@ -1,0 +1,5 @@
+"""Placeholder while the run is tried."""
+
+
+def check_packages() -> None:
+    """Nothing yet."""
