@@ -438,7 +438,7 @@ def _add_evaluate(commands: Any) -> None:
         description="Lets every method answer every question, and tells accuracy, retention, operations, time and "
         "memory, with intervals and tests against the large model alone.",
         epilog="Methods: large, small, sgp, sgl, random, fastv, oracle, divprune, divprune-late, downsample, "
-        "sgp-last, sgp-prompt, sgp-generated, sgp-10%%, sgp-30%%, sgp-50%%, sgp-70%%. A run that was stopped goes on "
+        "sgp-last, sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%. A run that was stopped goes on "
         "when the same command is given again. Under `accelerate launch` or `torchrun` processes share the work.",
     )
     parser.add_argument("model", metavar="MODEL", help="a saved pair: a folder or a Hub repository")
@@ -549,7 +549,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if processes.is_main_process:
         costs = evaluation_run.measure_costs(pair, samples, runs, batch_size=arguments.batch_size)
         report = evaluation_report.summarise(results, samples, runs, costs, run_facts)
-        speed = evaluation_report.summarise_speed(results, runs, costs, arguments, pair)
+        speed = evaluation_report.summarise_speed(results, samples, runs, costs, run_facts, model.device)
         written = evaluation_report.write_report(report, speed, arguments.out)
         print(evaluation_report.as_markdown(report, speed))
         print(f"\nwritten: {', '.join(map(str, written))}")

@@ -379,8 +379,9 @@ def choose_thresholds(
     """
     promise = KeepAccuracy(keep_accuracy)
     runs = plan({"sgp": SGP(scores_draft=True)}, retentions, pair.num_layers)
-    options = {"metric_name": metric_name, "batch_size": batch_size, "title": "calibrate"}
-    results = run_methods(pair, samples, runs, folder, facts, **options)
+    results = run_methods(
+        pair, samples, runs, folder, facts, metric_name=metric_name, batch_size=batch_size, title="calibrate"
+    )
     thresholds = {}
     for average in retentions:
         found = [result for result in results if result.average_retention == average]
