@@ -1,6 +1,6 @@
 """A pair as a model of lmms-eval, the harness that holds the field's benchmarks.
 
-lmms-eval finds `manifest` through the entry point that `setup.cfg` declares and calls the model `sgl`:
+lmms-eval finds it through an entry point of this package and `lmms_eval_manifest`, and calls it `sgl`:
 
     python -m lmms_eval --model sgl --model_args pretrained=my-pair,preset=fast --tasks textvqa_val --batch_size 8
 
@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -32,12 +31,10 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.processing_sgl import SGLProcessor
 
-__all__ = ["SGLChatModel", "manifest"]
+__all__ = ["SGLChatModel"]
 
 # Below transformers' own logger, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
-
-manifest = ModelManifest(model_id="sgl", chat_class_path=f"{__name__}.SGLChatModel")
 
 _METHODS = ("pair", "large", "small")
 _PAIR_SETTINGS = vars(SGLGenerationConfig()).keys() - vars(GenerationConfig()).keys()
