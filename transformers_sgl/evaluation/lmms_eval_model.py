@@ -109,17 +109,18 @@ class SGLChatModel(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if device_map is not None and self._world_size > 1:
             raise ValueError(
-                f"`device_map` is {device_map!r}, but there are {self._world_size} processes, and each has a device of "
-                "its own: leave `device_map` out, or run one process."
+                f"`device_map` is {device_map!r}, but there are {self._world_size} processes, and each has a device "
+                "of its own: leave `device_map` out, or run one process."
             )
-        shares_devices = device is not None and self._world_size == 1
-        self.device = torch.device(device) if shares_devices else self.accelerator.device
+        self.device = self.accelerator.device
+        if device is not None and self._world_size == 1:
+            self.device = torch.device(device)
 
         place = {"": self.device} if device_map is None else device_map
         pair = SGLForConditionalGeneration.from_pretrained(pretrained, device_map=place, dtype=dtype, **kwargs)
         processor = SGLProcessor.from_pretrained(pretrained)
         # The only reference: lmms-eval frees the memory of what it finds here before a judge is loaded.
-        self.model = pair if method == "pair" else getattr(pair, method)
+        self.model: Any = pair if method == "pair" else getattr(pair, method)
         self.processor = processor if method == "pair" else getattr(processor, f"{method}_processor")
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -196,7 +197,9 @@ class SGLChatModel(lmms):
             messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
             kinds |= {part["type"] for message in messages for part in message["content"]}
             if "audio" in kinds:
-                raise ValueError(f"The task {task!r} holds audio, but a pair reads images and videos only: leave it out.")
+                raise ValueError(
+                    f"The task {task!r} holds audio, but a pair reads images and videos only: leave it out."
+                )
             conversations.append(messages)
         options: dict[str, Any] = {"padding": True, "padding_side": "left"}
         if "video" in kinds and self.num_frames is not None:
