@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, average_retention
-from transformers_sgl.generation_sgl import SGLGenerateOutput
 from transformers_sgl.guidance import guiding_layers, visual_tokens_of
 from transformers_sgl.importance_process import (
     ImportanceProcessorList,
@@ -267,7 +266,7 @@ def explain(
     # 3. The small model guides, and every layer is listened to. The consistency pass would be heard as well, so there
     # is none: it runs for `return_dict_in_generate` only.
     layers = guiding_layers(model.small, resolved)
-    queries = "last" if resolved.guidance_queries == "last" else "both"
+    queries: Literal["last", "both"] = "last" if resolved.guidance_queries == "last" else "both"
     with ExitStack() as stack:
         recorders = [
             stack.enter_context(AttentionRecorder(model.small, small_tokens, queries, [layer])) for layer in layers
@@ -275,19 +274,18 @@ def explain(
         model.generate(**inputs, **settings, retention_ratio=0.5, return_dict_in_generate=False)
 
     # 4. The large model answers at every setting.
-    guided, output = [], None
+    output: Any = None
+    guided = []
     for preset in PRESETS:
         output = model.generate(**inputs, **{**settings, **PRESETS[preset]}, return_dict_in_generate=True)
         guided.append(_guided_answer(preset, model, processor, output, inputs, tokens, oracle.importance, resolved))
-    assert output is not None
 
-    importance = output.importance[0].cpu().numpy()
     return Explanation(
         question=question,
         is_video=is_video,
         pictures=pictures,
         small_pictures=small_pictures,
-        importance=importance,
+        importance=output.importance[0].cpu().numpy(),
         oracle=oracle.importance[0].cpu().numpy(),
         importance_transfer=output.importance_transfer,
         layers=tuple(layers),
@@ -387,7 +385,7 @@ def _inputs(
 def _visual_tokens(model: SGLForConditionalGeneration, inputs: dict[str, Any]) -> tuple[VisualTokens, VisualTokens]:
     """The visual tokens of the large model's prompt and of the small model's."""
     plain, _ = split_boxes(inputs)
-    prompt = {name: plain[name] for name in ("input_ids", "attention_mask") if name in plain}
+    prompt: dict[str, Any] = {name: plain[name] for name in ("input_ids", "attention_mask") if name in plain}
     small = {name: plain.get(f"small_{name}", value) for name, value in prompt.items()}
     return visual_tokens_of(model.large.config, prompt), visual_tokens_of(model.small.config, small)
 
@@ -405,13 +403,12 @@ def _guided_answer(
     preset: str,
     model: SGLForConditionalGeneration,
     processor: SGLProcessor,
-    output: SGLGenerateOutput,
+    output: Any,
     inputs: dict[str, Any],
     tokens: VisualTokens,
     oracle: Tensor,
     settings: SGLGenerationConfig,
 ) -> GuidedAnswer:
-    assert output.keep_mask is not None and output.prune_layer is not None
     ratio = PRESETS[preset]["retention_ratio"]
     processors = ImportanceProcessorList([RetentionRatioProcessor(ratio)])
     if settings.min_tokens_per_image > 0:
@@ -431,10 +428,8 @@ def _guided_answer(
 
 def _layer_importance(recorders: Sequence[AttentionRecorder], queries: str) -> Array:
     """What each layer contributes to the map of the wanted queries, `(num_layers, num_small_tokens)`."""
-    prompt, generated = (
-        torch.cat([getattr(recorder, name) for recorder in recorders]).cpu().numpy()
-        for name in ("prompt_importance", "generated_importance")
-    )
+    prompt = torch.cat([recorder.prompt_importance for recorder in recorders]).cpu().numpy()
+    generated = torch.cat([recorder.generated_importance for recorder in recorders]).cpu().numpy()
     wanted = {"prompt": prompt, "last": prompt, "generated": generated}.get(queries)
     # As in guidance: without queries of the wanted kind, the others rank.
     return prompt + generated if wanted is None or not wanted.any() else wanted

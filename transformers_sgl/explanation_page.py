@@ -30,6 +30,7 @@ __all__ = ["html_page", "png_page", "save_pages"]
 _SINGLE_PX, _ONE_OF_MANY_PX, _LAYER_PX = 448, 256, 256
 _FRAMES_PER_ROW = 4
 _JPEG_QUALITY = 88
+_NOTHING = "(nothing)"
 
 # ---------------------------------------------------------------------------------------------------- what a page says
 
@@ -123,13 +124,16 @@ def _sections(explanation: Explanation) -> Iterator[_Section]:
     yield _Section(
         "Where the models looked",
         "Attention that each visual token receives, summed over layers, heads and text tokens, as a multiple of the "
-        "mean token's. The oracle is the large model's own map, recorded while it answered unpruned. "
-        + _about_thumbnails(explanation.pictures),
+        "mean token's; the last colour begins at the 99th percentile. The oracle is the large model's own map, "
+        "recorded while it answered unpruned. " + _about_thumbnails(explanation.pictures),
         figures=[
             _Figure(
                 f"The {shown}",
                 f"The {shown} that the question is about",
-                _in_rows([[plain_panel(picture.image, side)] for picture in explanation.pictures]),
+                _in_rows(
+                    [[plain_panel(picture.image, side)] for picture in explanation.pictures],
+                    _has_thumbnails(explanation.pictures),
+                ),
                 [_size_line(explanation)],
             ),
             _map_figure(
@@ -150,7 +154,7 @@ def _sections(explanation: Explanation) -> Iterator[_Section]:
     )
     yield _Section(
         "What the large model kept",
-        "Dark, hatched tokens are dropped inside the large model. The presets are the paper's 64 %, 35 % and 9 % "
+        "Dark, hatched tokens are dropped inside the large model. The presets are the paper's 64%, 35% and 9% "
         f"average retention on 48 decoder layers; this large model has {explanation.num_large_layers}.",
         figures=[_kept_figure(explanation, guided, side) for guided in explanation.guided],
     )
@@ -170,7 +174,7 @@ def _sections(explanation: Explanation) -> Iterator[_Section]:
             _map_figure(f"Layer {layer}", explanation.small_pictures, values, _LAYER_PX if few else _LAYER_PX // 2, [])
             for layer, values in zip(explanation.layers, explanation.layer_importance, strict=True)
         ],
-        is_small=True,
+        is_small=few,
     )
 
 
@@ -181,12 +185,16 @@ def _size_line(explanation: Explanation) -> str:
     if len(explanation.pictures) == 1:
         return f"{width} x {height} pixels, {tokens}."
     first, last = explanation.pictures[0].name, explanation.pictures[-1].name
-    return f"From left to right, row by row: {first} to {last}, {tokens}."
+    return f"From {first} to {last}, {tokens}."
+
+
+def _has_thumbnails(pictures: Sequence[Picture]) -> bool:
+    return any(bool(picture.boxes.is_thumbnail.any()) for picture in pictures)
 
 
 def _about_thumbnails(pictures: Sequence[Picture]) -> str:
-    if any(picture.boxes.is_thumbnail.any() for picture in pictures):
-        return "The model sees the image as tiles (the larger picture) and as a thumbnail (the smaller one)."
+    if _has_thumbnails(pictures):
+        return "The model sees an image as tiles (the larger picture) and as a thumbnail (the smaller one)."
     return ""
 
 
@@ -200,7 +208,13 @@ def _map_figure(
         importance_panels(picture.image, picture.boxes, part, highest, side)
         for picture, part in zip(pictures, _split(relative, pictures), strict=True)
     ]
-    return _Figure(title, f"{title}: {_strongest(relative, pictures)}", _in_rows(panels), lines, highest)
+    return _Figure(
+        title,
+        f"{title}: {_strongest(relative, pictures)}",
+        _in_rows(panels, _has_thumbnails(pictures)),
+        lines,
+        highest,
+    )
 
 
 def _kept_figure(explanation: Explanation, guided: GuidedAnswer, side: int) -> _Figure:
@@ -214,7 +228,12 @@ def _kept_figure(explanation: Explanation, guided: GuidedAnswer, side: int) -> _
     by_chance = f"{guided.num_kept / total:.0%}"
     overlap = f"{guided.oracle_overlap:.0%} of them are among those that the oracle map keeps (by chance {by_chance})."
     title = f"{guided.preset.capitalize()}: {guided.average_retention:.0%}"
-    return _Figure(title, f"Kept at {title}: {kept}", _in_rows(panels), [kept, overlap, f"Answer: {guided.answer}"])
+    return _Figure(
+        title,
+        f"Kept at {title}: {kept}",
+        _in_rows(panels, _has_thumbnails(explanation.pictures)),
+        [kept, overlap, f"Answer: {guided.answer or _NOTHING}"],
+    )
 
 
 def _strongest(relative: npt.NDArray[np.float32], pictures: Sequence[Picture]) -> str:
@@ -235,9 +254,9 @@ def _split(values: npt.NDArray[np.generic], pictures: Sequence[Picture]) -> list
     return np.split(values, np.cumsum([len(picture.boxes) for picture in pictures])[:-1])
 
 
-def _in_rows(panels: list[list[Image.Image]]) -> list[list[Image.Image]]:
-    """The panels of one picture in a row; those of several pictures in rows of some."""
-    if any(len(of_picture) > 1 for of_picture in panels) or len(panels) == 1:
+def _in_rows(panels: list[list[Image.Image]], one_per_row: bool) -> list[list[Image.Image]]:
+    """The panels of every picture in a row of their own, or those of some pictures together."""
+    if one_per_row:
         return panels
     flat = [panel for of_picture in panels for panel in of_picture]
     return [flat[start : start + _FRAMES_PER_ROW] for start in range(0, len(flat), _FRAMES_PER_ROW)]
@@ -248,7 +267,7 @@ def _number(value: float) -> str:
 
 
 def _highest(value: float) -> str:
-    return f"{value:.1f} x mean or more"
+    return f"{value:.1f} x mean"
 
 
 def _subtitle(explanation: Explanation) -> str:
@@ -261,6 +280,7 @@ def _subtitle(explanation: Explanation) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- HTML
 
+_HTML_GAP_PX = 4
 _SCALE_CSS = ", ".join("#" + "".join(f"{int(channel):02x}" for channel in colour) for colour in HEAT_COLOURS)
 _STYLE = f"""
 :root {{ color-scheme: light dark; --ink: #1b1b1f; --soft: #5b5b66; --page: #fff; --line: #d9d9e0; --bar: #2c728e; }}
@@ -284,18 +304,19 @@ dd {{ margin: 0; white-space: pre-wrap; }}
   margin-top: 1rem; align-items: start; }}
 .figures.small {{ grid-template-columns: repeat(auto-fill, minmax(min(12rem, 44%), 1fr)); gap: 1rem; }}
 figure {{ margin: 0; min-width: 0; }}
-.row {{ display: flex; gap: 4px; align-items: flex-end; margin-bottom: 4px; }}
-.row img {{ display: block; height: auto; max-height: 80vh; min-width: 1px; object-fit: contain;
+.row {{ display: flex; gap: {_HTML_GAP_PX}px; align-items: flex-end; margin-bottom: {_HTML_GAP_PX}px; }}
+.row img {{ display: block; height: auto; max-height: 32rem; min-width: 1px; object-fit: contain;
   object-position: left; }}
 figcaption {{ font-size: 0.9rem; line-height: 1.4; }}
 figcaption p {{ white-space: pre-wrap; }}
-.scale {{ display: flex; gap: 0.5rem; align-items: center; font-size: 0.8rem; color: var(--soft); }}
+.scale {{ display: flex; gap: 0.5rem; align-items: center; font-size: 0.8rem; color: var(--soft);
+  white-space: nowrap; }}
 .scale span:nth-child(2) {{ flex: 0 1 7rem; height: 0.6rem; background: linear-gradient(90deg, {_SCALE_CSS}); }}
 @media (max-width: 40rem) {{
   dl {{ grid-template-columns: 1fr; gap: 0; }}
   dd {{ margin-bottom: 0.6rem; }}
-  .bars {{ grid-template-columns: max-content 1fr; gap: 0.1rem 0.75rem; }}
-  .bars dd:last-of-type, .bars .value {{ grid-column: 1 / -1; }}
+  .bars {{ grid-template-columns: max-content minmax(3rem, 1fr) fit-content(60%); gap: 0 0.75rem; }}
+  .bars dd {{ margin: 0; }}
 }}
 """
 
@@ -333,7 +354,7 @@ def html_page(explanation: Explanation) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # A browser that heeds this would not load anything, even if a text got past the escaping.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{question}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<h1 dir="auto">{question}</h1>\n<p class="soft">{html.escape(_subtitle(explanation))}</p>\n'
@@ -342,17 +363,18 @@ def html_page(explanation: Explanation) -> str:
 
 
 def _section_as_html(section: _Section) -> str:
-    parts = [f"<h2>{html.escape(section.heading)}</h2>\n<p class=\"soft\">{html.escape(section.intro)}</p>\n"]
+    parts = [f'<h2>{html.escape(section.heading)}</h2>\n<p class="soft">{html.escape(section.intro)}</p>\n']
     if section.answers:
         answers = "".join(
-            f'<dt>{html.escape(who)}</dt><dd dir="auto">{html.escape(answer) or "(nothing)"}</dd>\n'
+            f'<dt>{html.escape(who)}</dt><dd dir="auto">{html.escape(answer or _NOTHING)}</dd>\n'
             for who, answer in section.answers
         )
         parts.append(f"<dl>\n{answers}</dl>\n")
     if section.bars:
         bars = "".join(
-            f'<dt>{html.escape(bar.label)}</dt><dd class="track"><span style="width: {100 * bar.fraction:.1f}%"></span>'
-            f'</dd><dd class="value">{html.escape(bar.text)}</dd>\n'
+            f"<dt>{html.escape(bar.label)}</dt>"
+            f'<dd class="track"><span style="width: {100 * bar.fraction:.1f}%"></span></dd>'
+            f"<dd>{html.escape(bar.text)}</dd>\n"
             for bar in section.bars
         )
         parts.append(f'<dl class="bars">\n{bars}</dl>\n')
@@ -364,13 +386,14 @@ def _section_as_html(section: _Section) -> str:
 
 def _figure_as_html(figure: _Figure) -> str:
     widest = max(sum(panel.width for panel in row) for row in figure.rows)
+    gaps = _HTML_GAP_PX * (max(len(row) for row in figure.rows) - 1)
     rows, alt = "", figure.alt
     for row in figure.rows:
         pictures = ""
         for panel in row:
             pictures += (
-                f'<img src="{_data_uri(panel)}" width="{panel.width}" height="{panel.height}" alt="{html.escape(alt)}" '
-                f'style="width: {100 * panel.width / widest:.2f}%">'
+                f'<img src="{_data_uri(panel)}" alt="{html.escape(alt)}" width="{panel.width}" '
+                f'height="{panel.height}" style="width: calc({panel.width / widest:.5f} * (100% - {gaps}px))">'
             )
             alt = ""  # one figure is described once
         rows += f'<div class="row">{pictures}</div>\n'
@@ -387,7 +410,7 @@ def _figure_as_html(figure: _Figure) -> str:
 def _data_uri(image: Image.Image) -> str:
     """The picture inside its own address, as PNG or as JPEG, whichever is smaller: drawings or photographs."""
     encoded = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": _JPEG_QUALITY, "subsampling": 0})):
+    for kind, options in (("png", {}), ("jpeg", {"quality": _JPEG_QUALITY, "subsampling": 0})):
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         encoded[kind] = buffer.getvalue()
@@ -397,7 +420,7 @@ def _data_uri(image: Image.Image) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- PNG
 
-_PNG_WIDTH, _PNG_MARGIN, _PNG_GAP = 1440, 40, 24
+_PNG_WIDTH, _PNG_MARGIN, _PNG_GAP, _PNG_MAX_PANEL_HEIGHT = 1440, 40, 24, 520
 _INK, _SOFT, _LINE, _BAR = "#1b1b1f", "#5b5b66", "#d9d9e0", "#2c728e"
 
 
@@ -458,7 +481,7 @@ class _Canvas:
             heights = [
                 self._write(_PNG_MARGIN, self.y, who, 17, _SOFT, 420),
                 self._write(
-                    _PNG_MARGIN + 440, self.y, answer or "(nothing)", 17, _INK, _PNG_WIDTH - 2 * _PNG_MARGIN - 440
+                    _PNG_MARGIN + 440, self.y, answer or _NOTHING, 17, _INK, _PNG_WIDTH - 2 * _PNG_MARGIN - 440
                 ),
             ]
             self.y += max(heights) + 6
@@ -493,7 +516,8 @@ class _Canvas:
         y, gap = self.y, 4
         longest = max(len(row) for row in figure.rows)
         widest = max(sum(panel.width for panel in row) for row in figure.rows)
-        scale = min(1.0, (width - (longest - 1) * gap) / widest)
+        highest = max(panel.height for row in figure.rows for panel in row)
+        scale = min(1.0, (width - (longest - 1) * gap) / widest, _PNG_MAX_PANEL_HEIGHT / highest)
         for row in figure.rows:
             panels = [
                 panel.resize(
@@ -590,7 +614,7 @@ def save_pages(explanation: Explanation, html_file: Path | None = None, png_file
         contents.append((html_file, html_page(explanation).encode()))
     if png_file is not None:
         buffer = io.BytesIO()
-        png_page(explanation).save(buffer, "png", optimize=True)
+        png_page(explanation).save(buffer, "png")
         contents.append((png_file, buffer.getvalue()))
     for file, content in contents:
         beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")

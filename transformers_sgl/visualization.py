@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["HEAT_COLOURS", "TokenBoxes", "importance_overlay", "importance_panels", "kept_panels", "plain_panel", "token_boxes"]
+__all__ = [
+    "HEAT_COLOURS",
+    "TokenBoxes",
+    "importance_overlay",
+    "importance_panels",
+    "kept_panels",
+    "plain_panel",
+    "token_boxes",
+]
 
 # Low to high importance, ever lighter, so that it can be read in grey and by the colour-blind: every eighth of the
 # scale "viridis" of matplotlib (https://bids.github.io/colormap), rounded.
@@ -27,7 +35,8 @@ HEAT_COLOURS = np.array(
     np.float32,
 )
 HEAT_OPACITY = 0.4
-PANEL_HEAT_OPACITY = 0.65
+PANEL_HEAT_OPACITY = 0.7
+PANEL_GREYS = 40, 170  # of black and of white below the colours, which pure ones would distort
 DROPPED_BRIGHTNESS = 0.4
 MIN_LONG_SIDE_PX, MAX_LONG_SIDE_PX = 512, 1024
 MARGIN_PX = 12
@@ -64,10 +73,15 @@ class TokenBoxes:
             [`TokenBoxes`]: Where the model sees the image twice, the coarser view is the thumbnail.
         """
         fractions = np.asarray(fractions, dtype=np.float64)
-        covered = np.cumsum((fractions[:, 2] - fractions[:, 0]) * (fractions[:, 3] - fractions[:, 1]))
-        first_view = np.arange(len(fractions)) <= np.searchsorted(covered, 0.999 * min(1.0, covered[-1]))
+        width, height = fractions[:, 2] - fractions[:, 0], fractions[:, 3] - fractions[:, 1]
+        covered = np.cumsum(width * height)
+        # A view begins in the top left corner, where the one before it has covered the image.
+        begins = (width > 0) & (fractions[:, 0] < width / 2) & (fractions[:, 1] < height / 2)
+        corners = np.flatnonzero(begins)[1:]
         is_thumbnail = np.zeros(len(fractions), dtype=bool)
-        if covered[-1] > 1.5:
+        if len(corners) and covered[-1] > 1.5:
+            second = corners[np.abs(covered[corners - 1] - 1).argmin()]
+            first_view = np.arange(len(fractions)) < second
             is_thumbnail = first_view if first_view.sum() < (~first_view).sum() else ~first_view
         return cls(fractions * np.tile(size, 2), is_thumbnail)
 
@@ -163,7 +177,8 @@ def importance_panels(
     """
     (importance,) = _one_each(boxes, importance=importance)
     heat = _heat_colours(np.clip(importance / (highest or 1.0), 0.0, 1.0))
-    grey = image.convert("L").convert("RGB")
+    darkest, brightest = PANEL_GREYS
+    grey = image.convert("L").point(lambda value: darkest + value * (brightest - darkest) / 255).convert("RGB")
     return _panels(grey, boxes, np.ones(len(boxes), dtype=bool), heat, long_side)
 
 
