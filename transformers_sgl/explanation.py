@@ -248,6 +248,8 @@ def explain(
         ```
     """
     images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
+        raise ValueError("There is no image to ask about: pass one or more.")
     # 1. Where the tokens lie is looked up first: what cannot be shown need not be computed.
     pictures, small_pictures = (
         _pictures(part, images, is_video) for part in (processor.large_processor, processor.small_processor)
@@ -341,20 +343,19 @@ def _pictures(processor: Any, images: list[Image.Image], is_video: bool) -> tupl
     """The images or frames, each with the places of one model's tokens."""
     if not is_video:
         names = [f"image {index}" for index in range(1, len(images) + 1)] if len(images) > 1 else ["image"]
-        boxes = visual_token_boxes(processor, images)
         return tuple(
-            Picture(image, TokenBoxes.from_fractions(each.numpy(), image.size), name)
-            for image, each, name in zip(images, boxes, names, strict=True)
+            Picture(image, TokenBoxes.from_fractions(boxes.numpy(), image.size), name)
+            for image, boxes, name in zip(images, visual_token_boxes(processor, images), names, strict=True)
         )
     if len({image.size for image in images}) > 1:
         raise ValueError("The frames of a video are of several sizes: give frames of one size.")
     views = video_token_boxes(processor, len(images), images[0].size)
     firsts = [first for first, _ in views]
     pictures = []
-    for (first, boxes), end in zip(views, [*firsts[1:], len(images)], strict=True):
+    for (first, view), end in zip(views, [*firsts[1:], len(images)], strict=True):
         name = f"frame {first + 1}" if end == first + 1 else f"frames {first + 1}-{end}"
         image = images[first]
-        pictures.append(Picture(image, TokenBoxes.from_fractions(boxes.numpy(), image.size), name))
+        pictures.append(Picture(image, TokenBoxes.from_fractions(view.numpy(), image.size), name))
     return tuple(pictures)
 
 
