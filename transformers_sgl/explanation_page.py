@@ -12,6 +12,7 @@ import html
 import io
 import math
 import os
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -158,12 +159,13 @@ def _sections(explanation: Explanation) -> Iterator[_Section]:
         f"average retention on 48 decoder layers; this large model has {explanation.num_large_layers}.",
         figures=[_kept_figure(explanation, guided, side) for guided in explanation.guided],
     )
+    own_tokens = " The maps are on the small model's own tokens." * bool(resampled)
     shares, correlations = explanation.layer_shares, explanation.layer_correlations
     yield _Section(
         "Layer by layer",
         f"What each of the small model's {explanation.num_small_layers} decoder layers contributes to its map: its "
-        "share of all attention received, and the rank correlation of its map with the sum over layers. Each map is "
-        "on a scale of its own.",
+        "share of all attention received (the longest bar is the largest share), and the rank correlation of its map "
+        "with the sum over layers. Each map is on a scale of its own." + own_tokens,
         bars=[
             _Bar(
                 f"layer {layer}", float(share / shares.max()), f"{share:.0%}, rank correlation {_number(correlation)}"
@@ -587,8 +589,8 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
             continue
         if line:
             yield line
-        while word and font.getlength(word) > width:
-            fits = next((n for n in range(len(word) - 1, 1, -1) if font.getlength(word[:n]) <= width), 1)
+        while font.getlength(word) > width and len(word) > 1:
+            fits = max(1, bisect(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
             yield word[:fits]
             word = word[fits:]
         line = word
