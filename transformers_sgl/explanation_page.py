@@ -345,7 +345,7 @@ def html_page(explanation: Explanation) -> str:
         >>> processor = AutoProcessor.from_pretrained(embedded_pair())
         >>> image = Image.open(embedded_pair() / "example.png")
         >>> page = html_page(explain(model, processor, image, "is there a circle?", max_new_tokens=8))
-        >>> page[:15], "http" in page
+        >>> page[:15], "<script" in page
         ('<!DOCTYPE html>', False)
 
         ```
@@ -590,7 +590,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
         if line:
             yield line
         while font.getlength(word) > width and len(word) > 1:
-            fits = max(1, bisect(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
+            fits = max(1, bisect(range(1, len(word)), float(width), key=lambda n: font.getlength(word[:n])))
             yield word[:fits]
             word = word[fits:]
         line = word
