@@ -282,7 +282,7 @@ def _subtitle(explanation: Explanation) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- HTML
 
-_HTML_GAP_PX = 4
+_HTML_GAP_PX, _HTML_MAX_PANEL_HEIGHT = 4, 512
 _SCALE_CSS = ", ".join("#" + "".join(f"{int(channel):02x}" for channel in colour) for colour in HEAT_COLOURS)
 _STYLE = f"""
 :root {{ color-scheme: light dark; --ink: #1b1b1f; --soft: #5b5b66; --page: #fff; --line: #d9d9e0; --bar: #2c728e; }}
@@ -307,8 +307,7 @@ dd {{ margin: 0; white-space: pre-wrap; }}
 .figures.small {{ grid-template-columns: repeat(auto-fill, minmax(min(12rem, 44%), 1fr)); gap: 1rem; }}
 figure {{ margin: 0; min-width: 0; }}
 .row {{ display: flex; gap: {_HTML_GAP_PX}px; align-items: flex-end; margin-bottom: {_HTML_GAP_PX}px; }}
-.row img {{ display: block; height: auto; max-height: 32rem; min-width: 1px; object-fit: contain;
-  object-position: left; }}
+.row img {{ display: block; height: auto; min-width: 1px; }}
 figcaption {{ font-size: 0.9rem; line-height: 1.4; }}
 figcaption p {{ white-space: pre-wrap; }}
 .scale {{ display: flex; gap: 0.5rem; align-items: center; font-size: 0.8rem; color: var(--soft);
@@ -317,7 +316,7 @@ figcaption p {{ white-space: pre-wrap; }}
 @media (max-width: 40rem) {{
   dl {{ grid-template-columns: 1fr; gap: 0; }}
   dd {{ margin-bottom: 0.6rem; }}
-  .bars {{ grid-template-columns: max-content minmax(3rem, 1fr) fit-content(60%); gap: 0 0.75rem; }}
+  .bars {{ grid-template-columns: max-content minmax(3rem, 1fr) fit-content(70%); gap: 0 0.75rem; }}
   .bars dd {{ margin: 0; }}
 }}
 """
@@ -389,6 +388,8 @@ def _section_as_html(section: _Section) -> str:
 def _figure_as_html(figure: _Figure) -> str:
     widest = max(sum(panel.width for panel in row) for row in figure.rows)
     gaps = _HTML_GAP_PX * (max(len(row) for row in figure.rows) - 1)
+    tallest = max(panel.height for row in figure.rows for panel in row)
+    max_width = gaps + widest * _HTML_MAX_PANEL_HEIGHT / tallest
     rows, alt = "", figure.alt
     for row in figure.rows:
         pictures = ""
@@ -398,7 +399,7 @@ def _figure_as_html(figure: _Figure) -> str:
                 f'height="{panel.height}" style="width: calc({panel.width / widest:.5f} * (100% - {gaps}px))">'
             )
             alt = ""  # one figure is described once
-        rows += f'<div class="row">{pictures}</div>\n'
+        rows += f'<div class="row" style="max-width: {max_width:.0f}px">{pictures}</div>\n'
     scale = ""
     if figure.highest is not None:
         scale = f'<div class="scale"><span>0</span><span></span><span>{_highest(figure.highest)}</span></div>\n'
