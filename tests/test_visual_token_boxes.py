@@ -24,7 +24,14 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from transformers_sgl import visual_token_boxes as module
-from transformers_sgl.visual_token_boxes import LAYOUTS, PLACELESS, has_boxes, visual_token_boxes
+from transformers_sgl.visual_token_boxes import (
+    LAYOUTS,
+    PLACELESS,
+    VIDEO_LAYOUTS,
+    has_boxes,
+    video_token_boxes,
+    visual_token_boxes,
+)
 
 pytestmark = pytest.mark.mechanics
 
@@ -453,3 +460,48 @@ def test_every_layout_is_tested() -> None:
     tested = {type(PROCESSORS[name]()).__name__ for name, _, _ in CASES.values() if name in PROCESSORS}
     assert {name for name in LAYOUTS if hasattr(transformers, name)} == tested
     assert not set(LAYOUTS) & set(PLACELESS)
+
+
+@pytest.mark.parametrize("num_frames", [2, 5])
+@pytest.mark.parametrize("name", ["internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_square_on_one_frame_of_a_video_is_found_in_its_tokens(name: str, num_frames: int) -> None:
+    processor = PROCESSORS[name]()
+    if name != "internvl":  # smaller frames than by default
+        processor.video_processor.size = {"shortest_edge": 256, "longest_edge": num_frames * 120 * 100}
+    frame, (left, top, right, bottom) = photograph("landscape").resize((120, 90)), (40, 20, 90, 70)
+    painted_frame = num_frames - 1
+    painted = frame.copy()
+    painted.paste("white", (left, top, right, bottom))
+    pixels = []
+    for last in (frame, painted):
+        video = np.stack([np.asarray(frame)] * painted_frame + [np.asarray(last)])
+        output = processor(videos=[video], text=[processor.video_token], do_sample_frames=False, return_tensors="pt")
+        pixels.append(output["pixel_values" if name == "internvl" else "pixel_values_videos"])
+    views = video_token_boxes(processor, num_frames, frame.size)
+    changed = (pixels[1] - pixels[0]).abs()
+    if name == "internvl":  # (num_frames, 3, 384, 384), each of 4x4 tokens
+        changed = changed.amax(dim=1).unflatten(2, (4, -1)).unflatten(1, (4, -1)).amax(dim=(2, 4)).flatten(1)
+    else:  # (num_patches, values), the four patches of a token together
+        changed = changed.amax(dim=1).unflatten(0, (len(views), -1, 4)).amax(dim=2)
+
+    assert [first for first, _ in views] == list(range(0, num_frames, 1 if name == "internvl" else 2))
+    for (first, boxes), of_view in zip(views, changed, strict=True):
+        edges = boxes * torch.tensor([120, 90, 120, 90])
+        inside = (edges[:, :2] > torch.tensor([left, top])).all(1) & (
+            edges[:, 2:] < torch.tensor([right, bottom])
+        ).all(1)
+        near = (edges[:, :2] < torch.tensor([right, bottom]) + 4).all(1)
+        near &= (edges[:, 2:] > torch.tensor([left, top]) - 4).all(1)
+        is_painted = first == views[-1][0]
+        assert (of_view[inside] > 0.1).all() == (is_painted or not inside.any())
+        assert (of_view[~near] < 0.1).all()
+        assert not of_view.any() or is_painted
+        assert near.any()
+
+
+def test_videos_of_other_processors_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="on the frames of a video the visual tokens of LlavaProcessor stand: use one"
+    ):
+        video_token_boxes(PROCESSORS["llava"](), 2, (20, 20))
+    assert set(VIDEO_LAYOUTS) <= set(LAYOUTS)

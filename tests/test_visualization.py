@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from transformers import InternVLModel
 
-from transformers_sgl.visualization import TokenBoxes, importance_overlay, token_boxes
+from transformers_sgl.visualization import (
+    HEAT_COLOURS,
+    TokenBoxes,
+    importance_overlay,
+    importance_panels,
+    kept_panels,
+    token_boxes,
+)
 
 pytestmark = pytest.mark.mechanics
 
@@ -58,6 +65,15 @@ class TestTokenBoxes:
         if num_views == 2:
             assert (fine[:, 2] - fine[:, 0]).max() < (coarse[:, 2] - coarse[:, 0]).max()
 
+    @pytest.mark.parametrize("seam", [0.0, 0.004, -0.002])
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_tiles_need_not_join_without_a_seam(self, seam, is_first):
+        edges = [(left / 4, top / 4) for top in range(4) for left in range(4)]
+        fine = [(left, top, left + 0.25 - seam, top + 0.25 - seam) for left, top in edges]
+        coarse = [(left, top, left + 0.5, top + 0.5) for top in (0, 0.5) for left in (0, 0.5)]
+        boxes = TokenBoxes.from_fractions([*coarse, *fine] if is_first else [*fine, *coarse], (100, 80))
+        assert np.flatnonzero(boxes.is_thumbnail).tolist() == (list(range(4)) if is_first else list(range(16, 20)))
+
     def test_tokens_run_row_by_row_in_the_model(self):
         row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
         patches = torch.stack([row, column], dim=-1)[None]  # (1, rows, columns, channels)
@@ -92,7 +108,7 @@ class TestImportanceOverlay:
         brightness = panel.reshape(8, 64, 8, 64).mean(axis=(1, 3)).ravel()
         assert brightness[keep_mask].min() > brightness[~keep_mask].max() + 50
 
-    def test_more_important_is_redder(self):
+    def test_more_important_is_yellower(self):
         importance = np.linspace(0, 1, 64)
         image = Image.new("RGB", (64, 64), "grey")
         overlay = importance_overlay(image, whole_grid(8, 8.0), importance, np.ones(64, dtype=bool))
@@ -116,3 +132,40 @@ class TestImportanceOverlay:
         arrays[name] = arrays[name][1:]
         with pytest.raises(ValueError, match=f"`{name}` must have the shape"):
             importance_overlay(Image.new("RGB", (64, 64)), whole_grid(8, 8.0), **arrays)
+
+
+class TestPanels:
+    def test_colour_is_importance_alone(self):
+        image = Image.fromarray(skimage.data.astronaut()).resize((64, 64))
+        [flat] = importance_panels(image, whole_grid(8, 8.0), np.zeros(64), highest=1.0)
+        assert importance_panels(image.convert("L"), whole_grid(8, 8.0), np.zeros(64), highest=1.0) == [flat]
+
+    def test_the_scale_grows_lighter_from_0_to_the_highest_and_stays(self):
+        image = Image.new("RGB", (64, 64), "grey")
+        [panel] = importance_panels(image, whole_grid(8, 8.0), np.linspace(0, 2, 64), highest=1.0)
+        pixels = np.asarray(panel.resize((8, 8), Image.Resampling.NEAREST).convert("L"), dtype=int).ravel()
+        assert (np.diff(pixels[:32]) >= 0).all()
+        assert pixels[31] > pixels[0] + 50
+        assert len(set(pixels[32:])) == 1
+        lightness = HEAT_COLOURS @ np.array([0.299, 0.587, 0.114])
+        assert (np.diff(lightness) > 0).all()
+
+    def test_what_is_kept_is_the_image_itself(self):
+        image = Image.fromarray(skimage.data.astronaut()).resize((64, 64))
+        keep_mask = np.arange(64) < 32
+        [panel] = kept_panels(image, whole_grid(8, 8.0), keep_mask)
+        enlarged = np.asarray(image.resize(panel.size, Image.Resampling.NEAREST), dtype=int)
+        shown, middle = np.asarray(panel, dtype=int), panel.height // 2
+        np.testing.assert_array_equal(shown[:middle], enlarged[:middle])
+        assert shown[middle:].mean() < 0.6 * enlarged[middle:].mean()
+
+    def test_the_thumbnail_comes_second_and_smaller(self, coffee):
+        layout = token_boxes(coffee, tiny_processors.PROCESSORS["internvl"]())
+        tiles, thumbnail = importance_panels(coffee, layout, np.ones(len(layout)), highest=1.0, long_side=300)
+        assert (tiles.size, thumbnail.size) == ((300, 200), (150, 100))
+
+    def test_a_wrong_number_of_tokens_is_refused(self):
+        with pytest.raises(ValueError, match="`keep_mask` must have the shape"):
+            kept_panels(Image.new("RGB", (64, 64)), whole_grid(8, 8.0), np.ones(63))
+        with pytest.raises(ValueError, match="`importance` must have the shape"):
+            importance_panels(Image.new("RGB", (64, 64)), whole_grid(8, 8.0), np.ones(65), highest=1.0)

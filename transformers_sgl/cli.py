@@ -305,6 +305,163 @@ def _overlay(image: Image, processor: Any, output: Any) -> Image:
     return importance_overlay(image, token_boxes(image, processor), importance, kept)
 
 
+# ---------------------------------------------------------------------------------------------------------- visualize
+
+
+def _add_visualize(commands: Any) -> None:
+    parser = commands.add_parser(
+        "visualize",
+        help="show where both models look, and what is kept, for one question",
+        description="Makes a page about one question: the image, where the small model looked and where the large one "
+        "would have looked itself (the oracle), layer by layer, what is kept at each of the paper's settings, and all "
+        "answers and scores.",
+    )
+    parser.add_argument("image", metavar="IMAGE", type=Path, help="image file; with --video a video or its frames")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a saved pair (default: the embedded tiny pair)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="HTML file (default: explanation.html)")
+    parser.add_argument("--png", metavar="FILE", type=Path, help="the page as a picture; without --out no HTML then")
+    parser.add_argument(
+        "--video", action="store_true", help="IMAGE is a video file, an animated image, or a folder of frames"
+    )
+    parser.add_argument(
+        "--frames", metavar="N", type=int, default=8, help="frames of a video to take, evenly spaced (8)"
+    )
+    _add_model_options(parser)
+    parser.add_argument("--json", action="store_true", help="print answers, scores and overlaps as JSON")
+    parser.set_defaults(carry_out=_visualize)
+
+
+def _visualize(arguments: argparse.Namespace) -> None:
+    # 1. What can be wrong is looked at before the models are loaded.
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+    out: Path | None = arguments.out
+    if out is None and arguments.png is None:
+        out = Path("explanation.html")
+    if not arguments.question.strip():
+        raise ValueError("The question is empty: ask something about the image.")
+    if arguments.frames < 1:
+        raise ValueError(f"`frames` is {arguments.frames}: pass a whole number of 1 or more.")
+    SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
+    for path, suffixes in ((out, (".html", ".htm")), (arguments.png, (".png",))):
+        _check_writable_page(path, suffixes, arguments.image)
+    images = _open_frames(arguments.image, arguments.frames) if arguments.video else [_open_image(arguments.image)]
+    model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
+
+    # 2. Both models answer and are watched; then everything is written.
+    from transformers_sgl.explanation import explain
+    from transformers_sgl.explanation_page import save_pages
+
+    explanation = explain(
+        model,
+        processor,
+        images,
+        arguments.question,
+        is_video=arguments.video,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    save_pages(explanation, out, arguments.png)
+    written = [str(path) for path in (out, arguments.png) if path is not None]
+    if arguments.json:
+        print(json.dumps({**explanation.to_dict(), "written": written}, indent=2, ensure_ascii=False))
+    else:
+        print(_explanation_as_text(explanation, written))
+
+
+def _check_writable_page(path: Path | None, suffixes: Sequence[str], source: Path) -> None:
+    """Raises unless a page can be written there, and is not the image that it is about."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"The page cannot be written as {str(path)!r}: name a file such as page{suffixes[0]}.")
+    if path.is_dir():
+        raise OSError(f"The page cannot be written: {str(path)!r} is a folder.")
+    if not path.parent.is_dir():
+        raise OSError(f"The page cannot be written: there is no folder {str(path.parent)!r}.")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(f"The page would replace the image {str(source)!r} itself: name another file.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OSError(f"The page cannot be written: nothing can be written into {str(path.parent)!r}.")
+
+
+def _open_frames(path: Path, num_frames: int) -> list[Image]:
+    """Some frames of a video, evenly spaced: images in a folder by name, an animated image, or a video file."""
+    import numpy as np
+
+    def spread(num_there: int) -> list[int]:
+        return [int(index) for index in np.linspace(0, num_there - 1, min(num_frames, num_there)).round()]
+
+    if path.is_dir():
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in known)
+        if not files:
+            raise OSError(f"There are no images in {str(path)!r}: name a folder that holds the frames of a video.")
+        return [_open_image(files[index]) for index in spread(len(files))]
+    if not path.is_file():
+        raise OSError(f"There is no video {str(path)!r}: name a file, or a folder of frames.")
+    return _animation_frames(path, spread) or _video_frames(path, spread)
+
+
+def _animation_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]:
+    """Frames of a file that Pillow can open, such as an animated GIF; none if it cannot."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as animation:
+            frames = []
+            for index in spread(getattr(animation, "n_frames", 1)):
+                animation.seek(index)
+                frames.append(animation.convert("RGB"))
+            return frames
+    except UnidentifiedImageError:
+        return []
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"The file {str(path)!r} cannot be read as a video: {error}.") from error
+
+
+def _video_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]:
+    """Frames of a file that one of the decoders known to transformers can open."""
+    from importlib.util import find_spec
+
+    import numpy as np
+    from PIL import Image
+    from transformers.video_utils import load_video
+
+    decoders = {"pyav": "av", "torchcodec": "torchcodec", "opencv": "cv2", "decord": "decord"}
+    backend = next((name for name, module in decoders.items() if find_spec(module)), None)
+    if backend is None:
+        raise OSError(
+            f"No installed package can decode {str(path)!r}: run `pip install av`, or name a folder of frames."
+        )
+
+    def some(metadata: Any, **_: Any) -> list[int]:
+        if not metadata.total_num_frames:
+            raise ValueError("it does not say how many frames it has, so name a folder of them")
+        return spread(metadata.total_num_frames)
+
+    try:
+        video, _ = load_video(str(path), backend=backend, sample_indices_fn=some)
+    except Exception as error:  # each decoder has errors of its own
+        raise OSError(f"The file {str(path)!r} cannot be read as a video: {str(error).rstrip('.')}.") from error
+    return [Image.fromarray(frame) for frame in np.asarray(video)]
+
+
+def _explanation_as_text(explanation: Any, written: Sequence[str]) -> str:
+    lines = [
+        f"large     {explanation.large_answer}",
+        f"small     {explanation.small_answer} (score {explanation.decision_score:.2f})",
+    ]
+    lines += [
+        f"{guided.preset:<9} {guided.answer} ({guided.num_kept} of {explanation.num_visual_tokens} visual tokens, "
+        f"{guided.average_retention:.0%} average retention, {guided.oracle_overlap:.0%} as the oracle's)"
+        for guided in explanation.guided
+    ]
+    return "\n".join([*lines, f"written   {', '.join(written)}"])
+
+
 # ---------------------------------------------------------------------------------------------------------- calibrate
 
 
@@ -666,4 +823,11 @@ def _publication_as_text(publication: Any) -> str:
     return "\n".join([*lines, f"in all      {total:,} bytes in {len(publication.files)} files"])
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_run, _add_calibrate, _add_evaluate, _add_serve, _add_publish)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    _add_run,
+    _add_visualize,
+    _add_calibrate,
+    _add_evaluate,
+    _add_serve,
+    _add_publish,
+)

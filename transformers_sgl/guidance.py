@@ -34,7 +34,7 @@ from transformers_sgl.importance_process import ImportanceProcessorList, Retenti
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 
-__all__ = ["Guidance", "guide", "visual_tokens_of"]
+__all__ = ["Guidance", "guide", "guiding_layers", "visual_tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,27 @@ def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality:
     return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
 
 
+def guiding_layers(small: PreTrainedModel, settings: SGLGenerationConfig) -> list[int]:
+    """The decoder layers whose attention counts under these settings.
+
+    Args:
+        small (`PreTrainedModel`): The small model.
+        settings (`SGLGenerationConfig`): The resolved settings.
+
+    Returns:
+        `list` of `int`: The indices of layers with attention, in order.
+    """
+    layers = sorted(attention_modules(small))
+    return layers[: max(1, round((settings.guidance_layers or 1.0) * len(layers)))]
+
+
 def _attention_recorder(
     small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig
 ) -> AttentionRecorder:
     """Who watches the layers and the queries that the settings name."""
-    layers = sorted(attention_modules(small))
-    num_layers = max(1, round((settings.guidance_layers or 1.0) * len(layers)))
     # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
     queries: Literal["last", "both"] = "last" if settings.guidance_queries == "last" else "both"
-    return AttentionRecorder(small, visual_tokens, queries, layers[:num_layers])
+    return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings))
 
 
 def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:

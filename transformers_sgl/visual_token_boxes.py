@@ -5,7 +5,8 @@ they are measured. The processor is shown three images of the original's size, a
 red grows from left to right and whose green grows from top to bottom. Where black and white come out differently
 stands the image, elsewhere padding; and what has become of red and green tells from where on the original each pixel
 was taken. What cannot be measured is the order in which a model turns pixels into tokens: that is the table
-[`LAYOUTS`], one entry for each class of processors.
+[`LAYOUTS`], one entry for each class of processors. Fewer classes are known to do with a video's frames what they do
+with images: they are in [`VIDEO_LAYOUTS`].
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import select_best_resolution
 
-__all__ = ["LAYOUTS", "PLACELESS", "Layout", "has_boxes", "visual_token_boxes"]
+__all__ = [
+    "LAYOUTS",
+    "PLACELESS",
+    "VIDEO_LAYOUTS",
+    "Layout",
+    "has_boxes",
+    "video_token_boxes",
+    "visual_token_boxes",
+]
 
 # How many images' boxes to remember for each processor: the largest take some 50 kB.
 _CACHE_SIZE = 256
@@ -99,6 +108,47 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
     return boxes
 
 
+def video_token_boxes(processor: ProcessorMixin, num_frames: int, size: tuple[int, int]) -> list[tuple[int, Tensor]]:
+    """Which part of which frame every visual token of a video stands for.
+
+    Args:
+        processor (`ProcessorMixin`): The processor, which is given every frame (`do_sample_frames=False`).
+        num_frames (`int`): How many frames the video has.
+        size (`tuple` of `int`): Width and height of a frame.
+
+    Returns:
+        `list` of `tuple` of `int` and `Tensor` of shape `(num_tokens, 4)`: For every view, which is a frame or several
+        that a model reads as one, the number of its first frame, and boxes as of [`visual_token_boxes`].
+
+    Raises:
+        ValueError: If it is not known how the processor's tokens lie on the frames of a video, or they lie otherwise.
+
+    Example:
+        ```python
+        >>> from transformers import AutoProcessor
+        >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.visual_token_boxes import video_token_boxes
+
+        >>> processor = AutoProcessor.from_pretrained(embedded_pair() / "small")
+        >>> [(frame, boxes.shape[0]) for frame, boxes in video_token_boxes(processor, 3, (96, 64))]
+        [(0, 64), (1, 64), (2, 64)]
+
+        ```
+    """
+    names = _class_names(processor)
+    layout = next((VIDEO_LAYOUTS[name] for name in names if name in VIDEO_LAYOUTS), None)
+    if layout is None:
+        raise ValueError(
+            f"It is not known where on the frames of a video the visual tokens of {names[0]} stand: use one of "
+            f"{', '.join(sorted(VIDEO_LAYOUTS))}, or pass the frames as images."
+        )
+    processed = _Processed(processor, layout, size, False, {}, num_frames)
+    boxes = [view.boxes(size).float() for view in layout.views(processed)]
+    _check_count(processed, sum(map(len, boxes)))
+    frames_per_view = math.ceil(num_frames / len(boxes))
+    return [(index * frames_per_view, each) for index, each in enumerate(boxes)]
+
+
 _CACHES: WeakKeyDictionary[ProcessorMixin, OrderedDict[Any, Tensor]] = WeakKeyDictionary()
 _CACHES_LOCK = Lock()
 
@@ -140,6 +190,7 @@ class _Processed:
         size (`tuple` of `int`): Width and height of the original image.
         in_company (`bool`): Whether there are further images in the prompt.
         kwargs (`dict`): Arguments of the processor.
+        num_frames (`int`, *optional*): How often a probing image is repeated to make a video; 0 for an image.
     """
 
     def __init__(
@@ -149,6 +200,7 @@ class _Processed:
         size: tuple[int, int],
         in_company: bool,
         kwargs: dict[str, Any],
+        num_frames: int = 0,
     ) -> None:
         self.processor = processor
         self.layout = layout
@@ -158,8 +210,12 @@ class _Processed:
         outputs: list[BatchFeature] = []
         for probe in _probes(size):
             text = [getattr(processor, layout.image) * copies]
-            images = [[probe] * copies] if in_company else [probe]
-            outputs.append(processor(images=images, text=text, **{**kwargs, "return_tensors": "pt"}))
+            if num_frames:
+                video = np.stack([np.asarray(probe)] * num_frames)
+                pixels: dict[str, Any] = {"videos": [video], "do_sample_frames": False}
+            else:
+                pixels = {"images": [[probe] * copies] if in_company else [probe]}
+            outputs.append(processor(**pixels, text=text, **{**kwargs, "return_tensors": "pt"}))
         self.outputs = outputs
         placeholder = processor.tokenizer.convert_tokens_to_ids(_placeholder(processor, layout))
         self.num_tokens = int((outputs[0]["input_ids"] == placeholder).sum()) // copies
@@ -275,13 +331,18 @@ def _measure(processed: _Processed) -> Tensor:
     """The boxes of one image's tokens, `(num_tokens, 4)`."""
     views = _layout(processed.processor).views(processed)
     boxes = torch.cat([view.boxes(processed.size) for view in views]).float()
-    if boxes.shape[0] != processed.num_tokens:
+    _check_count(processed, boxes.shape[0])
+    return boxes
+
+
+def _check_count(processed: _Processed, num_boxes: int) -> None:
+    """Raises unless there is a box for every token."""
+    if num_boxes != processed.num_tokens:
         raise ValueError(
             f"{type(processed.processor).__name__} writes {processed.num_tokens} tokens for an image of "
-            f"{processed.size[0]}x{processed.size[1]} pixels, but its known layout has {boxes.shape[0]}, so it is not "
+            f"{processed.size[0]}x{processed.size[1]} pixels, but its known layout has {num_boxes}, so it is not "
             "known where they stand: load the processor from its model's checkpoint, or choose models of one family."
         )
-    return boxes
 
 
 def _tiles(processed: _Processed) -> Iterator[_View]:
@@ -307,7 +368,16 @@ def _patches(processed: _Processed) -> Iterator[_View]:
 
 def _whole_grid(processed: _Processed) -> Iterator[_View]:
     """The whole image at its own aspect ratio, as `image_grid_thw` says, with patches merged to tokens."""
-    merge_size = processed.processor.image_processor.merge_size
+    return _grids(processed, processed.outputs[0]["image_grid_thw"][0], processed.processor.image_processor.merge_size)
+
+
+def _video_grid(processed: _Processed) -> Iterator[_View]:
+    """Whole frames at their own aspect ratio, two or so read as one, as `video_grid_thw` says."""
+    return _grids(processed, processed.outputs[0]["video_grid_thw"][0], processed.processor.video_processor.merge_size)
+
+
+def _grids(processed: _Processed, grid: Tensor, merge_size: int) -> Iterator[_View]:
+    """As many views as a grid, `(3,)`, has in time, each of its rows and columns of patches."""
     black, white, _ = processed.pixels()
     contrast = white - black
     if contrast.min() < contrast.max() / 10:
@@ -315,8 +385,9 @@ def _whole_grid(processed: _Processed) -> Iterator[_View]:
             f"{type(processed.processor).__name__} pads its images, and it is not known where: load the processor "
             "from its model's checkpoint, or choose models of one family."
         )
-    rows, columns = (int(count) // merge_size for count in processed.outputs[0]["image_grid_thw"][0][1:])
-    yield _View(_spans(columns, 1 / columns), _spans(rows, 1 / rows))
+    times, rows, columns = int(grid[0]), int(grid[1]) // merge_size, int(grid[2]) // merge_size
+    for _ in range(times):
+        yield _View(_spans(columns, 1 / columns), _spans(rows, 1 / rows))
 
 
 def _native_size(processed: _Processed) -> Iterator[_View]:
@@ -447,6 +518,15 @@ LAYOUTS: dict[str, Layout] = {
     "SmolVLMProcessor": Layout(_tiles),
     "VideoLlama3Processor": Layout(_whole_grid),
     "VideoLlavaProcessor": Layout(_patches, pixels="pixel_values_images"),
+}
+
+# What of them is known to hold for the frames of a video.
+_VIDEO_GRID = Layout(_video_grid, placeholder="video_token", image="video_token", pixels="pixel_values_videos")
+VIDEO_LAYOUTS: dict[str, Layout] = {
+    "InternVLProcessor": Layout(_tiles, image="video_token"),
+    "Qwen2VLProcessor": _VIDEO_GRID,
+    "Qwen2_5_VLProcessor": _VIDEO_GRID,
+    "Qwen3VLProcessor": _VIDEO_GRID,
 }
 
 # Their visual tokens are answers of a resampler to learned queries, each of which looks at the whole image.
