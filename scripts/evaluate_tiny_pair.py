@@ -1,15 +1,13 @@
-"""Measures the embedded pair: how well both models read, and what guided pruning costs against random pruning.
+"""Measures how well the embedded pair's models read.
 
     python scripts/evaluate_tiny_pair.py
 
-1. Accuracy of both models, unpruned, on the whole easy-VQA test split and on held-out scenes, with the question-only
-   prior beside them: the answer that each question has most often in training, given without looking.
-2. The large model pruned to 64, 35 and 9 % average retention, guided by the small one, on 1,000 questions of each
-   kind; against pruning the same number of tokens at the same layer at random (mean over several seeds), with a 95 %
-   paired-bootstrap interval of the difference.
+Accuracy of both models, unpruned, on the whole easy-VQA test split and on held-out scenes, with the question-only
+prior beside them: the answer that each question has most often in training, given without looking. What pruning costs
+is measured by `evaluate_methods.py`.
 
-An answer counts if it is the expected one to the letter. Everything is drawn from `--seed`; the result goes to
-`benchmarks/sgl_tiny.json`, from which `scripts/render_tables.py` fills the README and the card.
+An answer counts if it is the expected one to the letter. The result goes to `benchmarks/sgl_tiny.json`, from which
+`scripts/render_tables.py` fills the README and the card.
 """
 
 from __future__ import annotations
@@ -28,14 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_sgl import RetentionRatioProcessor, VisualTokenPruner, VisualTokens
-from transformers_sgl.architectures import decoder_layers, visual_token_ids
+from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import Scenes, load_easy_vqa
 from transformers_sgl.evaluation.records import measurement_record
-from transformers_sgl.generation_config_sgl import PRESETS, resolve_prune_layer
 
 ROOT = Path(__file__).parents[1]
-AVERAGE_RETENTION = {"quality": 0.64, "balanced": 0.35, "fast": 0.09}
 MAX_NEW_TOKENS = 40
 
 
@@ -60,7 +55,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--random-seeds", type=int, default=3, help="seeds that random pruning is averaged over")
     parser.add_argument("--limit", type=int, help="questions of each set at the most, to try the script")
     arguments = parser.parse_args()
 
@@ -69,23 +63,17 @@ def main() -> None:
     evaluate = Evaluation(model, processor, arguments.batch_size)
     # One question about each test scene, so that the samples are independent.
     easy, scenes = easy_vqa_samples("test"), scene_samples("test", 2000, questions_per_scene=1)
-    order = np.random.default_rng(arguments.seed).permutation(len(easy))
 
     both = {"large": evaluate.large_alone, "small": evaluate.small_alone}
     whole = [*easy[: arguments.limit], *scenes[: arguments.limit]]
     reading = evaluate(whole, both, "unpruned")
     prior = guess([*easy_vqa_samples("train"), *scene_samples("train", 2000, questions_per_scene=9)], whole)
 
-    some = [easy[i] for i in order[:1000]][: arguments.limit] + scenes[:1000][: arguments.limit]
-    methods = {**both, **evaluate.pruned(range(arguments.random_seeds))}
-    pruning = evaluate(some, methods, "pruned")
-
     record = {
         **measurement_record(arguments.seed, torch.device(arguments.device)),
         "tables": {
             "sgl-tiny-models": models_table(model),
             "sgl-tiny-accuracy": accuracy_table(whole, reading, prior),
-            "sgl-tiny-pruning": pruning_table(some, pruning, evaluate.num_layers, arguments.seed),
         },
     }
     arguments.output.parent.mkdir(exist_ok=True)
@@ -133,7 +121,6 @@ class Evaluation:
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
-        self.num_layers = len(decoder_layers(model.large))
 
     def __call__(self, samples: Sequence[Sample], methods: dict[str, Method], title: str) -> dict[str, list[bool]]:
         """Whether each answer is right, by method, in the order of the samples."""
@@ -154,39 +141,6 @@ class Evaluation:
     def small_alone(self, inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
         """The small model, likewise."""
         return self.model.small.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
-
-    def pruned(self, seeds: Sequence[int]) -> dict[str, Method]:
-        """Guided and random pruning at every retention; names are `(method, retention)` as text."""
-        methods: dict[str, Method] = {}
-        for preset, average in AVERAGE_RETENTION.items():
-            layer = resolve_prune_layer(PRESETS[preset]["prune_layer"], self.num_layers)
-            ratio = (average * self.num_layers - layer) / (self.num_layers - layer)  # gives exactly this average
-            methods[f"guided {average}"] = self._guided(ratio, layer)
-            for seed in seeds:
-                methods[f"random {average} {seed}"] = self._random(ratio, layer, seed)
-        return methods
-
-    def _guided(self, ratio: float, layer: int) -> Method:
-        def run(inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
-            return self.model.generate(
-                **inputs, max_new_tokens=MAX_NEW_TOKENS, retention_ratio=ratio, prune_layer=layer
-            )
-
-        return run
-
-    def _random(self, ratio: float, layer: int, seed: int) -> Method:
-        def run(inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
-            ids = visual_token_ids(self.model.large.config)
-            tokens = VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs["attention_mask"])
-            # Drawn sample by sample, so that the choice does not depend on what shares a batch.
-            draws = [np.random.default_rng([seed, index]).random(tokens.num_visual_tokens) for index in indices]
-            importance = torch.tensor(np.stack(draws), device=tokens.valid.device)
-            importance = importance.masked_fill(~tokens.valid, -torch.inf)
-            keep = RetentionRatioProcessor(ratio)(tokens, importance).isfinite()
-            with VisualTokenPruner(self.model.large, tokens.prompt_keep_mask(keep), layer):
-                return self.large_alone(inputs, indices)
-
-        return run
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[range]:
         """Neighbouring samples; a batch does not mix data sets, whose images differ in size."""
@@ -247,43 +201,6 @@ def models_table(model: Any) -> dict[str, Any]:
     ]
     columns = ["model", "parameters", "decoder layers", "width"]
     return {"columns": columns, "rows": rows, "caption": "Counted in the checkpoints."}
-
-
-def pruning_table(
-    samples: Sequence[Sample], right: dict[str, list[bool]], num_layers: int, seed: int
-) -> dict[str, Any]:
-    rows = []
-    for data in dict.fromkeys(sample.data for sample in samples):
-        chosen = [i for i, sample in enumerate(samples) if sample.data == data]
-        table = {name: np.array([hits[i] for i in chosen], dtype=float) for name, hits in right.items()}
-        alone = [percent(table[name]) for name in ("large", "small")]
-        for preset, average in AVERAGE_RETENTION.items():
-            layer = resolve_prune_layer(PRESETS[preset]["prune_layer"], num_layers)
-            guided = table[f"guided {average}"]
-            random = np.mean([hits for name, hits in table.items() if name.startswith(f"random {average} ")], axis=0)
-            low, high = paired_interval(guided - random, seed)
-            difference = f"{percent(guided - random):+.1f} [{low:+.1f}, {high:+.1f}]"
-            rows.append(
-                [data, f"{average:.0%}", layer, alone[0], percent(guided), percent(random), difference, alone[1]]
-            )
-    return {
-        "columns": [
-            "data",
-            "average retention",
-            "from layer",
-            "large, unpruned",
-            "large, guided",
-            "large, random",
-            "guided - random",
-            "small alone",
-        ],
-        "rows": rows,
-        "caption": (
-            f"Exact match in percent on {len(samples) // 2:,} questions of each kind; random is the mean over "
-            f"{len([name for name in right if name.startswith('random 0.64')])} seeds; the difference with its 95 % "
-            f"paired-bootstrap interval. The large model has {num_layers} layers."
-        ),
-    }
 
 
 def percent(values: Any) -> float:

@@ -4,7 +4,7 @@
 
 The large model reads scenes as ever, in 2x2 tiles of 8x8 tokens and a thumbnail. The small model, whose weights stay
 the same, is given the same scenes on other grids, and its importance is carried over through image coordinates. Pruned
-to 35 % average retention, the large model answers the 1,000 scene questions of `evaluate_tiny_pair.py`, guided on
+to 35 % average retention, the large model answers 1,000 questions about held-out scenes, guided on
 every grid; beside that stand guidance on its own grid and random pruning (mean over several seeds). All see the same
 questions, so the differences come with 95 % paired-bootstrap intervals.
 
@@ -25,10 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, Evaluation, Method, paired_interval, percent, scene_samples
+from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, paired_interval, percent
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import SGLProcessor
+from transformers_sgl.architectures import decoder_layers
+from transformers_sgl.evaluation import load_samples
+from transformers_sgl.evaluation.methods import SGP, Batch, Large, Method, Pair, Random, Setting, Small
 from transformers_sgl.evaluation.records import measurement_record
 
 AVERAGE_RETENTION = 0.35
@@ -72,30 +75,39 @@ def main() -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    samples = scene_samples("test", arguments.limit, questions_per_scene=1)[: arguments.limit]
+    samples = load_samples("scenes")[: arguments.limit]
 
-    own = Evaluation(model, processor, arguments.batch_size)
-    pruned = own.pruned(range(arguments.random_seeds))
-    pruned = {name: method for name, method in pruned.items() if str(AVERAGE_RETENTION) in name.split()}
-    guided = f"guided {AVERAGE_RETENTION}"
-    right = own(samples, {"large": own.large_alone, "small": own.small_alone, **pruned}, "own grid")
+    setting = Setting.of(AVERAGE_RETENTION, len(decoder_layers(model.large)))
+
+    def right_by(method: Method, processor: SGLProcessor, seed: int = 0) -> np.ndarray:
+        pair = Pair(model, processor, MAX_NEW_TOKENS, seed)
+        hits: list[bool] = []
+        for start in range(0, len(samples), arguments.batch_size):
+            indices = range(start, min(start + arguments.batch_size, len(samples)))
+            batch = [samples[index] for index in indices]
+            answers = method.answer(pair, Batch(batch, indices, [sample.open_image() for sample in batch]), setting)
+            hits += [answer.text in sample.answers for answer, sample in zip(answers, batch, strict=True)]
+        return np.array(hits, dtype=float)
+
+    accuracy = {
+        "large": right_by(Large(), processor),
+        "small": right_by(Small(), processor),
+        "guided": right_by(SGP(), processor),
+    }
     for grid in GRIDS:
-        evaluate = Evaluation(model, regridded(processor, grid), arguments.batch_size)
-        methods = {"small": small_alone(model), "guided": evaluate.pruned(())[guided]}
-        for name, hits in evaluate(samples, methods, grid.name).items():
-            right[f"{name} {grid.name}"] = hits
-    accuracy = {name: np.array(hits, dtype=float) for name, hits in right.items()}
-    random = np.mean([accuracy[name] for name in pruned if name != guided], axis=0)
+        accuracy[f"small {grid.name}"] = right_by(Small(), regridded(processor, grid))
+        accuracy[f"guided {grid.name}"] = right_by(SGP(), regridded(processor, grid))
+    random = np.mean([right_by(Random(), processor, seed) for seed in range(arguments.random_seeds)], axis=0)
 
     num_tokens = [count_tokens(processor, samples), *(count_tokens(regridded(processor, g), samples) for g in GRIDS)]
     record = measurement_record(arguments.seed, torch.device(arguments.device))
     record["tables"] = {
-        "sgl-tiny-transfer": table(accuracy, guided, random, num_tokens, arguments.random_seeds, arguments.seed)
+        "sgl-tiny-transfer": table(accuracy, "guided", random, num_tokens, arguments.random_seeds, arguments.seed)
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"written: {arguments.output}")
     for grid in GRIDS:
-        kept = accuracy[f"guided {grid.name}"].mean() / accuracy[guided].mean()
+        kept = accuracy[f"guided {grid.name}"].mean() / accuracy["guided"].mean()
         if kept < LEAST_KEPT:
             raise AssertionError(
                 f"Guided on {grid.name}, the large model keeps {kept:.1%}, less than {LEAST_KEPT:.0%}."
@@ -113,22 +125,10 @@ def regridded(processor: SGLProcessor, grid: Grid) -> SGLProcessor:
     return made
 
 
-def small_alone(model: Any) -> Method:
-    """The small model on its own inputs, its answer behind the large model's prompt, where an answer is looked for."""
-
-    def run(inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
-        own = {name: value for name, value in inputs.items() if name.startswith("small_") and "boxes" not in name}
-        own = {name.removeprefix("small_"): value for name, value in own.items()}
-        answers = model.small.generate(**own, max_new_tokens=MAX_NEW_TOKENS)[:, own["input_ids"].shape[1] :]
-        return torch.cat([inputs["input_ids"], answers], dim=1)
-
-    return run
-
-
 def count_tokens(processor: SGLProcessor, samples: Sequence[Any]) -> int:
     """How many visual tokens a scene is to the small model."""
     small = processor.small_processor
-    inputs = small(images=[samples[0].image], text=[small.image_token], return_tensors="pt")
+    inputs = small(images=[samples[0].open_image()], text=[small.image_token], return_tensors="pt")
     return int((inputs["input_ids"] == small.image_token_id).sum())
 
 
