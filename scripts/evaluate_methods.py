@@ -24,18 +24,8 @@ from transformers_sgl.evaluation.evaluation_report import p_value, points
 ROOT = Path(__file__).parents[1]
 DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
 METHODS = ["large", "small", "sgp", "sgl", "random", "fastv", "oracle", "divprune", "divprune-late", "downsample"]
-GUIDES = [
-    "large",
-    "sgp",
-    "oracle",
-    "sgp-10%",
-    "sgp-30%",
-    "sgp-50%",
-    "sgp-70%",
-    "sgp-last",
-    "sgp-prompt",
-    "sgp-generated",
-]
+GUIDES = ["large", "sgp", "oracle"]
+GUIDES += [f"sgp-{part}" for part in ("10%", "30%", "50%", "70%", "last", "prompt", "generated")]
 RETENTIONS = (0.64, 0.35, 0.09)
 GUIDES_LIMIT = 1000
 # What a row of the tables is called.
@@ -116,7 +106,7 @@ def methods_table(evaluation: dict[str, Any]) -> dict[str, Any]:
     caption = (
         f"Exact match in percent on {summary['num_samples']:,} questions about {summary['num_images']:,} images, with "
         "95 % intervals (bootstrap over images). Where a method cannot reach the average retention of the column, its "
-        f"own stands behind the interval. Early exit from a score of {thresholds} on, chosen on 2,000 other questions, "
+        f"own stands behind the interval. Early exit from a score of {thresholds} on, chosen on 2,000 other questions "
         f"so that with 99 % confidence 99 % of the large model's right answers stay; it calls the large model for "
         f"{', '.join(calls)} of the questions. GFLOPs for a question and end-to-end time relative to the large model "
         f"alone (median over batches of {summary['batch_size']}, methods taking turns in one run, one core) at the "
@@ -163,7 +153,7 @@ def comparisons_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ],
         "rows": rows,
         "caption": (
-            "Percentage points with 95 % paired-bootstrap intervals; in bold where the paired randomisation test gives "
+            "Percentage points with 95 % paired-bootstrap intervals, bold where the paired randomisation test gives "
             "p < 0.05. At equal cost the other method is taken on the line between its nearest settings, the unpruned "
             "large model being one of them, so a guided answer that costs more than the large model alone is compared "
             "with that. A dash: even its cheapest setting costs more."
