@@ -134,29 +134,31 @@ def comparisons_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         same_operations = by_run(summary["at_equal_operations"])
         same_time = by_run(evaluation["speed"]["at_equal_time"])
         for each in summary["comparisons"]:
-            if each["method"] != "sgp" or each["other"] in ("large", "small"):
-                continue
-            key = each["method"], each["other"], each["target_retention"]
-            cells = [
-                difference_cell(each),
-                *(difference_cell(found.get(key)) for found in (same_operations, same_time)),
-            ]
-            rows.append([data, f"{each['target_retention']:.0%}", NAMES[each["other"]], *cells])
+            if each["method"] == "sgp":
+                other, retention = each["other"], each["target_retention"]
+                found = [
+                    each,
+                    same_operations.get(("sgp", other, retention)),
+                    same_time.get(("sgp", other, retention)),
+                    same_time.get(("sgl", other, retention)),
+                ]
+                rows.append([data, f"{retention:.0%}", NAMES[other], *map(difference_cell, found)])
     return {
         "columns": [
             "data",
             "retention",
-            "guided (`sgp`) minus",
-            "at equal retention",
-            "at equal GFLOPs",
-            "at equal time",
+            "compared with",
+            "`sgp`, equal retention",
+            "`sgp`, equal GFLOPs",
+            "`sgp`, equal time",
+            "`sgl`, equal time",
         ],
         "rows": rows,
         "caption": (
-            "Percentage points with 95 % paired-bootstrap intervals, bold where the paired randomisation test gives "
-            "p < 0.05. At equal cost the other method is taken on the line between its nearest settings, the unpruned "
-            "large model being one of them, so a guided answer that costs more than the large model alone is compared "
-            "with that. A dash: even its cheapest setting costs more."
+            "Guided minus other, in percentage points with 95 % paired-bootstrap intervals; bold where the paired "
+            "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its nearest "
+            "settings, the unpruned large model being one of them, so a guided answer that costs more than the large "
+            "model alone is compared with that. A dash: even its cheapest setting costs more."
         ),
     }
 

@@ -360,6 +360,7 @@ TABLE_COLUMNS = (
     "large model called",
     "GFLOPs",
     "time / large",
+    "peak memory (GiB)",
 )
 
 
@@ -384,6 +385,7 @@ def table_row(row: dict[str, Any], clock: dict[str, Any]) -> list[str]:
         f"{100 * row['large_call_rate']:.0f} %",
         f"{row['gigaflops']:.3g}",
         f"{clock['relative_to_large']:.2f}" if "relative_to_large" in clock else "",
+        "" if clock["peak_memory_bytes"] is None else f"{clock['peak_memory_bytes'] / 2**30:.2f}",
     ]
 
 
@@ -480,11 +482,11 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
     for row, clock in rows:
         if row["method"] in ("large", "small"):
             dashes = "-" if row["method"] == "large" else ":"
-            label = f"{row['method']} alone"
-            in_retention.axhline(100 * row["score"], color="#555555", linestyle=dashes, linewidth=1, label=label)
-            in_time.axhline(100 * row["score"], color="#555555", linestyle=dashes, linewidth=1, label=label)
-            place = clock.get("relative_to_large"), 100 * row["score"]
-            in_time.plot(*place, marker="o", markersize=7, markerfacecolor="white", color="#555555")
+            style = {"color": "#555555", "linestyle": dashes, "linewidth": 1}
+            in_retention.axhline(100 * row["score"], **style)
+            in_time.axhline(100 * row["score"], **style)
+            style |= {"marker": "o", "markersize": 7, "markerfacecolor": "white", "label": f"{row['method']} alone"}
+            in_time.plot(clock.get("relative_to_large", float("nan")), 100 * row["score"], **style)
     in_time.set_xlabel("end-to-end time, relative to the large model alone")
     in_time.set_xlim(left=0)
     in_retention.set_xlabel("average retention of visual tokens (%)")
