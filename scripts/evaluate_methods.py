@@ -156,9 +156,9 @@ def comparisons_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "rows": rows,
         "caption": (
             "Guided minus other, in percentage points with 95 % paired-bootstrap intervals; bold where the paired "
-            "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its nearest "
-            "settings, the unpruned large model being one of them, so a guided answer that costs more than the large "
-            "model alone is compared with that. A dash: even its cheapest setting costs more."
+            "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its two "
+            "nearest settings, the unpruned large model being one of them, so guided answers that cost more than the "
+            "large model alone is compared with that. A dash: even its cheapest setting costs more."
         ),
     }
 
