@@ -424,7 +424,7 @@ class Guide(Method):
             importance = stack.enter_context(self.rank(pair, batch, inputs, tokens, setting))
 
             def keep_mask() -> Tensor:
-                kept.append(choose.keep_mask(tokens, importance()))
+                kept.append(choose.keep_mask(tokens, importance().float()))
                 return tokens.prompt_keep_mask(kept[0])
 
             stack.enter_context(VisualTokenPruner(large, keep_mask, setting.prune_layer))
