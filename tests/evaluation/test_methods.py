@@ -1,4 +1,4 @@
-"""Each method against its paper's definition: worked by hand, and in plain loops over what stock transformers tells."""
+"""Each method against its paper's definition: by hand, and in plain loops over what stock transformers tells."""
 
 from __future__ import annotations
 
@@ -472,10 +472,10 @@ class TestRandom:
 
 
 class TestDownsample:
-    # The embedded pair's scenes of 128 x 128 pixels are four tiles and a thumbnail, 8 x 8 tokens each: 320. A budget of
-    # 0.64 * 320 = 204.8 leaves 5 * 6 * 6 = 180; 0.35 * 320 = 112 either 5 * 4 * 4 = 80 or one tile of 8 * 8, which
-    # shows as many pixels and is cheaper; 0.09 * 320 = 28.8 one tile of 5 * 5. Pictures of 64 x 64 pixels are one tile:
-    # 0.64 * 64 = 40.96 leaves 6 * 6, 22.4 leaves 4 * 4, and 5.76 leaves 2 * 2.
+    # The embedded pair's scenes of 128 x 128 pixels are four tiles and a thumbnail, 8 x 8 tokens each: 320. A budget
+    # of 0.64 * 320 = 204.8 leaves 5 * 6 * 6 = 180; 0.35 * 320 = 112 either 5 * 4 * 4 = 80 or one tile of 8 * 8, which
+    # shows as many pixels and is cheaper; 0.09 * 320 = 28.8 one tile of 5 * 5. Pictures of 64 x 64 pixels are one
+    # tile: 0.64 * 64 = 40.96 leaves 6 * 6, 22.4 leaves 4 * 4, and 5.76 leaves 2 * 2.
     @pytest.mark.parametrize(
         ("average", "of_320", "of_64"), [(0.64, 180, 36), (0.35, 64, 16), (0.09, 25, 4), (0.001, 1, 1)]
     )
