@@ -156,7 +156,7 @@ def at_equal_cost(cost: float, points: Sequence[tuple[float, Array]]) -> Array |
 
         ```
     """
-    points = sorted(points, key=lambda point: point[0])
+    points = sorted(points, key=lambda point: (point[0], point[1].mean()))  # of two as dear the better comes last
     costs = np.array([each for each, _ in points])
     if cost < costs[0]:
         return None
@@ -444,13 +444,16 @@ _STYLES = {
 _SPARE_STYLES = [("#E69F00", marker) for marker in "<>dhpX18"]
 
 
-def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> None:
+def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> Any:
     """Accuracy against end-to-end time, and against the average retention.
 
     Args:
         summary (`dict`): From [`summarise`].
         speed (`dict`): From [`summarise_speed`].
         path (`Path`): The picture; its ending names the format.
+
+    Returns:
+        `matplotlib.figure.Figure`: What was drawn.
     """
     # The objects rather than pyplot, which would keep the figure and choose a window system for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -461,6 +464,8 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
     FigureCanvasAgg(figure)
     in_time, in_retention = figure.subplots(2, 1, sharey=True)
     rows = list(zip(summary["rows"], speed["rows"], strict=True))
+    relative = all("relative_to_large" in clock for _, clock in rows)
+    time = "relative_to_large" if relative else "seconds"
     spare = iter(_SPARE_STYLES * len(rows))
     for name in dict.fromkeys(row["method"] for row in summary["rows"] if row["target_retention"] is not None):
         colour, marker = _STYLES.get(name) or next(spare)
@@ -473,7 +478,7 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
             [100 * (row["score"] - row["interval"][0]) for row, _ in of_method],
             [100 * (row["interval"][1] - row["score"]) for row, _ in of_method],
         ]
-        times = [clock.get("relative_to_large", float("nan")) for _, clock in of_method]
+        times = [clock[time] for _, clock in of_method]
         retained = [100 * row["average_retention"] for row, _ in of_method]
         in_time.errorbar(times, scores, errors, label=name, **style)
         in_retention.errorbar(retained, scores, errors, **style)
@@ -483,9 +488,11 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
             label = f"{row['method']} alone"
             in_retention.axhline(100 * row["score"], color="#555555", linestyle=dashes, linewidth=1, label=label)
             in_time.axhline(100 * row["score"], color="#555555", linestyle=dashes, linewidth=1, label=label)
-            place = clock.get("relative_to_large"), 100 * row["score"]
+            place = clock[time], 100 * row["score"]
             in_time.plot(*place, marker="o", markersize=7, markerfacecolor="white", color="#555555")
-    in_time.set_xlabel("end-to-end time, relative to the large model alone")
+    in_time.set_xlabel(
+        f"end-to-end time{', relative to the large model alone' if relative else ' for a question (s)'}"
+    )
     in_time.set_xlim(left=0)
     in_retention.set_xlabel("average retention of visual tokens (%)")
     in_retention.set_xlim(0, 100)
@@ -495,6 +502,7 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
     in_time.set_title(f"{summary['data']}, {summary['num_samples']:,} questions; bars: 95 % intervals", fontsize=10)
     figure.legend(*in_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=160)
+    return figure
 
 
 def write_report(summary: dict[str, Any], speed: dict[str, Any], folder: Path) -> list[Path]:
