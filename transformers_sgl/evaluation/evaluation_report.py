@@ -156,7 +156,7 @@ def at_equal_cost(cost: float, points: Sequence[tuple[float, Array]]) -> Array |
 
         ```
     """
-    points = sorted(points, key=lambda point: point[0])
+    points = sorted(points, key=lambda point: (point[0], point[1].mean()))  # of two as dear the better comes last
     costs = np.array([each for each, _ in points])
     if cost < costs[0]:
         return None
@@ -446,13 +446,16 @@ _STYLES = {
 _SPARE_STYLES = [("#E69F00", marker) for marker in "<>dhpX18"]
 
 
-def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> None:
+def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> Any:
     """Accuracy against end-to-end time, and against the average retention.
 
     Args:
         summary (`dict`): From [`summarise`].
         speed (`dict`): From [`summarise_speed`].
         path (`Path`): The picture; its ending names the format.
+
+    Returns:
+        `matplotlib.figure.Figure`: What was drawn.
     """
     # The objects rather than pyplot, which would keep the figure and choose a window system for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -463,6 +466,8 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
     FigureCanvasAgg(figure)
     in_time, in_retention = figure.subplots(2, 1, sharey=True)
     rows = list(zip(summary["rows"], speed["rows"], strict=True))
+    relative = all("relative_to_large" in clock for _, clock in rows)
+    time = "relative_to_large" if relative else "seconds"
     spare = iter(_SPARE_STYLES * len(rows))
     for name in dict.fromkeys(row["method"] for row in summary["rows"] if row["target_retention"] is not None):
         colour, marker = _STYLES.get(name) or next(spare)
@@ -475,7 +480,7 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
             [100 * (row["score"] - row["interval"][0]) for row, _ in of_method],
             [100 * (row["interval"][1] - row["score"]) for row, _ in of_method],
         ]
-        times = [clock.get("relative_to_large", float("nan")) for _, clock in of_method]
+        times = [clock[time] for _, clock in of_method]
         retained = [100 * row["average_retention"] for row, _ in of_method]
         in_time.errorbar(times, scores, errors, label=name, **style)
         in_retention.errorbar(retained, scores, errors, **style)
@@ -486,8 +491,10 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
             in_retention.axhline(100 * row["score"], **style)
             in_time.axhline(100 * row["score"], **style)
             style |= {"marker": "o", "markersize": 7, "markerfacecolor": "white", "label": f"{row['method']} alone"}
-            in_time.plot(clock.get("relative_to_large", float("nan")), 100 * row["score"], **style)
-    in_time.set_xlabel("end-to-end time, relative to the large model alone")
+            in_time.plot(clock[time], 100 * row["score"], **style)
+    in_time.set_xlabel(
+        f"end-to-end time{', relative to the large model alone' if relative else ' for a question (s)'}"
+    )
     in_time.set_xlim(left=0)
     in_retention.set_xlabel("average retention of visual tokens (%)")
     in_retention.set_xlim(0, 100)
@@ -497,6 +504,7 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> N
     in_time.set_title(f"{summary['data']}, {summary['num_samples']:,} questions; bars: 95 % intervals", fontsize=10)
     figure.legend(*in_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=160)
+    return figure
 
 
 def write_report(summary: dict[str, Any], speed: dict[str, Any], folder: Path) -> list[Path]:

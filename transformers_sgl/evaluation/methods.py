@@ -119,7 +119,8 @@ class Setting:
     def retention_ratio(self) -> float:
         """The fraction of tokens that upper layers keep, which gives exactly the average."""
         upper = self.num_layers - self.prune_layer
-        return (self.average_retention * self.num_layers - self.prune_layer) / upper
+        # Rounded, so that a tenth of 320 tokens is 32 of them whatever layers it was worked out for.
+        return round((self.average_retention * self.num_layers - self.prune_layer) / upper, 12)
 
     def reached(self, num_kept: int, num_visual_tokens: int) -> float:
         """The average retention where so many tokens of a sample were kept."""
@@ -628,7 +629,7 @@ class _Size:
         tokens = math.isqrt(processor.image_seq_length) * self.tile_px // processor.image_processor.size["height"]
         smaller.image_seq_length = tokens**2
         size = {"height": self.tile_px, "width": self.tile_px}
-        return smaller, {"size": size, "max_patches": self.max_tiles}
+        return smaller, {"size": size, "min_patches": 1, "max_patches": self.max_tiles}
 
 
 def _fitting_size(processor: Any, image_size: tuple[int, int], retention: float) -> _Size:
@@ -638,16 +639,16 @@ def _fitting_size(processor: Any, image_size: tuple[int, int], retention: float)
     if getattr(processor, "image_seq_length", None) and hasattr(image_processor, "get_number_of_image_patches"):
         per_side, native_px = math.isqrt(processor.image_seq_length), image_processor.size["height"]
 
-        def num_tiles(tile_px: int, max_tiles: int) -> int:
-            options = {"size": {"height": tile_px, "width": tile_px}, "max_patches": max_tiles, "min_patches": 1}
-            return int(image_processor.get_number_of_image_patches(height, width, options))
+        def num_tiles(tile_px: int, **options: int) -> int:
+            tile = {"height": tile_px, "width": tile_px}  # the counter's name for what is otherwise called `size`
+            return int(image_processor.get_number_of_image_patches(height, width, {"patch_size": tile, **options}))
 
-        before = num_tiles(native_px, image_processor.max_patches) * processor.image_seq_length
+        before = num_tiles(native_px) * processor.image_seq_length
         fitting = []
         for tokens in range(1, per_side + 1):
             tile_px = tokens * native_px // per_side
             for max_tiles in range(1, image_processor.max_patches + 1):
-                tiles = num_tiles(tile_px, max_tiles)
+                tiles = num_tiles(tile_px, min_patches=1, max_patches=max_tiles)
                 shown = max(1, tiles - 1)  # one of several is a thumbnail
                 if tiles * tokens**2 <= max(1, retention * before):
                     fitting.append((shown * tile_px**2, -tiles, -max_tiles, tile_px))
@@ -658,10 +659,15 @@ def _fitting_size(processor: Any, image_size: tuple[int, int], retention: float)
         sizes = [(max(1, round(height * scale)), max(1, round(width * scale)))]
         return int(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"][0])
 
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        raise ValueError(
+            f"{type(processor).__name__} does not tell how many tokens images have: leave downsample out of --methods."
+        )
     before = num_tokens(1.0)
-    scales = [0.98**step for step in range(1, 230)]
-    scale = next((scale for scale in scales if num_tokens(scale) <= retention * before), scales[-1])
-    return _Size(scale, before)
+    scales = [0.98**step for step in range(230)]
+    scale = next((scale for scale in scales if num_tokens(scale) <= retention * before), None)
+    # Some processors enlarge small pictures, or know but one number of tokens: then as near to it as can be.
+    return _Size(min(scales, key=num_tokens) if scale is None else scale, before)
 
 
 # ------------------------------------------------------------------------------------------------------------ registry
