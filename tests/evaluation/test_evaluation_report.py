@@ -302,17 +302,17 @@ class TestTable:
         summary, speed, _ = reported()
         lines = as_markdown(summary, speed).splitlines()
         assert len(lines) == 2 + len(SCORES)
-        assert {line.count("|") for line in lines} == {9}
-        assert lines[1] == "| --- | --- | --- | --- | --- | --- | --- | --- |"
+        assert {line.count("|") for line in lines} == {10}
+        assert lines[1] == "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
         cells = {line.split(" | ")[0].removeprefix("| "): line.removesuffix(" |").split(" | ") for line in lines[2:]}
-        assert cells["large"][1:] == ["100 %", "100.0 [100.0, 100.0]", "", "", "100 %", "8", "1.00"]
+        assert cells["large"][1:] == ["100 %", "100.0 [100.0, 100.0]", "", "", "100 %", "8", "1.00", "0.00"]
         assert cells["small"][1] == ""
-        assert cells["small"][5:] == ["0 %", "1", "0.25"]
+        assert cells["small"][5:] == ["0 %", "1", "0.25", "0.00"]
         sgp = cells["sgp"]
         assert sgp[1] == "35 %"
         assert sgp[2].startswith("75.0 [")
         assert sgp[3].startswith("-25.0 [")
-        assert sgp[5:] == ["100 %", "4", "0.75"]
+        assert sgp[5:] == ["100 %", "4", "0.75", "0.00"]
 
     @pytest.mark.parametrize(("value", "text"), [(0.0001, "< 0.001"), (0.00149, "0.0015"), (0.25, "0.25"), (1.0, "1")])
     def test_p_values(self, value: float, text: str) -> None:
