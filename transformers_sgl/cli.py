@@ -645,11 +645,10 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
     from transformers_sgl.evaluation import evaluation_report, evaluation_run
     from transformers_sgl.evaluation.data import load_samples
     from transformers_sgl.evaluation.methods import METHODS, SGL, Pair, find_method
+    from transformers_sgl.evaluation.records import check_claim
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
     # 1. What can be wrong is looked at before the models are loaded.
@@ -664,18 +663,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     methods = {name: find_method(name) for name in (arguments.methods or ",".join(METHODS)).split(",")}
     retentions = evaluation_run.read_retentions(arguments.retention)
     columns = _columns(arguments.columns)
-    draw: dict[str, Any] = {"columns": columns, "seed": arguments.seed}
-    samples = load_samples(arguments.data, limit=arguments.limit, **draw)
-    evaluation_run.check_scorable(samples, arguments.metric)
-    calibration = []
+
+    def load(data: str, limit: int | None) -> list[Any]:
+        try:
+            found = load_samples(data, columns=columns, limit=limit, seed=arguments.seed)
+        except ImportError as error:  # of a package that holds or reads the data
+            raise OSError(str(error)) from error
+        evaluation_run.check_scorable(found, arguments.metric)
+        return found
+
+    samples, calibration = load(arguments.data, arguments.limit), []
     if "sgl" in methods:
-        name = arguments.calibration or evaluation_run.other_split(arguments.data)
-        calibration = load_samples(name, limit=arguments.calibration_limit, **draw)
-        evaluation_run.check_scorable(calibration, arguments.metric)
+        other = arguments.calibration or evaluation_run.other_split(arguments.data)
+        calibration = load(other, arguments.calibration_limit)
         evaluation_run.check_disjoint(samples, calibration)
+        evaluation_run.check_enough(calibration, arguments.keep_accuracy)
 
     # 2. Every method answers everything; what an earlier call has done is not done again.
-    processes = PartialState()
+    processes = evaluation_run.all_processes(arguments.device)
     device = str(processes.device) if processes.num_processes > 1 else arguments.device
     model, processor = _load_pair(arguments.model, arguments.dtype, device)
     pair = Pair(model, processor, arguments.max_new_tokens, arguments.seed)
@@ -685,6 +690,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     def facts(samples: Any, runs: Any, **more: Any) -> dict[str, Any]:
         return evaluation_run.evaluation_facts(model, arguments.model, samples, runs, **asked, **more)
 
+    planned = evaluation_run.plan(methods, retentions, pair.num_layers)
+    check_claim(arguments.out, facts(samples, planned, data=arguments.data))
     thresholds: dict[float, float] = {}
     if calibration:
         thresholds = evaluation_run.choose_thresholds(

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
@@ -35,7 +38,9 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 __all__ = [
     "Result",
     "Run",
+    "all_processes",
     "check_disjoint",
+    "check_enough",
     "check_scorable",
     "choose_thresholds",
     "evaluation_facts",
@@ -47,6 +52,10 @@ __all__ = [
 ]
 
 _NUM_COST_BATCHES = 4
+_PATIENCE = timedelta(
+    days=30
+)  # of a process for the others; PyTorch's own is minutes, and less than their batches take
+_CONFIDENCE = 0.99  # with which a threshold keeps its promise
 _OTHER_SPLITS = {"easy-vqa": "easy-vqa:train", "easy-vqa:test": "easy-vqa:train", "scenes": "scenes:calibration"}
 
 
@@ -147,6 +156,20 @@ class Result:
         return self.method, self.average_retention
 
 
+def all_processes(device: str = "auto") -> PartialState:
+    """Who shares the work: this process and those that `accelerate launch` or `torchrun` started with it.
+
+    Args:
+        device (`str`, defaults to `"auto"`): Where the models shall run.
+
+    Returns:
+        `PartialState`: This process's place among them.
+    """
+    # Without being told so, processes that have no accelerator would not know of each other.
+    on_cpu = device.startswith("cpu") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+
+
 def read_retentions(text: str) -> list[float]:
     """Average retentions as they are given on a command line.
 
@@ -214,6 +237,25 @@ def check_disjoint(samples: Sequence[Sample], calibration: Sequence[Sample]) -> 
         raise ValueError(
             f"{len(shared)} images are in the data and in the calibration data, such as {min(shared)!r}: a threshold "
             "must be chosen on other images than it is judged on."
+        )
+
+
+def check_enough(calibration: Sequence[Sample], keep_accuracy: float) -> None:
+    """Raises if no answers to the calibration questions could prove a promise, so that nobody waits for it in vain.
+
+    Args:
+        calibration (`Sequence[Sample]`): The calibration data.
+        keep_accuracy (`float`): As for [`choose_thresholds`].
+
+    Raises:
+        ValueError: If there are too few, or the promise is none.
+    """
+    promise = KeepAccuracy(keep_accuracy)
+    needed = math.ceil(math.log(1 - _CONFIDENCE) / math.log(1 - promise.limit))
+    if len(calibration) < needed:
+        raise ValueError(
+            f"There are {len(calibration)} calibration questions, and to promise that {promise.sentence()} takes "
+            f"{needed} that the large model answers rightly: give more calibration data, or a lower --keep-accuracy."
         )
 
 
@@ -299,7 +341,7 @@ def run_methods(
         OSError: If the folder cannot be written, or an image cannot be read.
         ValueError: If the folder holds the records of another run.
     """
-    processes = PartialState()
+    processes = all_processes()
     if processes.is_main_process:
         claim(folder, facts)
     processes.wait_for_everyone()
@@ -400,7 +442,7 @@ def choose_thresholds(
             for result in found
         ]
         counted = sum(promise.counts(record) for record in records)
-        allowed = allowed_failures(counted, num_evaluated, promise.limit) if counted else None
+        allowed = allowed_failures(counted, num_evaluated, promise.limit, _CONFIDENCE) if counted else None
         if allowed is None:
             raise ValueError(
                 f"Of the {len(records)} calibration questions the large model answers {counted} rightly, which is too "
@@ -443,9 +485,9 @@ def _run_batch(
 ) -> list[Result]:
     batch, score = _batch(samples, indices), metric(metric_name)
     found: list[Result] = []
-    # Who comes first changes from batch to batch, so that no run always follows the same other.
-    first = indices.start % len(runs)
-    for run in [*runs[first:], *runs[:first]]:
+    # The order changes from batch to batch, so that no run always follows the same other.
+    for place in np.random.default_rng(indices.start).permutation(len(runs)):
+        run: Run = runs[place]
         start = _now(pair.model.device)
         answers = run.method.answer(pair, batch, run.setting)
         seconds = (_now(pair.model.device) - start) / len(answers)

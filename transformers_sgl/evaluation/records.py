@@ -18,7 +18,15 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["claim", "fingerprint", "measurement_record", "not_a_record", "read_lines", "write_atomically"]
+__all__ = [
+    "check_claim",
+    "claim",
+    "fingerprint",
+    "measurement_record",
+    "not_a_record",
+    "read_lines",
+    "write_atomically",
+]
 
 _FINGERPRINT_BYTES = 2**20
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -67,18 +75,37 @@ def claim(folder: Path, facts: dict[str, Any]) -> None:
         OSError: If the folder cannot be written.
         ValueError: If it holds the records of another run.
     """
+    file = folder / "run.json"
+    if not file.exists():
+        check_claim(folder, facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(facts, indent=2) + "\n")
+        return
+    check_claim(folder, facts, complete=True)
+
+
+def check_claim(folder: Path, facts: dict[str, Any], *, complete: bool = False) -> None:
+    """Raises if the folder is another run's, as far as that is known; nothing is touched.
+
+    Args:
+        folder (`Path`): The folder, which may not exist.
+        facts (`dict`): What the records depend on, ready for JSON.
+        complete (`bool`, defaults to `False`): Whether these are all the facts; else a run may have more.
+
+    Raises:
+        ValueError: If it holds the records of another run.
+    """
     cure = f"give another --out, or delete the folder {str(folder)!r}"
     file = folder / "run.json"
     if not file.exists():
         if (folder / "samples.jsonl").exists():
             raise ValueError(f"{str(folder)!r} holds records, but no run.json that says what they are of: {cure}.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(facts, indent=2) + "\n")
         return
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        different = [name for name in {**found, **facts} if found.get(name) != facts.get(name)]
-    except (ValueError, TypeError) as error:
+        names = {**found, **facts} if complete else facts
+        different = [name for name in names if found.get(name) != facts.get(name)]
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{str(file)!r} cannot be read as the record of a run: {cure}.") from error
     if different:
         raise ValueError(
