@@ -52,10 +52,10 @@ __all__ = [
 ]
 
 _NUM_COST_BATCHES = 4
-_PATIENCE = timedelta(
-    days=30
-)  # of a process for the others; PyTorch's own is minutes, and less than their batches take
-_CONFIDENCE = 0.99  # with which a threshold keeps its promise
+# How long a process waits for the others: PyTorch's own minutes are less than a share of the batches may take.
+_PATIENCE = timedelta(days=30)
+# With what confidence a threshold keeps its promise.
+_CONFIDENCE = 0.99
 _OTHER_SPLITS = {"easy-vqa": "easy-vqa:train", "easy-vqa:test": "easy-vqa:train", "scenes": "scenes:calibration"}
 
 
