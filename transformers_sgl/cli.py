@@ -646,6 +646,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from transformers_sgl.evaluation import evaluation_report, evaluation_run
+    from transformers_sgl.evaluation.calibration import check_packages
     from transformers_sgl.evaluation.data import load_samples
     from transformers_sgl.evaluation.methods import METHODS, SGL, Pair, find_method
     from transformers_sgl.evaluation.records import check_claim
@@ -658,7 +659,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             raise ValueError(f"`{name}` is {getattr(arguments, name)}: pass a whole number of 1 or more.")
     if arguments.seed < 0:
         raise ValueError(f"`seed` is {arguments.seed}: pass a whole number of 0 or more.")
-    evaluation_report.check_packages()
+    check_packages("An evaluation", "evaluate")
     _check_writable_folder(arguments.out)
     methods = {name: find_method(name) for name in (arguments.methods or ",".join(METHODS)).split(",")}
     retentions = evaluation_run.read_retentions(arguments.retention)

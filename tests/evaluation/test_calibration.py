@@ -487,8 +487,12 @@ class TestResults:
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration.check_packages()
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ValueError, match=r"needs matplotlib and scipy .*: run `pip install 'transformers_sgl\[cal"):
+    with pytest.raises(
+        ValueError, match=r"Calibration needs matplotlib and scipy .*: run `pip install 'transformers_sgl\[cal"
+    ):
         calibration.check_packages()
+    with pytest.raises(ValueError, match=r"An evaluation needs .*: run `pip install 'transformers_sgl\[evaluate\]'`"):
+        calibration.check_packages("An evaluation", "evaluate")
 
 
 @pytest.mark.parametrize("data", ["easy-VQA", "scenes"])

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transformers_sgl.evaluation import evaluation_report
 from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.evaluation_report import (
     PairedScores,
     as_markdown,
     at_equal_cost,
-    check_packages,
     draw_figure,
     p_value,
     summarise,
@@ -378,14 +376,3 @@ def test_what_is_written(tmp_path: Path) -> None:
     before = files[0].read_bytes()
     write_report(*reported()[:2], tmp_path)
     assert files[0].read_bytes() == before
-
-
-def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_packages()
-
-    def fail(name: str) -> None:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(evaluation_report, "import_module", fail)
-    with pytest.raises(ValueError, match="needs matplotlib and scipy .*'matplotlib'.*: run `pip install"):
-        check_packages()

@@ -608,8 +608,12 @@ def write_results(
     return written
 
 
-def check_packages() -> None:
-    """Raises unless the packages that calibration needs beside the package's own are installed.
+def check_packages(work: str = "Calibration", extra: str = "calibrate") -> None:
+    """Raises unless the packages that a measurement needs beside the package's own are installed.
+
+    Args:
+        work (`str`, *optional*, defaults to `"Calibration"`): What needs them.
+        extra (`str`, *optional*, defaults to `"calibrate"`): The extra that brings them.
 
     Raises:
         ValueError: If one is missing; the sentence says how to install it.
@@ -619,7 +623,7 @@ def check_packages() -> None:
             import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"Calibration needs matplotlib and scipy ({error}): run `pip install 'transformers_sgl[calibrate]'`."
+            f"{work} needs matplotlib and scipy ({error}): run `pip install 'transformers_sgl[{extra}]'`."
         ) from error
 
 

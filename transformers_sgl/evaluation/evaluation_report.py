@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ __all__ = [
     "PairedScores",
     "as_markdown",
     "at_equal_cost",
-    "check_packages",
     "draw_figure",
     "summarise",
     "summarise_speed",
@@ -415,21 +413,6 @@ def p_value(value: float) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- figure
-
-
-def check_packages() -> None:
-    """Raises unless the packages that an evaluation needs beside the package's own are installed.
-
-    Raises:
-        ValueError: If one is missing; the sentence says how to install it.
-    """
-    try:
-        for name in ("matplotlib", "scipy"):
-            import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"An evaluation needs matplotlib and scipy ({error}): run `pip install 'transformers_sgl[evaluate]'`."
-        ) from error
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that tell without colour.
