@@ -712,7 +712,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     # 3. What came of it; one of several processes tells.
     if processes.is_main_process:
-        costs = evaluation_run.measure_costs(pair, samples, runs, batch_size=arguments.batch_size)
+        costs = evaluation_run.measure_costs(pair, samples, runs, arguments.out, batch_size=arguments.batch_size)
         report = evaluation_report.summarise(results, samples, runs, costs, run_facts)
         speed = evaluation_report.summarise_speed(results, samples, runs, costs, run_facts, model.device)
         written = evaluation_report.write_report(report, speed, arguments.out)

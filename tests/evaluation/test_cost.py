@@ -16,7 +16,7 @@ from transformers_sgl.evaluation import cost as cost_module
 from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.evaluation_run import measure_costs, plan
-from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Pair, Setting
+from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Large, Pair, Setting
 
 THIRD = Setting(0.35, 2, 10)
 
@@ -149,14 +149,26 @@ class TestMemory:
         assert measure_cost(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == Cost(2 * 2 * 3 * 4, None)
 
 
-def test_costs_of_runs_are_for_a_question(pair: Pair) -> None:
+def test_costs_of_runs_are_for_a_question_and_counted_once(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = scenes(3)
     runs = plan({name: METHODS[name] for name in ("large", "random")}, [0.35], 10)
-    found = measure_costs(pair, samples, runs, batch_size=2)
+    found = measure_costs(pair, samples, runs, tmp_path, batch_size=2)
     assert list(found) == [("large", None), ("random", 0.35)]
     parts = [as_batch(samples[:2]), as_batch(samples[2:])]  # fewer batches than are asked for: each counts once
     assert found["large", None].flops == sum(flops(pair, "large", part) for part in parts) // 3
     assert found["random", 0.35].flops < found["large", None].flops
+
+    file = tmp_path / "costs.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(f"{first}\n{second[:20]}")  # as if it had been cut off
+    monkeypatch.setattr(Large, "answer", None)
+    assert measure_costs(pair, samples, runs, tmp_path, batch_size=2).keys() == found.keys()
+    assert file.read_text().splitlines()[0] == first
+    file.write_text('{"method": "large"}\n')
+    with pytest.raises(ValueError, match=r"costs\.jsonl', line 1: this is no record"):
+        measure_costs(pair, samples, runs, tmp_path, batch_size=2)
 
 
 @pytest.mark.gpu

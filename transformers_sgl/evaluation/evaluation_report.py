@@ -10,7 +10,7 @@ question that is hard is hard for all, which is what makes the comparison paired
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,12 +188,13 @@ def summarise(
         `dict`: `rows`, one for each run; `comparisons` of the guided methods with the others at equal retention, and
         `at_equal_operations`; ready for JSON.
     """
-    scores = _by_run(results, runs, lambda result: result.score)
+    by_run = _by_run(results, runs)
+    scores = {key: _array(result.score for result in found) for key, found in by_run.items()}
     paired = PairedScores([sample.image_id for sample in samples], facts["seed"])
     kinds = np.array([sample.kind for sample in samples])
     rows = []
     for run in runs:
-        found = [result for result in results if result.run == run.key]
+        found = by_run[run.key]
         retained = [result.retention for result in found if result.retention is not None]
         accepted = [r.num_draft_tokens_accepted for r in found if r.num_draft_tokens_accepted is not None]
         row: dict[str, Any] = {
@@ -228,12 +229,16 @@ def summarise(
     }
 
 
-def _by_run(results: Sequence[Result], runs: Sequence[Run], value: Callable[[Result], float]) -> dict[_Key, Array]:
-    """A value for each run's questions, in their order."""
-    found: dict[_Key, list[float]] = {run.key: [] for run in runs}
+def _by_run(results: Sequence[Result], runs: Sequence[Run]) -> dict[_Key, list[Result]]:
+    """Each run's results, in the order of the questions."""
+    found: dict[_Key, list[Result]] = {run.key: [] for run in runs}
     for result in results:
-        found[result.run].append(value(result))
-    return {key: np.array(values, dtype=float) for key, values in found.items()}
+        found[result.run].append(result)
+    return found
+
+
+def _array(values: Iterable[float]) -> Array:
+    return np.fromiter(values, dtype=np.float64)
 
 
 def _kinds(samples: Sequence[Sample]) -> list[str]:
@@ -303,7 +308,8 @@ def summarise_speed(
         `dict`: Machine, versions and date; `rows`, one for each run, with the median over batches of the seconds for a
         question and of their ratio to the large model alone; `at_equal_time`.
     """
-    seconds = _by_run(results, runs, lambda result: result.seconds)
+    by_run = _by_run(results, runs)
+    seconds = {key: _array(result.seconds for result in found) for key, found in by_run.items()}
     batches = np.arange(0, len(samples), facts["batch_size"])  # all of a batch's questions share its time
     large = seconds.get(("large", None))
     rows, relative = [], {}
@@ -321,7 +327,7 @@ def summarise_speed(
             row["relative_to_large"] = relative[run.key]
             row["relative_quartiles"] = [float(value) for value in np.percentile(ratios, [25, 75])]
         rows.append(row)
-    scores = _by_run(results, runs, lambda result: result.score)
+    scores = {key: _array(result.score for result in found) for key, found in by_run.items()}
     paired = PairedScores([sample.image_id for sample in samples], facts["seed"])
     return {
         **measurement_record(facts["seed"], device),

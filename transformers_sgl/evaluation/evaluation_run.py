@@ -453,14 +453,17 @@ def choose_thresholds(
 
 
 def measure_costs(
-    pair: Pair, samples: Sequence[Sample], runs: Sequence[Run], *, batch_size: int = 8
+    pair: Pair, samples: Sequence[Sample], runs: Sequence[Run], folder: Path, *, batch_size: int = 8
 ) -> dict[tuple[str, float | None], Cost]:
     """Counts operations and memory of every run on a few batches, evenly drawn from the data.
+
+    What an earlier call has counted is taken from `folder/costs.jsonl`.
 
     Args:
         pair ([`Pair`]): The models.
         samples (`Sequence[Sample]`): The data.
         runs (`Sequence[Run]`): What is run.
+        folder (`Path`): Where the records are kept.
         batch_size (`int`, defaults to 8): How many samples are answered together.
 
     Returns:
@@ -470,14 +473,26 @@ def measure_costs(
     chosen = [starts[place * len(starts) // _NUM_COST_BATCHES] for place in range(_NUM_COST_BATCHES)]
     batches = [_batch(samples, range(start, min(start + batch_size, len(samples)))) for start in dict.fromkeys(chosen)]
     number = sum(len(batch.samples) for batch in batches)
-    costs = {}
+    file = folder / "costs.jsonl"
+    costs = dict(_read_cost(file, line, fields) for line, fields in read_lines(file))
     for run in tqdm(runs, desc="operations and memory", unit="run", disable=None):
-        found = [
-            measure_cost(partial(run.method.answer, pair, batch, run.setting), pair.model.device) for batch in batches
-        ]
-        peaks = [cost.peak_memory_bytes for cost in found if cost.peak_memory_bytes is not None]
-        costs[run.key] = Cost(sum(cost.flops for cost in found) // number, max(peaks, default=None))
+        if run.key not in costs:
+            answers = (partial(run.method.answer, pair, batch, run.setting) for batch in batches)
+            found = [measure_cost(answer, pair.model.device) for answer in answers]
+            peaks = [cost.peak_memory_bytes for cost in found if cost.peak_memory_bytes is not None]
+            cost = Cost(sum(cost.flops for cost in found) // number, max(peaks, default=None))
+            fields = {"method": run.name, "average_retention": run.average_retention, **asdict(cost)}
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(fields) + "\n")
+            costs[run.key] = cost
     return costs
+
+
+def _read_cost(file: Path, line: int, fields: dict[str, Any]) -> tuple[tuple[str, float | None], Cost]:
+    try:
+        return (fields.pop("method"), fields.pop("average_retention")), Cost(**fields)
+    except (KeyError, TypeError) as error:
+        raise not_a_record(file, line, error) from error
 
 
 def _run_batch(
