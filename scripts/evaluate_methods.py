@@ -108,9 +108,10 @@ def methods_table(evaluation: dict[str, Any]) -> dict[str, Any]:
         "95 % intervals (bootstrap over images). Where a method cannot reach the average retention of the column, its "
         f"own stands behind the interval. Early exit from a score of {thresholds} on, chosen on 2,000 other questions "
         f"so that with 99 % confidence 99 % of the large model's right answers stay; it calls the large model for "
-        f"{', '.join(calls)} of the questions. GFLOPs for a question and end-to-end time relative to the large model "
-        f"alone (median over batches of {summary['batch_size']}, methods taking turns in one run, one core) at the "
-        "three retentions; both models, vision encoders and scores are counted."
+        f"{', '.join(calls)} of the questions. GFLOPs for a question (counted on four batches) and end-to-end time "
+        f"relative to the large model alone (median over batches of {summary['batch_size']}, methods taking turns in "
+        "one run, one core of a machine that was busy with other work) at the three retentions; both models, vision "
+        "encoders and scores are counted."
     )
     columns = ["method", *(f"{retention:.0%}" for retention in RETENTIONS), "GFLOPs", "time / large"]
     return {"columns": columns, "rows": rows, "caption": caption}
@@ -158,7 +159,7 @@ def comparisons_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "Guided minus other, in percentage points with 95 % paired-bootstrap intervals; bold where the paired "
             "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its two "
             "nearest settings, the unpruned large model being one of them, so guided answers that cost more than the "
-            "large model alone is compared with that. A dash: even its cheapest setting costs more."
+            "large model alone are compared with that. A dash: even its cheapest setting costs more."
         ),
     }
 
