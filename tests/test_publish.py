@@ -207,9 +207,9 @@ def test_a_folder_that_is_no_pair_is_not_looked_through(tmp_path):
 
 
 def test_a_big_file_that_is_not_weights_is_found(bundle, monkeypatch):
-    monkeypatch.setattr(validation, "_MAX_OTHER_BYTES", 100_000)
-    add("video.mp4", bytes(100_001))(bundle)
-    assert stops(bundle) == ["video.mp4: has 100,001 bytes and is not weights: remove it from the folder."]
+    monkeypatch.setattr(validation, "_MAX_OTHER_BYTES", 1_000_000)
+    add("video.mp4", bytes(1_000_001))(bundle)
+    assert stops(bundle) == ["video.mp4: has 1,000,001 bytes and is not weights: remove it from the folder."]
 
 
 def test_links_are_followed_to_files_and_refused_to_folders(bundle):

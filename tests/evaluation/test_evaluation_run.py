@@ -373,6 +373,7 @@ class TestCommand:
         names = {path.name for path in uninterrupted.iterdir()}
         assert names == {
             "calibration",
+            "costs.jsonl",
             "figure.png",
             "run.json",
             "samples.jsonl",
