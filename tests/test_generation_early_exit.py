@@ -107,6 +107,27 @@ def test_with_none_or_above_1_the_large_model_always_runs(
     assert output.decision_score is not None
 
 
+def test_scoring_may_be_left_out_but_not_where_an_exit_depends_on_it(pair: SGLForConditionalGeneration) -> None:
+    batch = prompts()
+    passes: list[int] = []
+    hook = pair.small.register_forward_hook(lambda *_: passes.append(1))
+    found = {}
+    for score_draft, threshold in [(None, None), (False, None), (True, None), (False, 0.5)]:
+        passes.clear()
+        options = {"score_draft": score_draft, "early_exit_threshold": threshold}
+        output = pair.generate(**batch, **GREEDY, **options, return_dict_in_generate=True)
+        found[score_draft, threshold] = len(passes), output.decision_score is not None
+    hook.remove()
+    number, is_scored = found[None, None]
+    assert is_scored
+    assert found == {
+        (None, None): (number, True),
+        (False, None): (number - 1, False),
+        (True, None): (number, True),
+        (False, 0.5): (number, True),
+    }
+
+
 def test_a_threshold_of_the_pair_holds_and_a_call_overrides_it(
     pair: SGLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
