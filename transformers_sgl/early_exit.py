@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["confidence", "consistency", "decision_score", "exits_early", "token_log_probs"]
+__all__ = ["NEVER_EXIT", "confidence", "consistency", "decision_score", "exits_early", "token_log_probs"]
+
+# A threshold above all scores, which end at 1. Unlike `None` it is not replaced by one that a pair already has.
+NEVER_EXIT = 2.0
 
 
 def token_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:

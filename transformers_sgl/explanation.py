@@ -22,6 +22,7 @@ from torch import Tensor
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.attention_recorder import AttentionRecorder
+from transformers_sgl.early_exit import NEVER_EXIT
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, average_retention
 from transformers_sgl.guidance import guiding_layers, visual_tokens_of
 from transformers_sgl.importance_process import (
@@ -38,7 +39,6 @@ from transformers_sgl.visualization import TokenBoxes
 
 __all__ = ["Explanation", "GuidedAnswer", "Picture", "explain", "rank_correlation"]
 
-_NEVER_EXIT = 2.0  # a threshold that no score reaches
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 
 Array = npt.NDArray[np.float32]
@@ -258,7 +258,7 @@ def explain(
     tokens, small_tokens = _visual_tokens(model, inputs)
     for found, shown in ((tokens, pictures), (small_tokens, small_pictures)):
         _check_count(found, shown)
-    settings = {**settings, **_GREEDY, "early_exit_threshold": _NEVER_EXIT}
+    settings = {**settings, **_GREEDY, "early_exit_threshold": NEVER_EXIT}
     resolved = SGLGenerationConfig(**settings).resolved(model.generation_config)
 
     # 2. The large model answers unguided, and is listened to as a whole.

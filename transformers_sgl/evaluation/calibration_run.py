@@ -19,16 +19,14 @@ from typing import Any
 from tqdm import tqdm
 
 from transformers_sgl import __version__
+from transformers_sgl.early_exit import NEVER_EXIT
 from transformers_sgl.evaluation.data import Sample
+from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.evaluation.metrics import choice_accuracy, exact_match
 from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
 __all__ = ["Record", "run_facts", "run_samples"]
-
-# Decision scores end at 1. A threshold above that never exits; unlike None it is not replaced by one that the pair
-# already has.
-_NEVER_EXIT = 2.0
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def _run_batch(
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        early_exit_threshold=_NEVER_EXIT,
+        early_exit_threshold=NEVER_EXIT,
         verify_draft=True,  # changes no answer, and lets the small model answer where nothing is pruned, too
         return_dict_in_generate=True,
     )
@@ -198,18 +196,7 @@ def _is_right(answer: str, sample: Sample) -> bool:
 
 
 def _inputs(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
-    chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": sample.prompt}]}]
-        for sample, image in zip(samples, map(Sample.open_image, samples), strict=True)
-    ]
-    return processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(model.device, dtype=model.dtype)
+    return Pair(model, processor).inputs(processor, samples, [sample.open_image() for sample in samples])
 
 
 def _read_records(file: Path, num_samples: int) -> Iterator[Record]:

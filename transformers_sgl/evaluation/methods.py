@@ -25,6 +25,7 @@ from torch import Tensor
 
 from transformers_sgl.architectures import decoder, decoder_layers
 from transformers_sgl.attention_recorder import AttentionRecorder
+from transformers_sgl.early_exit import NEVER_EXIT
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
@@ -55,9 +56,6 @@ __all__ = [
     "Small",
     "find_method",
 ]
-
-# Higher than every decision score; unlike `None` it is not replaced by a threshold that the pair already has.
-_NEVER_EXIT = 2.0
 
 
 # ----------------------------------------------------------------------------------- what a method is given and gives
@@ -303,7 +301,7 @@ class SGP(Method):
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         """See [`Method.answer`]."""
-        return self._generate(pair, batch, setting, _NEVER_EXIT)
+        return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
         inputs = pair.inputs(pair.processor, batch.samples, batch.images)
