@@ -142,10 +142,10 @@ def test_only_the_layers_asked_for_are_recorded() -> None:
 def test_a_long_prompt_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny_internvl(), prompts()
     recorded = []
-    for limit in (1 << 24, 700):
-        monkeypatch.setattr("transformers_sgl.attention_recorder._MAX_BLOCK_ELEMENTS", limit)
+    for rows in (128, 3):
+        monkeypatch.setattr("transformers_sgl.attention_recorder._MAX_BLOCK_ROWS", rows)
         with AttentionRecorder(model, find_visual_tokens(inputs)) as recorder:
-            model(**inputs)
+            model.generate(**inputs, do_sample=False, max_new_tokens=8)
         recorded.append(recorder.importance)
     torch.testing.assert_close(recorded[0], recorded[1])
 
@@ -186,8 +186,8 @@ def test_scores_are_those_of_the_attention_function(
     for mask in (None, torch.rand(1, 4, 5, 7, generator=generator) < 0.7):  # which may differ from head to head
         if mask is not None:
             mask[..., 0] = True
-        scores = _AttentionScores(nn.Module(), query, key, mask, implementation, arguments)
-        found = scores(query, key, slice(1, 5)).flatten(1, 2)
+        scores = _AttentionScores(nn.Module(), 8, mask, implementation, arguments)
+        found = scores(query[:, :, 1:], key)
         wanted = attention_by_loop(
             query,
             key,
@@ -202,7 +202,7 @@ def test_scores_are_those_of_the_attention_function(
 def test_a_module_says_whether_its_attention_is_causal(is_causal: bool) -> None:
     module, query = nn.Module(), torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
     module.is_causal = is_causal
-    attention = _AttentionScores(module, query, query, None, "sdpa", {})(query, query, slice(0, 3))
+    attention = _AttentionScores(module, 8, None, "sdpa", {})(query, query)
     assert bool(attention.triu(1).any()) == (not is_causal)
 
 

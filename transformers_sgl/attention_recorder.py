@@ -3,8 +3,9 @@
 Floor 1. While an [`AttentionRecorder`] is active, the decoder's attention function is its own (`sdpa`,
 `flash_attention_2`, `eager`, ...) wrapped in `_recording_attention`, which computes, next to the kernel's output, only
 those rows of the attention matrix that matter: the queries after the last visual token. Each layer's rows are summed
-to `(batch, num_visual_tokens)` on arrival and dropped. Layers without attention, which mix their tokens by a linear
-recurrence or a convolution, tell nothing.
+to `(batch, num_visual_tokens)` and dropped. That is done for the prompt on arrival, and for the generated tokens all
+at once in the end: a decoding step only remembers its query, because the cache keeps the keys anyway. Layers without
+attention, which mix their tokens by a linear recurrence or a convolution, tell nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import functools
 import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from copy import copy
+from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -22,15 +26,22 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_sgl.architectures import attention_implementation, attention_modules, attention_pattern, decoder
+from transformers_sgl.architectures import (
+    AttentionPattern,
+    attention_implementation,
+    attention_modules,
+    attention_pattern,
+    decoder,
+)
 from transformers_sgl.hook_context import HookContext
 from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = ["AttentionRecorder"]
 
 _PREFIX = "sgl_recording_"
-# The largest block of attention weights to hold at a time, in elements: 64 MiB of float32.
-_MAX_BLOCK_ELEMENTS = 1 << 24
+# How many rows of attention to hold at a time. So many that a block is about as large as the layer's own queries are,
+# whose heads are as wide: whatever the length of the prompt, the model holds several tensors of that size itself.
+_MAX_BLOCK_ROWS = 128
 # Who listens to an attention module. Attention functions are told nothing but the module that called them.
 _LISTENERS: WeakKeyDictionary[nn.Module, tuple[AttentionRecorder, ...]] = WeakKeyDictionary()
 
@@ -43,7 +54,8 @@ class AttentionRecorder(HookContext):
     `A[v] = sum_layers sum_heads (sum_q attn[q, v] + sum_g attn[g, v])`.
 
     It works on any supported transformers model, alone, and does not slow its attention kernel down. Queries that are
-    padding, or that follow a sample's end of sequence while the rest of its batch goes on, do not count.
+    padding, or that follow a sample's end of sequence while the rest of its batch goes on, do not count. Until the end
+    of the `with`, the keys in the model's cache are kept.
 
     Args:
         model (`PreTrainedModel`): The model to watch.
@@ -93,11 +105,11 @@ class AttentionRecorder(HookContext):
         self.visual_tokens = visual_tokens
         self.queries = queries
         self._decoder = decoder(model)
-        self._patterns = {
-            module: attention_pattern(model, index)
-            for index, module in attention_modules(model).items()
-            if layers is None or index in layers
+        self._index = {
+            module: index for index, module in attention_modules(model).items() if layers is None or index in layers
         }
+        self._patterns = {module: attention_pattern(model, index) for module, index in self._index.items()}
+        self._sees_all = {module for module, pattern in self._patterns.items() if pattern == AttentionPattern()}
         if not self._patterns:
             raise ValueError(
                 f"`layers` is {layers!r}, but the decoder layers with attention are "
@@ -107,7 +119,7 @@ class AttentionRecorder(HookContext):
 
         zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
         self.prompt_importance: Tensor = zeros  # (batch, num_visual_tokens)
-        self.generated_importance: Tensor = zeros.clone()  # (batch, num_visual_tokens)
+        self._generated_importance: Tensor = zeros.clone()  # (batch, num_visual_tokens)
 
         # Prompt queries that count: after the sample's last visual token, and not padding. (batch, prompt_length)
         after = torch.arange(visual_tokens.prompt_length, device=zeros.device) > visual_tokens.last_position[:, None]
@@ -117,6 +129,8 @@ class AttentionRecorder(HookContext):
             self._prompt_queries = self._prompt_queries & (behind == 1)
         # Prompt rows before this one count in no sample and are never computed.
         self._unfinished = visual_tokens.valid.any(dim=1)  # (batch,): samples whose generated tokens still count
+        self._counted: list[Tensor] = []  # the same at each generated token, (batch, 1 or more)
+        self._waiting: dict[nn.Module, _WaitingQueries] = {}  # generated tokens that are not recorded yet
         ends = visual_tokens.last_position[self._unfinished]
         self._first_row = int(ends.min()) + 1 if ends.numel() else visual_tokens.prompt_length
         self._end_ids = torch.tensor(_end_of_sequence_ids(model), device=zeros.device)
@@ -124,6 +138,14 @@ class AttentionRecorder(HookContext):
         self._num_recorded = 0  # tokens in the passes before the current one
         self._first = self._end = 0  # positions of the current pass's tokens
         self._num_layers = 0  # layers of the current pass that have been recorded
+        self._cache_layers: Any = ()  # of the current pass
+
+    @property
+    def generated_importance(self) -> Tensor:
+        """The generated tokens' part of the importance so far: `(batch, num_visual_tokens)` in float32."""
+        for module in list(self._waiting):
+            self._record_waiting(module)
+        return self._generated_importance
 
     @property
     def importance(self) -> Tensor:
@@ -138,8 +160,19 @@ class AttentionRecorder(HookContext):
         """
         self._unfinished = self._unfinished & ~finished.to(self._unfinished.device)
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Records what still waits, and removes the hooks."""
+        try:
+            if kind is None:
+                _ = self.generated_importance
+        finally:
+            super().__exit__(kind, error, traceback)
+
     def _register(self, stack: ExitStack) -> None:
         stack.callback(self._restore_attention)  # comes last, after nobody listens any more
+        stack.callback(self._waiting.clear)
         stack.callback(self.model.register_forward_pre_hook(self._note_ends, with_kwargs=True).remove)
         stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
         stack.callback(self._decoder.register_forward_hook(self._finish_pass).remove)
@@ -173,7 +206,11 @@ class AttentionRecorder(HookContext):
         self._end = self._first + inputs.shape[1]
         self._num_recorded = self._num_seen
         self._num_layers = 0
+        self._cache_layers = getattr(cache, "layers", ())
         self._check(inputs.shape[0])
+        num_generated = self._end - max(self._num_recorded, self.visual_tokens.prompt_length)
+        if num_generated > 0:
+            self._counted.append(self._unfinished[:, None].expand(-1, num_generated))
         self._num_seen = self._end
 
     def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -185,49 +222,90 @@ class AttentionRecorder(HookContext):
                 "its own."
             )
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor, scores: _AttentionScores) -> None:
+    def record(self, module: nn.Module, query: Tensor, key: Tensor, scores: Callable[[], _AttentionScores]) -> None:
         """Adds one layer's attention on the visual tokens; called by the attention function.
 
         Args:
             module (`nn.Module`): The layer's attention.
             query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The last queries of this pass, rotated.
             key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The last keys, rotated.
-            scores (`_AttentionScores`): How queries and keys become attention.
+            scores (`Callable`): Returns an `_AttentionScores`: how queries and keys become attention.
         """
-        end, first_query, first_key = self._end, self._end - query.shape[2], self._end - key.shape[2]
-        if first_key < 0:
+        end, first_query = self._end, self._end - query.shape[2]  # positions in the whole sequence
+        if key.shape[2] > end:
             raise ValueError(
                 f"The cache holds {key.shape[2]} tokens, but only {end} have been seen: attention cannot be recorded "
                 "with a static cache or a prompt that is continued, so leave `cache_implementation` unset and start "
                 "with the whole prompt."
             )
         pattern = self._patterns[module]
-        if key.shape[2] < min(end, pattern.window or pattern.chunk or end):
+        if key.shape[2] < end and key.shape[2] < min(end, pattern.window or pattern.chunk or end):
             raise ValueError(
                 "Attention cannot be recorded while tokens are pruned: let the recorder and the pruner follow each "
                 "other, not enclose each other."
             )
         self._num_layers += 1
-        tokens = self.visual_tokens.to(key.device)
-        # A sliding window has lost the first keys; and they get no attention.
-        columns = tokens.positions - first_key
-        seen = tokens.valid & (columns >= 0)
-
-        def received(start: int, stop: int, counted: Tensor) -> Tensor:
-            rows = slice(start - first_query, stop - first_query)
-            per_key = _received_attention(query, key, scores, rows, counted.to(key.device))
-            per_token = per_key.gather(1, columns.clamp(min=0)) * seen  # (batch, num_visual_tokens)
-            return per_token.to(self.prompt_importance.device)
 
         # Without a cache every pass repeats the tokens of the last one: they have been counted.
         new = max(first_query, self._num_recorded)
-        start, stop = max(new, self._first_row), min(end, tokens.prompt_length)
+        start, stop = max(new, self._first_row), min(end, self.visual_tokens.prompt_length)
         if start < stop and self.queries != "generated":
-            self.prompt_importance += received(start, stop, self._prompt_queries[:, start:stop])
-        start = max(new, tokens.prompt_length)
+            rows = query[:, :, start - first_query : stop - first_query]
+            counted = self._prompt_queries[:, start:stop]
+            self.prompt_importance += self._received(rows, key, scores(), counted, stop, end)
+        start = max(new, self.visual_tokens.prompt_length)
         if start < end and self.queries not in ("prompt", "last"):
-            counted = self._unfinished[:, None].expand(-1, end - start)
-            self.generated_importance += received(start, end, counted)
+            rows = query if start == first_query else query[:, :, start - first_query :]
+            waiting = self._waiting.get(module)
+            if not self._can_wait(module, key):
+                self._record_waiting(module)
+                counted = self._unfinished[:, None].expand(-1, end - start)
+                self._generated_importance += self._received(rows, key, scores(), counted, end, end)
+            elif waiting is not None and waiting.end == start:
+                waiting.queries.append(rows)
+                waiting.key, waiting.scores, waiting.end = key, scores, end
+            else:
+                self._record_waiting(module)
+                self._waiting[module] = _WaitingQueries(start, [rows], key, scores, end)
+
+    def _can_wait(self, module: nn.Module, key: Tensor) -> bool:
+        """Whether queries may be recorded later: no key before them is lost, and the cache holds the keys itself."""
+        index = self._index[module]
+        return (
+            module in self._sees_all
+            and index < len(self._cache_layers)
+            and getattr(self._cache_layers[index], "keys", None) is key
+        )
+
+    def _record_waiting(self, module: nn.Module) -> None:
+        """Adds the attention of the queries that wait in a layer."""
+        waiting = self._waiting.pop(module, None)
+        if waiting is not None:
+            start, end = (each - self.visual_tokens.prompt_length for each in (waiting.start, waiting.end))
+            counted = torch.cat(self._counted, dim=1)[:, start:end]
+            self._generated_importance += self._received(
+                torch.cat(waiting.queries, dim=2),
+                waiting.key,
+                waiting.scores().of_last(end - start),
+                counted,
+                waiting.end,
+                waiting.end,
+            )
+
+    def _received(
+        self, query: Tensor, key: Tensor, scores: _AttentionScores, counted: Tensor, query_end: int, key_end: int
+    ) -> Tensor:
+        """What the visual tokens get from some query rows; `(batch, num_visual_tokens)`.
+
+        The two ends are the positions after the last query and the last key.
+        """
+        tokens = self.visual_tokens.to(key.device)
+        # A sliding window has lost the first keys; and they get no attention.
+        columns = tokens.positions - (key_end - key.shape[2])
+        seen = tokens.valid & (columns >= 0)
+        per_key = _received_attention(query, key, scores, key_end - query_end, counted.to(key.device))
+        per_token = per_key.gather(1, columns.clamp(min=0)) * seen
+        return per_token.to(self.prompt_importance.device)
 
     def _check(self, batch_size: int) -> None:
         """Raises if the forward pass does not continue the prompts that the visual tokens belong to."""
@@ -249,6 +327,25 @@ class AttentionRecorder(HookContext):
                 "only once: pass the prompts that the visual tokens were found in, whole, and use a new recorder for "
                 "each call."
             )
+
+
+@dataclass
+class _WaitingQueries:
+    """The queries of the generated tokens of one layer, which follow each other, and what they ask.
+
+    Attributes:
+        start (`int`): The position of the first.
+        queries (`list` of `Tensor` of shape `(batch, heads, 1 or more, head_dim)`): The queries, rotated.
+        key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys up to the last query.
+        scores (`Callable`): Returns how they become attention.
+        end (`int`): The position after the last.
+    """
+
+    start: int
+    queries: list[Tensor]
+    key: Tensor
+    scores: Callable[[], _AttentionScores]
+    end: int
 
 
 def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None]:
@@ -305,9 +402,11 @@ def _recording_attention(
                 "Attention cannot be recorded, because this model adds a bias for positions to it: use a small model "
                 "with plain softmax attention."
             )
-        scores = _AttentionScores(module, query, key, attention_mask, implementation, kwargs)
+        scores = functools.partial(_AttentionScores, module, query.shape[-1], attention_mask, implementation, kwargs)
         for recorder in listeners:
             recorder.record(module, query, key, scores)
+    if implementation in ("sdpa", "eager"):
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
     # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
     config: Any = module.config
     recording_implementation = config._attn_implementation
@@ -336,77 +435,96 @@ class _AttentionScores:
     def __init__(
         self,
         module: nn.Module,
-        query: Tensor,
-        key: Tensor,
+        head_dim: int,
         attention_mask: Tensor | None,
         implementation: str,
         arguments: dict[str, Any],
     ) -> None:
         self.attention_mask = attention_mask
-        self.offset = key.shape[2] - query.shape[2]
-        self.key_length = key.shape[2]
         scaling = arguments.get("scaling")
-        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self.scaling = head_dim**-0.5 if scaling is None else scaling
         self.softcap = arguments.get("softcap")
         self.sinks = arguments.get("s_aux")  # (heads,): the logit of attending to nothing
         is_causal = arguments.get("is_causal")
-        self.is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        self.is_causal = attention_mask.dim() == 2 if attention_mask is not None else is_causal
         # Only flash attention is told of a sliding window; the others find it in their masks.
         self.window = arguments.get("sliding_window") if "flash" in implementation else None
 
-    def __call__(self, query: Tensor, key: Tensor, rows: slice) -> Tensor:
-        """The attention of some query rows; `(batch, key_value_heads, group, rows, key_length)` in float32."""
-        grouped = query[:, :, rows].unflatten(1, (key.shape[1], -1))  # (batch, key_value_heads, group, rows, head_dim)
-        scores = torch.matmul(grouped, key.unsqueeze(2).transpose(-1, -2)) * self.scaling
+    def of_last(self, num: int) -> _AttentionScores:
+        """The same for the last `num` queries of several decoding steps, to whose last these arguments belong."""
+        together = copy(self)
+        if self.attention_mask is not None and self.attention_mask.dim() == 4:
+            together.attention_mask = self.attention_mask[:, :, -1:]
+        together.is_causal = self.is_causal or num > 1
+        return together
+
+    def __call__(self, query: Tensor, key: Tensor, behind: int = 0) -> Tensor:
+        """The attention of queries that follow each other.
+
+        Args:
+            query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
+            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The keys.
+            behind (`int`, defaults to 0): How many of the keys, and of the mask's rows, come after the last query.
+
+        Returns:
+            `Tensor` of shape `(batch, heads, rows, key_length)`: The attention, in float32.
+        """
+        batch_size, num_heads, num_rows, width = query.shape
+        # The heads that share a key ask it together, so no key has to be repeated.
+        grouped = (query * self.scaling).reshape(batch_size, key.shape[1], -1, width)
+        scores = torch.matmul(grouped, key.transpose(-1, -2)).view(batch_size, num_heads, num_rows, key.shape[2])
         if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        scores = self._masked(scores, rows)
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        self._mask(scores, behind)
         if self.sinks is None:
             return torch.softmax(scores, dim=-1, dtype=torch.float32)
-        sinks = self.sinks.to(scores).reshape(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
 
-    def _masked(self, scores: Tensor, rows: slice) -> Tensor:
-        mask = self.attention_mask
-        if mask is None or mask.dim() == 2:
-            if mask is None and not self.is_causal:
-                return scores
-            position = torch.arange(self.key_length, device=scores.device)
-            own = position[rows.start + self.offset : rows.stop + self.offset, None]
-            allowed = position <= own
-            if self.window is not None:
-                allowed = allowed & (position > own - self.window)
-            if mask is not None:
-                allowed = allowed & mask.bool()[:, None, None, None, :]
-            return scores.masked_fill(~allowed, float("-inf"))
-        block = mask[:, :, rows].unsqueeze(2)  # (batch or 1, heads or 1, 1, rows, key_length)
-        if block.shape[1] > 1:
-            block = mask[:, :, rows].unflatten(1, scores.shape[1:3])
-        return scores.masked_fill(~block, float("-inf")) if block.dtype == torch.bool else scores + block
+    def _mask(self, scores: Tensor, behind: int) -> None:
+        """Takes the keys that may not be seen out of `(batch, heads, rows, key_length)`, in place."""
+        mask, (num_rows, num_keys) = self.attention_mask, scores.shape[2:]
+        # The lowest number instead of minus infinity: a padding query, which sees nothing at all, must not be NaN.
+        lowest = torch.finfo(scores.dtype).min
+        first = num_keys - behind - num_rows  # the first query's own key
+        if self.is_causal and first + 1 < num_keys:
+            later = torch.ones(num_rows, num_keys - first - 1, dtype=torch.bool, device=scores.device).triu()
+            scores[..., first + 1 :].masked_fill_(later, lowest)
+        if self.window is not None and (mask is None or mask.dim() == 2):
+            position = torch.arange(num_keys, device=scores.device)
+            own = position[first : first + num_rows, None]
+            scores.masked_fill_(position <= own - self.window, lowest)
+        if mask is None:
+            return
+        if mask.dim() == 2:
+            scores.masked_fill_(~mask.bool()[:, None, None, :], lowest)
+            return
+        if mask.shape[2] > 1:
+            mask = mask[:, :, mask.shape[2] - behind - num_rows : mask.shape[2] - behind]
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, lowest)
+        else:
+            scores.add_(mask).clamp_(min=lowest)
 
 
-def _received_attention(query: Tensor, key: Tensor, scores: _AttentionScores, rows: slice, weights: Tensor) -> Tensor:
-    """The attention that every key gets from these query rows, summed over heads and rows.
+def _received_attention(query: Tensor, key: Tensor, scores: _AttentionScores, behind: int, weights: Tensor) -> Tensor:
+    """The attention that every key gets from queries that follow each other, summed over heads and queries.
 
     Args:
-        query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): All queries.
+        query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
         key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys.
         scores (`_AttentionScores`): How they become attention.
-        rows (`slice`): The query rows to sum.
-        weights (`Tensor` of shape `(batch, rows)`): 1 or `True` for the rows that count in a sample.
+        behind (`int`): How many keys come after the last query.
+        weights (`Tensor` of shape `(batch, rows)`): `True` for the rows that count in a sample.
 
     Returns:
         `Tensor` of shape `(batch, key_length)`: The sums in float32.
     """
-    batch_size, num_heads, _, _ = query.shape
-    key_length = key.shape[2]
-    received = torch.zeros(batch_size, key_length, dtype=torch.float32, device=key.device)
-    block_rows = max(1, _MAX_BLOCK_ELEMENTS // (batch_size * num_heads * key_length))
-    for start in range(rows.start, rows.stop, block_rows):
-        block = slice(start, min(start + block_rows, rows.stop))
-        attention = scores(query, key, block)
-        counted = weights[:, block.start - rows.start : block.stop - rows.start]
-        # A padding query may attend to nothing at all and is NaN then: it is set to zero, not multiplied by it.
-        attention = attention.masked_fill(~counted.bool()[:, None, None, :, None], 0.0)
-        received += attention.sum(dim=(1, 2, 3))
+    received = torch.zeros(query.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
+    num_rows = query.shape[2]
+    for start in range(0, num_rows, _MAX_BLOCK_ROWS):
+        stop = min(start + _MAX_BLOCK_ROWS, num_rows)
+        attention = scores(query[:, :, start:stop], key, behind + num_rows - stop)
+        received += attention.mul_(weights[:, None, start:stop, None]).sum(dim=(1, 2))
     return received
