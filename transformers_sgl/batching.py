@@ -146,9 +146,14 @@ def append_tokens(
     Returns:
         `dict`: The lengthened inputs; those passed stay as they are.
     """
-    ids, extended = inputs["input_ids"], dict(inputs)
-    for _ in range(tokens.shape[1]):  # one by one, because several are not always given one token's type
+    ids, extended, num_tokens = inputs["input_ids"], dict(inputs), tokens.shape[1]
+    if num_tokens:
+        # The first alone, because only one token is given its type as it should be; the others are given the same.
         extended = extend({}, extended)
+        types = extended.get("token_type_ids")
+        extended = extend({}, extended, num_new_tokens=num_tokens - 1)
+        if types is not None:
+            extended["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, num_tokens - 1)], dim=1)
     for name in _per_token(inputs):
         if extended[name].shape == ids.shape:  # which `extend` does not know
             extended[name] = torch.nn.functional.pad(extended[name], (0, tokens.shape[1]))

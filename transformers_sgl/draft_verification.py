@@ -210,15 +210,18 @@ class _Run:
 
     def note(self, tokens: Tensor, finished: Tensor) -> None:
         """A token was chosen for every sample, `(batch,)`; some have finished with it, `(batch,)`."""
-        step, tokens = self.num_chosen, tokens.cpu()
-        is_drafted = step < self._draft.shape[1]
+        step = self.num_chosen
+        self.num_chosen += 1
+        if step >= self._draft.shape[1]:  # nothing is left to compare with, so nobody has to wait for the device
+            self._follows = False
+            return
+        tokens = tokens.cpu()
         # Once the drafts are no longer read along, an equal token is a coincidence that saves nothing.
-        if is_drafted and (step == 0 or self._knew_more()):
+        if step == 0 or self._knew_more():
             agrees = (tokens == self._draft[:, step]) & self._draft_mask[:, step]
             self.num_accepted += agrees & self._unfinished
         self._unfinished = self._unfinished & ~finished.cpu()
-        self._follows = is_drafted and bool(((tokens == self._to_read[:, step]) | ~self._unfinished).all())
-        self.num_chosen += 1
+        self._follows = bool(((tokens == self._to_read[:, step]) | ~self._unfinished).all())
 
     def knows_next(self) -> bool:
         """Whether the logits of the next step are known already."""

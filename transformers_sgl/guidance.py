@@ -343,7 +343,8 @@ class _EndWatch(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which samples end with this token; `(batch,)`."""
-        is_eos = torch.isin(input_ids[:, -1], self._eos.to(input_ids.device))
+        self._eos = self._eos.to(input_ids.device)  # once: a copy to the device waits for it
+        is_eos = torch.isin(input_ids[:, -1], self._eos)
         ends = is_eos | self._criteria(input_ids, scores, **kwargs) if self._criteria else is_eos
         if self._lengths is None:
             self.ended, self._lengths = torch.zeros_like(ends), torch.zeros_like(ends, dtype=torch.long)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -153,9 +153,8 @@ class VisualTokenPruner(HookContext):
         if self._kept is not None and self.prune_layer == 0 and past and not self._positions_given:
             # The model counts from the cache of the first layer, which is short of the dropped tokens.
             position_ids = kwargs.get("position_ids")
-            missing = self._kept.prompt_length - self._kept.positions.shape[1]
             kwargs["position_ids"] = (
-                self._cut(inputs.device).positions if position_ids is None else position_ids + missing
+                self._cut(inputs.device).positions if position_ids is None else position_ids + self._kept.num_dropped
             )
         self._added.clear()
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
@@ -186,8 +185,10 @@ class VisualTokenPruner(HookContext):
                 assert self._choose is not None
                 self._kept = _KeptTokens.from_mask(self._choose())
             self._cuts[device] = self._start_cut(self._kept)
-        cut = next(iter(self._cuts.values()))
-        return self._cuts.setdefault(device, cut.to(device))
+        cut = self._cuts.get(device) or next(iter(self._cuts.values()))
+        if device != cut.device:
+            cut = self._cuts.setdefault(device, replace(cut, device=device, memo={}))
+        return cut
 
     def _prune_layer_inputs(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -231,7 +232,7 @@ class VisualTokenPruner(HookContext):
         length = int(cache.get_seq_length(index))
         if length == 0 or index < self.prune_layer or self._kept is None:
             return length
-        return self._kept.prompt_length + length - self._kept.positions.shape[1]
+        return length + self._kept.num_dropped
 
     def _num_keys(self, cache: Cache | None, layer: nn.Module, num_queries: int, cut: _Cut) -> int:
         """How many keys the layer's attention will have before it, its own included."""
@@ -283,6 +284,11 @@ class _KeptTokens:
         starts = keep_mask.long().argmax(dim=1)
         return cls(starts, positions, None if bool(valid.all()) else valid, keep_mask.shape[1])
 
+    @property
+    def num_dropped(self) -> int:
+        """How many columns of the prompts are gone."""
+        return self.prompt_length - self.positions.shape[1]
+
     def cut(self, past: int, inputs: Tensor, query_length: int) -> _Cut:
         """What a forward pass must be cut down to.
 
@@ -294,7 +300,7 @@ class _KeptTokens:
         Returns:
             `_Cut`: The rows and columns that remain.
         """
-        num_kept, end = self.positions.shape[1], past + query_length
+        end = past + query_length
         # Beams and `num_return_sequences` repeat each prompt, one copy after the other.
         repeats, remainder = divmod(inputs.shape[0], self.positions.shape[0])
         if remainder or end < self.prompt_length or 0 < past < self.prompt_length:
@@ -303,60 +309,61 @@ class _KeptTokens:
                 f"for {self.positions.shape[0]} prompts of {self.prompt_length}: pass those prompts, whole (no "
                 "`prefill_chunk_size`, no cache of an earlier call)."
             )
-        since = torch.arange(self.prompt_length, end, device=self.positions.device)
-        since = since.expand(self.positions.shape[0], -1)
-        key_positions = torch.cat([self.positions, since], dim=1)
-        key_valid = None if self.valid is None else torch.cat([self.valid, torch.ones_like(since).bool()], dim=1)
-        cut = _Cut(
-            starts=self.starts.repeat_interleave(repeats, dim=0),
-            key_positions=key_positions.repeat_interleave(repeats, dim=0),
-            key_valid=None if key_valid is None else key_valid.repeat_interleave(repeats, dim=0),
-            rows=slice(num_kept + past - self.prompt_length if past else 0, None),
-            past=past,
-            end=end,
-        )
-        return cut.to(inputs.device)
+        return _Cut(self, repeats, past, end, inputs.device)
 
 
 @dataclass(frozen=True)
 class _Cut:
     """One forward pass, cut down to the kept tokens.
 
+    A decoding step mostly needs none of its tensors, so they are made when they are asked for.
+
     Attributes:
-        starts (`Tensor` of shape `(batch,)`): Where each prompt begins behind its padding.
-        key_positions (`Tensor` of shape `(batch, num_keys)`): Where the remaining keys stood in the whole sequence.
-        key_valid (`Tensor` of shape `(batch, num_keys)`, or `None`): Which of them are tokens; `None` if all are.
-        rows (`slice`): Which of the keys are this pass's own tokens, its queries.
+        kept (`_KeptTokens`): The kept tokens of the prompts.
+        repeats (`int`): How many sequences there are of each prompt.
         past (`int`): The whole sequence's tokens before this pass.
         end (`int`): The whole sequence's tokens after it.
+        device (`torch.device`): Where the tensors shall be.
         memo (`dict`): What was computed for one layer and is the same for others.
     """
 
-    starts: Tensor
-    key_positions: Tensor
-    key_valid: Tensor | None
-    rows: slice
+    kept: _KeptTokens
+    repeats: int
     past: int
     end: int
+    device: torch.device
     memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where each prompt begins behind its padding; `(batch,)`."""
+        return self.kept.starts.to(self.device).repeat_interleave(self.repeats, dim=0)
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """Where the remaining keys stood in the whole sequence; `(batch, num_keys)`."""
+        kept = self.kept.positions.to(self.device)
+        since = torch.arange(self.kept.prompt_length, self.end, device=self.device).expand(kept.shape[0], -1)
+        return torch.cat([kept, since], dim=1).repeat_interleave(self.repeats, dim=0)
+
+    @cached_property
+    def key_valid(self) -> Tensor | None:
+        """Which of them are tokens; `(batch, num_keys)`, or `None` if all are."""
+        if self.kept.valid is None:
+            return None
+        valid = self.kept.valid.to(self.device)
+        since = valid.new_ones(valid.shape[0], self.end - self.kept.prompt_length)
+        return torch.cat([valid, since], dim=1).repeat_interleave(self.repeats, dim=0)
+
+    @property
+    def rows(self) -> slice:
+        """Which of the keys are this pass's own tokens, its queries."""
+        return slice(self.past - self.kept.num_dropped if self.past else 0, None)
 
     @property
     def positions(self) -> Tensor:
         """The positions of this pass's tokens before the cut, as a decoder counts them; `(1, query_length)`."""
-        return torch.arange(self.past, self.end, device=self.key_positions.device)[None]
-
-    def to(self, device: torch.device) -> _Cut:
-        """The same on another device."""
-        if self.key_positions.device == device:
-            return self
-        valid = None if self.key_valid is None else self.key_valid.to(device)
-        return replace(
-            self,
-            starts=self.starts.to(device),
-            key_positions=self.key_positions.to(device),
-            key_valid=valid,
-            memo={},
-        )
+        return torch.arange(self.past, self.end, device=self.device)[None]
 
     def once(self, form: Any, whole: Any, cut_down: Callable[[], Any]) -> Any:
         """What becomes of an argument that many layers are handed; computed for the first of them.
@@ -434,7 +441,7 @@ class _Cut:
             return None if self.key_valid is None else self.key_valid
         is_additive = implementation.endswith("eager")
         if self.past:
-            if num_queries == 1 and self.key_valid is None and pattern == AttentionPattern():
+            if num_queries == 1 and self.kept.valid is None and pattern == AttentionPattern():
                 return None
             return _in_form(self._allowed(pattern)[:, :, -num_queries:, -num_keys:], dtype if is_additive else None)
         if attention_mask is None or attention_mask.dim() == 2:
@@ -443,7 +450,7 @@ class _Cut:
             return _in_form(self._allowed(pattern)[:, :, -num_queries:], dtype if is_additive else None)
         # Sliding and bidirectional patterns survive, because the mask is cut and not made anew. With a device map it
         # still lies where the model made it.
-        attention_mask = attention_mask.to(self.key_positions.device)
+        attention_mask = attention_mask.to(self.device)
         attention_mask = attention_mask.expand(self.key_positions.shape[0], -1, -1, -1).transpose(0, 1)
         cut = self.last_rows_of(attention_mask, num_queries, axis=-2)
         cut = self.rows_of(cut.transpose(-1, -2)).transpose(-1, -2).transpose(0, 1)
@@ -458,7 +465,7 @@ class _Cut:
 
     def _allowed(self, pattern: AttentionPattern) -> Tensor:
         """Causal attention among the remaining tokens; boolean `(batch, 1, num_queries, num_keys)`."""
-        order = torch.arange(self.key_positions.shape[1], device=self.key_positions.device)
+        order = torch.arange(self.key_positions.shape[1], device=self.device)
         allowed = (order <= order[self.rows, None])[None]
         # Chunks are counted from a prompt's first token; a window does not mind where positions begin.
         key_positions = self.key_positions - self.starts[:, None]
@@ -477,7 +484,7 @@ class _Cut:
         """Lets a filling row attend to itself, because a softmax over nothing is NaN in some kernels."""
         if self.key_valid is None:
             return None
-        order = torch.arange(self.key_positions.shape[1], device=self.key_positions.device)
+        order = torch.arange(self.key_positions.shape[1], device=self.device)
         itself = order == order[self.rows, None]  # (num_queries, num_keys)
         return (itself & ~self.key_valid[:, self.rows, None])[:, None]
 
