@@ -331,7 +331,7 @@ def measure_prefill(
     flops: dict[str, dict[str, float]] = {}
     for name, pruned in presets.items():
         counter = FlopCounterMode(display=False)
-        with pruned(), counter, _while_in_decoder(large, lambda counter=counter: counter.get_total_flops()) as total:
+        with pruned(), counter, _while_in_decoder(large, counter.get_total_flops) as total:
             large.generate(**inputs, max_new_tokens=1)
         flops[name] = {"whole": counter.get_total_flops(), "decoder": int(total[0])}
 
@@ -518,7 +518,8 @@ def measure_drafts(
     rows = []
     for length in answer_lengths:
         settings = {"max_new_tokens": length, **_prescribed(large, inputs, length, seed)}
-        drafts = {None: None, **{rate: _draft(large, inputs, length, rate, seed) for rate in acceptances}}
+        drafts: dict[float | None, Tensor | None] = {None: None}
+        drafts |= {rate: _draft(large, inputs, length, rate, seed) for rate in acceptances}
         passes: dict[float | None, int] = {}
 
         def run(rate: float | None, drafts: Any = drafts, settings: Any = settings, passes: Any = passes) -> None:

@@ -243,29 +243,25 @@ def _break_even_answers(bench: _Bench) -> dict[str, Any]:
 
 def _break_even_sizes(bench: _Bench) -> dict[str, Any]:
     settings, left_out = bench.settings, {}
-    counts = {
-        name: _num_parameters(name, settings.shrink)
-        for name, shape in SHAPES.items()
-        if shape.family == SHAPES[settings.large].family
-    }
+    family = SHAPES[settings.large].family
+    counts = {name: _num_parameters(name) for name, shape in SHAPES.items() if shape.family == family}
     # As large as is usual: above the small model, and up to twice the large one.
-    larger = {
-        name: count for name, count in counts.items() if counts[settings.small] < count <= 2 * counts[settings.large]
-    }
+    least, most = counts[settings.small], 2 * counts[settings.large]
+    larger = sorted((name for name, count in counts.items() if least < count <= most), key=counts.__getitem__)
 
     def points() -> Iterator[tuple[float, Pairing, int]]:
-        for name in sorted(larger, key=lambda name: larger[name]):
+        for name in larger:
             bench.forget_all_but(settings.small, name)
             try:
                 pairing = bench.pairing(large=name)
             except ValueError as error:  # too large for this machine
                 left_out[name] = str(error)
                 continue
-            yield _num_parameters(name) / 1e9, pairing, settings.answer_tokens
+            yield counts[name] / 1e9, pairing, settings.answer_tokens
 
     found = benchmark.measure_break_even(points(), rounds=bench.sweep_rounds, seed=settings.seed)
     bench.forget_all_but(settings.small, settings.large)
-    return {**found, "small_parameters": _num_parameters(settings.small) / 1e9, "left_out": left_out}
+    return {**found, "small_parameters": least / 1e9, "left_out": left_out}
 
 
 def _growth_tokens(bench: _Bench) -> dict[str, Any]:
