@@ -40,7 +40,7 @@ from transformers_sgl.evaluation.cost import Memory, available_memory, measure_m
 from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, take_turns
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
-from transformers_sgl.importance_process import RetentionRatioProcessor
+from transformers_sgl.importance_process import ImportanceProcessorList, RetentionRatioProcessor
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 
 __all__ = [
@@ -381,7 +381,7 @@ def _random_keep_mask(tokens: Any, retention_ratio: float, seed: int) -> Tensor:
     """Which visual tokens to keep, `(batch, num_visual_tokens)`: so many, whichever."""
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(tokens.valid.shape, generator=generator).to(tokens.valid.device)
-    return RetentionRatioProcessor(retention_ratio)(tokens, importance).isfinite() & tokens.valid
+    return ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(tokens, importance)
 
 
 @contextmanager
@@ -734,6 +734,7 @@ def measure_break_even(
                     "pair": timings[str(rate)].to_dict(),
                 }
             )
+        del pairing, settings, drafts, ways  # the next point's models may need the room of these
     series = []
     for rate, measured in found.items():
         ratios = [point["time_over_large"]["median"] for point in measured]
@@ -749,7 +750,8 @@ def _guided_by_hand(pairing: Pairing, draft: Tensor | None, settings: dict[str, 
     with AttentionRecorder(small, seen) as recorder:
         small.generate(**pairing.for_small, max_new_tokens=settings["max_new_tokens"])
     tokens = visual_tokens_of(large.config, pairing.inputs)
-    kept = RetentionRatioProcessor(preset["retention_ratio"])(tokens, recorder.importance).isfinite()
+    processors = ImportanceProcessorList([RetentionRatioProcessor(preset["retention_ratio"])])
+    kept = processors.keep_mask(tokens, recorder.importance)
     with VisualTokenPruner(large, tokens.prompt_keep_mask(kept), preset["prune_layer"]):
         _verifier(large, draft).generate(**pairing.inputs, **settings)
 

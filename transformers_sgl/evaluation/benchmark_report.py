@@ -92,6 +92,16 @@ def _table(columns: Sequence[str | None], rows: Sequence[Sequence[Any]], caption
     }
 
 
+def _startup_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    rows = [[name.replace("_", " "), _spread(found)] for name, found in part.items() if _is_ratio(name, found)]
+    caption = "Start-up in processes of their own: median [least, greatest]."
+    return _table(["what", "ratio"], rows, caption)
+
+
+def _is_ratio(name: str, found: Any) -> bool:
+    return name.endswith("ratio") and isinstance(found, dict)
+
+
 def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, way in part["ways"].items():
@@ -148,8 +158,8 @@ def _prefill_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, An
     unpruned = part["settings"]["unpruned"]
     caption = (
         f"Speed-up of the large model's first pass over {part['prompt_length']:,} tokens, "
-        f"{part['num_visual_tokens']:,} of them visual{_batch(part)}, against the unpruned pass; the ideal is the ratio of the floating-point "
-        "operations. The decoder has "
+        f"{part['num_visual_tokens']:,} of them visual{_batch(part)}, against the unpruned pass; the ideal is "
+        "the ratio of the floating-point operations. The decoder has "
         f"{unpruned['decoder']['flops'] / unpruned['whole']['flops']:.0%} of the unpruned pass's operations; the "
         "vision encoder has most of the others, which pruning leaves. "
     )
@@ -325,6 +335,7 @@ def _growth_tokens_table(record: dict[str, Any], part: dict[str, Any]) -> dict[s
 
 
 _TABLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
+    "startup": _startup_table,
     "guidance": _guidance_table,
     "prefill": _prefill_table,
     "decode": _decode_table,

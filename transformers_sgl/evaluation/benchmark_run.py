@@ -7,6 +7,7 @@ part first needs them.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -253,11 +254,11 @@ def _break_even_sizes(bench: _Bench) -> dict[str, Any]:
         for name in larger:
             bench.forget_all_but(settings.small, name)
             try:
-                pairing = bench.pairing(large=name)
+                bench.model(name)
             except ValueError as error:  # too large for this machine
                 left_out[name] = str(error)
                 continue
-            yield counts[name] / 1e9, pairing, settings.answer_tokens
+            yield counts[name] / 1e9, bench.pairing(large=name), settings.answer_tokens
 
     found = benchmark.measure_break_even(points(), rounds=bench.sweep_rounds, seed=settings.seed)
     bench.forget_all_but(settings.small, settings.large)
@@ -349,6 +350,7 @@ class _Bench:
     def forget_all_but(self, *names: str) -> None:
         """Gives back the memory of the other models."""
         self._models = {name: model for name, model in self._models.items() if name in names}
+        gc.collect()
         if torch.device(self.settings.device).type == "cuda":
             torch.cuda.empty_cache()
 
