@@ -789,6 +789,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     from transformers_sgl.evaluation import benchmark_report, benchmark_run
     from transformers_sgl.evaluation.records import write_atomically
+    from transformers_sgl.hub import embedded_pair
 
     # 1. What can be wrong is looked at before a model is made.
     if find_spec("matplotlib") is None:
@@ -815,7 +816,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     def announce(part: str) -> None:
         print(f"measuring {part} ...", file=sys.stderr, flush=True)
 
-    record = benchmark_run.run_benchmark(settings, parts, arguments.out, announce)
+    record = benchmark_run.run_benchmark(settings, parts, arguments.out, embedded_pair(), announce)
 
     # 3. What came of it.
     written = [arguments.out / "benchmark.json", arguments.out / "benchmark.png"]

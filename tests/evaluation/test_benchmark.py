@@ -62,6 +62,10 @@ class TestGuidance:
         assert found["importance"]["equal"]
         assert found["importance"]["relative_difference"] < 1e-5
         assert found["published_over_capture"]["time"]["median"] > 0
+        assert list(found["decoder_prefill"]) == list(found["ways"])
+        for decoder in found["decoder_prefill"].values():
+            assert len(decoder["time"]["samples_ms"]) == 2
+        assert set(found["decoder_prefill"]["capture"]["time_over_capture"].values()) == {1.0}
         assert before == (small.config._attn_implementation, small.get_decoder().config._attn_implementation)
 
     def test_what_does_not_fit_is_left_out_with_its_reason(self, small, monkeypatch):
@@ -70,6 +74,7 @@ class TestGuidance:
         assert found["ways"]["published"] == found["ways"]["published_whole"]
         assert found["ways"]["published"]["skipped"].endswith("and 0.0 GiB are left")
         assert "time" in found["ways"]["capture"]
+        assert list(found["decoder_prefill"]) == ["plain", "capture"]
         assert not {"importance", "published_over_capture"} & set(found)
 
     def test_a_map_that_differs_is_told(self, small, monkeypatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import sys
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from transformers_sgl.evaluation.benchmark_report import as_markdown, draw_figur
 from transformers_sgl.evaluation.benchmark_run import PARTS, BenchmarkSettings, check_settings, find_parts
 from transformers_sgl.evaluation.random_models import random_inputs, random_model
 
+# Billions of parameters; what they really are, `random_model` counts on the meta device.
+SIZES = {
+    "internvl-1b": 1,
+    "internvl-2b": 2,
+    "internvl-8b": 8,
+    "internvl-26b": 26,
+    "internvl-38b": 38,
+    "internvl-78b": 78,
+}
 LAYERS = {"internvl-26b": 6, "internvl-8b": 4, "internvl-38b": 8}
 SWEEPS = {
     "draft_lengths": (4,),
@@ -32,9 +42,7 @@ STARTUP = {"import_ratio": {"median": 1.05, "min": 1.0, "max": 1.1}}
 OPTIONS = ["--image-size", "32x32", "--answer-tokens", "3", "--rounds", "1", "--shrink", "4", "--device", "cpu"]
 
 
-def tiny_model(name: str, shrink: int, device: Any = "cpu", *_: Any) -> Any:
-    if str(device) == "meta":
-        return random_model(name, shrink, device)
+def tiny_model(name: str) -> Any:
     model = tiny_internvl(LAYERS.get(name, 2), hidden_size=64 if name in LAYERS else 32)
     model.generation_config.eos_token_id = None
     return model
@@ -45,24 +53,40 @@ def tiny_inputs(model: Any, image_size: tuple[int, int], tokens: int, batch_size
     return prompts([[tiles]] * batch_size, [tokens] * batch_size, seed)
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tiny models and short sweeps; holds the names of the models that were made."""
+def put_in_place(patch: pytest.MonkeyPatch) -> list[str]:
+    """Tiny models and short sweeps; returns the names of the models that are made, which are none yet."""
     made: list[str] = []
 
-    def make(name: str, shrink: int, device: Any = "cpu", *more: Any) -> Any:
-        if str(device) != "meta":
-            made.append(name)
-        return tiny_model(name, shrink, device, *more)
+    def make(name: str, *_: Any) -> Any:
+        made.append(name)
+        return tiny_model(name)
 
-    monkeypatch.setattr(benchmark_run, "random_model", make)
-    monkeypatch.setattr(benchmark_run, "random_inputs", tiny_inputs)
-    monkeypatch.setattr(benchmark_run, "_GROWTH_TOKENS", TOKENS_PER_TILE)
-    monkeypatch.setattr(benchmark_run, "BenchmarkSettings", lambda **given: BenchmarkSettings(**SWEEPS | given))
-    startup: Any = types.ModuleType("startup")
-    startup.measure_startup = lambda pair, rounds: STARTUP
-    monkeypatch.setitem(sys.modules, "transformers_sgl.evaluation.startup", startup)
+    patch.setattr(benchmark_run, "random_model", make)
+    patch.setattr(benchmark_run, "random_inputs", tiny_inputs)
+    patch.setattr(benchmark_run, "_num_parameters", lambda name, shrink=1: SIZES[name] * 10**9 // shrink**2)
+    patch.setattr(benchmark_run, "_GROWTH_TOKENS", TOKENS_PER_TILE)
+    patch.setattr(benchmark_run, "BenchmarkSettings", lambda **given: BenchmarkSettings(**SWEEPS | given))
+    patch.setattr(benchmark_run, "measure_startup", lambda pair, rounds: STARTUP)
     return made
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return put_in_place(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> types.SimpleNamespace:
+    """A run of all parts: its folder, what it printed, and the models that it made."""
+    folder, out, err = tmp_path_factory.mktemp("whole") / "out", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        made = put_in_place(patch)
+        assert bench(folder) == 0
+    return types.SimpleNamespace(folder=folder, out=out.getvalue(), err=err.getvalue(), made=made)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "benchmark.json").read_text())
 
 
 @pytest.fixture
@@ -74,14 +98,13 @@ def bench(folder: Path, *options: str) -> int:
     return main(["bench", *OPTIONS, *options, "--out", str(folder)])
 
 
-def test_all_parts_from_command_to_figure(tiny, folder, capsys):
-    assert bench(folder) == 0
-    captured = capsys.readouterr()
-    record = json.loads((folder / "benchmark.json").read_text())
+def test_all_parts_from_command_to_figure(whole):
+    folder = whole.folder
+    record = record_of(folder)
     assert list(record["parts"]) == list(PARTS)
     assert {"machine", "versions", "seed", "date", "num_threads", "arguments"} <= set(record)
     assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert [line.split()[1] for line in captured.err.splitlines() if line.startswith("measuring")] == list(PARTS)
+    assert [line.split()[1] for line in whole.err.splitlines() if line.startswith("measuring")] == list(PARTS)
     tables = make_tables(record)
     assert set(tables) == {
         f"speed-{name}"
@@ -91,17 +114,17 @@ def test_all_parts_from_command_to_figure(tiny, folder, capsys):
         )
     }
     for name, table in tables.items():
-        assert f"{name}:" in captured.out
+        assert f"{name}:" in whole.out
         assert table["rows"], name
         assert {len(row) for row in table["rows"]} == {len(table["columns"])}
         assert "ms" not in table["columns"]  # of a CPU only ratios are told
-    assert captured.out.rstrip().endswith(f"written: {folder / 'benchmark.json'}, {folder / 'benchmark.png'}")
+    assert whole.out.rstrip().endswith(f"written: {folder / 'benchmark.json'}, {folder / 'benchmark.png'}")
 
     growth = record["parts"]["growth-tokens"]["points"]
     assert [point["value"] for point in growth] == [16, 32, 64]
     assert [point["batch_size"] for point in record["parts"]["growth-batches"]["points"]] == [1, 2]
     (sizes,) = record["parts"]["break-even-sizes"]["series"]
-    assert [round(point["value"]) for point in sizes["points"]] == [8, 26, 38]  # billions, whatever was measured
+    assert [round(point["value"]) for point in sizes["points"]] == [8, 26, 38]  # and neither 1B, 2B nor 78B
     (tokens,) = record["parts"]["break-even-tokens"]["series"]
     assert [point["value"] for point in tokens["points"]] == [16, 64]
     assert [series["acceptance"] for series in record["parts"]["break-even-answers"]["series"]] == [
@@ -111,7 +134,7 @@ def test_all_parts_from_command_to_figure(tiny, folder, capsys):
         1.0,
     ]
     # Both once; for the sizes, which come last, the other ones; and the large model is the last but one.
-    assert tiny == ["internvl-2b", "internvl-26b", "internvl-8b", "internvl-26b", "internvl-38b"]
+    assert whole.made == ["internvl-2b", "internvl-26b", "internvl-8b", "internvl-26b", "internvl-38b"]
 
 
 def test_what_was_measured_is_kept_and_the_rest_is_added(tiny, folder, capsys):
@@ -121,14 +144,12 @@ def test_what_was_measured_is_kept_and_the_rest_is_added(tiny, folder, capsys):
     assert bench(folder, "--parts", "drafts,decode") == 0
     assert capsys.readouterr().err == "measuring drafts ...\n"
     assert (folder / "decode.json").read_text() == measured
-    assert list(json.loads((folder / "benchmark.json").read_text())["parts"]) == ["decode", "drafts"]
+    assert list(record_of(folder)["parts"]) == ["decode", "drafts"]
     assert not (folder / "benchmark.png").exists()  # neither has a panel
 
 
-def test_another_run_s_folder_is_refused(tiny, folder, capsys):
-    assert bench(folder, "--parts", "decode") == 0
-    capsys.readouterr()
-    assert bench(folder, "--parts", "decode", "--seed", "1") == 2
+def test_another_run_s_folder_is_refused(tiny, whole, capsys):
+    assert bench(whole.folder, "--parts", "decode", "--seed", "1") == 2
     assert "holds the records of another run, which differs in benchmark" in capsys.readouterr().err
 
 
@@ -136,7 +157,7 @@ def test_points_beyond_the_limit_are_left_out(tiny, folder):
     assert (
         bench(folder, "--parts", "growth-tokens,break-even-tokens", "--max-tokens", "60", "--prompt-tokens", "5") == 0
     )
-    parts = json.loads((folder / "benchmark.json").read_text())["parts"]
+    parts = record_of(folder)["parts"]
     assert [point["value"] for point in parts["growth-tokens"]["points"]] == [16, 32]
     assert [point["value"] for point in parts["break-even-tokens"]["series"][0]["points"]] == [16]
 
@@ -144,25 +165,14 @@ def test_points_beyond_the_limit_are_left_out(tiny, folder):
 def test_a_model_that_does_not_fit(tiny, folder, capsys, monkeypatch):
     # A sixteenth of 8 billion numbers, 4 bytes each, is 2 of 3 GB; no larger model fits.
     monkeypatch.setattr(benchmark_run, "available_memory", lambda device: 3 * 10**9)
-    monkeypatch.setattr(benchmark_run, "_num_parameters", lambda name, shrink=1: SIZES[name] * 10**9 // shrink**2)
     assert bench(folder, "--parts", "break-even-sizes") == 0
-    found = json.loads((folder / "benchmark.json").read_text())["parts"]["break-even-sizes"]
+    found = record_of(folder)["parts"]["break-even-sizes"]
     assert [point["value"] for point in found["series"][0]["points"]] == [8]
     assert list(found["left_out"]) == ["internvl-26b", "internvl-38b"]
     assert "The weights of 'internvl-26b' take 6.1 GiB, but 2.8 GiB" in found["left_out"]["internvl-26b"]
     capsys.readouterr()
     assert bench(folder, "--parts", "prefill") == 2
     assert "name a smaller shape, or pass a larger --shrink." in capsys.readouterr().err
-
-
-SIZES = {
-    "internvl-1b": 1,
-    "internvl-2b": 2,
-    "internvl-8b": 8,
-    "internvl-26b": 26,
-    "internvl-38b": 38,
-    "internvl-78b": 78,
-}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +212,7 @@ def test_parts_by_name():
 
 def test_settings_that_are_right():
     check_settings(BenchmarkSettings())
+    assert benchmark_run._num_parameters("internvl-2b") == pytest.approx(2.2e9, rel=0.02)
 
 
 def test_tiles_by_hand():
@@ -216,15 +227,16 @@ def test_tiles_by_hand():
 
 
 def test_models_without_tiles_get_larger_images():
-    of_qwen = benchmark_run._Bench(BenchmarkSettings("qwen2.5-vl-7b", "qwen2.5-vl-3b", shrink=64, prompt_tokens=4))
+    of_qwen = benchmark_run._Bench(
+        BenchmarkSettings("qwen2.5-vl-7b", "qwen2.5-vl-3b", shrink=64, prompt_tokens=4), Path()
+    )
     for number in (256, 512):
         inputs = of_qwen.inputs_with(number)
         assert benchmark_run._num_visual_tokens(of_qwen.small, inputs) == number
 
 
-def test_tables_of_a_gpu_tell_milliseconds_and_what_was_left_out(tiny, folder, capsys):
-    assert bench(folder, "--parts", "guidance,prefill,decode,drafts,end-to-end,growth-tokens") == 0
-    record = json.loads((folder / "benchmark.json").read_text())
+def test_tables_of_a_gpu_tell_milliseconds_and_what_was_left_out(whole):
+    record = record_of(whole.folder)
     record["arguments"]["device"] = "cuda:0"
     for way in ("published", "published_whole"):
         record["parts"]["guidance"]["ways"][way] = {"skipped": "the matrices are large"}
@@ -233,13 +245,12 @@ def test_tables_of_a_gpu_tell_milliseconds_and_what_was_left_out(tiny, folder, c
     for name in ("guidance", "prefill", "decode", "drafts", "end-to-end"):
         assert "ms" in tables[f"speed-{name}"]["columns"]
     (row,) = (row for row in tables["speed-guidance"]["rows"] if row[0] == "`output_attentions`, decoder eager")
-    assert row[1:] == ["left out: the matrices are large", "", "", "", ""]
+    assert row[1:] == ["left out: the matrices are large", "", "", "", "", ""]
     assert "| left out: the matrices are large |" in as_markdown(tables)
 
 
-def test_a_figure_has_the_panels_of_what_was_measured(tiny, folder, tmp_path):
-    assert bench(folder, "--parts", "prefill,end-to-end,growth-tokens") == 0
-    record = json.loads((folder / "benchmark.json").read_text())
+def test_a_figure_has_the_panels_of_what_was_measured(whole, tmp_path):
+    record = record_of(whole.folder)
     figure = draw_figure(record, tmp_path / "all.png")
     labels = [axes.get_xlabel() for axes in figure.axes]
     assert labels[:2] == ["average retention of visual tokens (%)", "questions that exit early (%)"]
@@ -250,14 +261,17 @@ def test_a_figure_has_the_panels_of_what_was_measured(tiny, folder, tmp_path):
     assert len(draw_figure(record, tmp_path / "one.png").axes) == 1
 
 
-def test_the_readme_s_json_has_the_same_tables(tiny, folder, tmp_path, monkeypatch):
+def test_the_readme_s_json_has_the_same_tables(tiny, whole, folder, tmp_path):
     import benchmark as script
 
     output = tmp_path / "speed.json"
-    script.main(["--work", str(folder), "--output", str(output), *OPTIONS, "--parts", "decode,prefill"])
+    script.main(["--work", str(folder), "--output", str(output), *OPTIONS, "--parts", "decode"])
     record = json.loads(output.read_text())
-    assert list(record["tables"]) == ["speed-prefill", "speed-decode"]
+    assert list(record["tables"]) == ["speed-decode"]
     assert {"machine", "versions", "seed", "date"} <= set(record)
-    assert output.with_suffix(".png").exists()
+    assert not output.with_suffix(".png").exists()  # this part has no panel
+    script.main(["--work", str(whole.folder), "--output", str(output), *OPTIONS])
+    assert output.with_suffix(".png").read_bytes() == (whole.folder / "benchmark.png").read_bytes()
+    assert len(json.loads(output.read_text())["tables"]) == 10
     with pytest.raises(SystemExit, match="Nothing was written"):
         script.main(["--work", str(folder), "--output", str(output), "--rounds", "0"])

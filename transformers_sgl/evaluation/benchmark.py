@@ -129,7 +129,8 @@ def measure_guidance(
 
     Returns:
         `dict`: The sizes; under `ways` for each its `time`, its `memory` and their ratios to plain, or why it was
-        `skipped`; `published_over_capture`; and under `importance` how far both ways' results are apart.
+        `skipped`; `published_over_capture`; `decoder_prefill`, the same times for the decoder's first pass alone,
+        without vision encoder and answer; and under `importance` how far both ways' results are apart.
 
     Example:
         ```python
@@ -148,9 +149,36 @@ def measure_guidance(
         ```
     """
     found = _compare_guidance(small, inputs, answer_tokens, rounds, memory_repeats, whole=True)
+    found["decoder_prefill"] = _compare_decoders(small, inputs, rounds, list(_there(found["ways"])))
     if "skipped" not in found["ways"]["published"]:
         found["importance"] = _compare_importance(small, inputs, answer_tokens)
     return found
+
+
+def _ways(small: PreTrainedModel, inputs: dict[str, Tensor], answer_tokens: int) -> dict[str, Callable[[], Any]]:
+    """By name, the ways to get an answer: alone, watched, and with whole attention matrices."""
+    tokens = visual_tokens_of(small.config, inputs)
+    settings: dict[str, Any] = {"max_new_tokens": answer_tokens}
+
+    def plain() -> None:
+        small.generate(**inputs, **settings)
+
+    def capture() -> Tensor:
+        with AttentionRecorder(small, tokens) as recorder:
+            small.generate(**inputs, **settings)
+        return recorder.importance
+
+    return {
+        "plain": plain,
+        "capture": capture,
+        "published": lambda: published_importance(small, inputs, **settings),
+        "published_whole": lambda: published_importance(small, inputs, whole=True, **settings),
+    }
+
+
+def _there(ways: dict[str, Any]) -> Iterator[str]:
+    """Those that were not left out."""
+    return (name for name, found in ways.items() if "skipped" not in found)
 
 
 def _compare_guidance(
@@ -163,47 +191,59 @@ def _compare_guidance(
 ) -> dict[str, Any]:
     """Time and memory of an answer alone, watched, and in the published way where that fits."""
     tokens, device = visual_tokens_of(small.config, inputs), small.device
-
-    def plain() -> None:
-        small.generate(**inputs, max_new_tokens=answer_tokens)
-
-    def capture() -> Tensor:
-        with AttentionRecorder(small, tokens) as recorder:
-            small.generate(**inputs, max_new_tokens=answer_tokens)
-        return recorder.importance
-
-    ways: dict[str, Callable[[], Any]] = {"plain": plain, "capture": capture}
-    published = ["published", *(["published_whole"] if whole else [])]
-    length = inputs["input_ids"].shape[1] + answer_tokens
-    needed, left = attention_matrix_bytes(small, len(inputs["input_ids"]), length), available_memory(device)
-    skipped = None
+    ways = _ways(small, inputs, answer_tokens)
+    if not whole:
+        del ways["published_whole"]
+    length = tokens.prompt_length + answer_tokens
+    needed, left = attention_matrix_bytes(small, tokens.batch_size, length), available_memory(device)
+    skipped: dict[str, Any] = {}
     if left is not None and needed > _USABLE * left:
-        skipped = f"the matrices of all layers take {_gib(needed)}, and {_gib(left)} are left"
-    else:
-        for name in published:
-            eager = name == "published_whole"
-            ways[name] = partial(published_importance, small, inputs, eager, max_new_tokens=answer_tokens)
+        reason = f"the matrices of all layers take {_gib(needed)}, and {_gib(left)} are left"
+        skipped = {name: {"skipped": reason} for name in ways if name.startswith("published")}
+        ways = {name: way for name, way in ways.items() if name not in skipped}
 
     # What is measured for its memory is warm when it is timed.
     memories = {name: measure_memory(way, device, memory_repeats) for name, way in ways.items()}
     timings = take_turns(ways, rounds, device, warmup=0 if memory_repeats else 1)
     found: dict[str, Any] = {name: _cost_of_way(name, timings, memories) for name in ways}
-    if skipped:
-        found |= {name: {"skipped": skipped} for name in published}
     result = {
         "num_visual_tokens": tokens.num_visual_tokens,
         "batch_size": tokens.batch_size,
         "prompt_length": tokens.prompt_length,
         "answer_tokens": answer_tokens,
-        "ways": found,
+        "ways": {**found, **skipped},
     }
     if not skipped:
         extra = [found[name]["extra_memory_bytes"] for name in ("published", "capture")]
         result["published_over_capture"] = {
             "time": ratio(timings["published"], timings["capture"]),
-            "extra_memory": extra[0] / extra[1] if all(bytes_ and bytes_ > 0 for bytes_ in extra) else None,
+            "extra_memory": extra[0] / extra[1] if all(number and number > 0 for number in extra) else None,
         }
     return result
+
+
+def _compare_decoders(
+    small: PreTrainedModel, inputs: dict[str, Tensor], rounds: int, names: Sequence[str]
+) -> dict[str, Any]:
+    """The time that the decoder's first pass takes in each way."""
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    ways = _ways(small, inputs, answer_tokens=1)
+
+    def run(name: str) -> None:
+        with _while_in_decoder(small, lambda: now_ms(small.device)) as total:
+            ways[name]()
+        samples[name].append(total[0])
+
+    take_turns({name: partial(run, name) for name in names}, rounds, small.device)
+    timings = {name: Timing(tuple(found[-rounds:])) for name, found in samples.items()}
+    return {
+        name: {
+            "time": timing.to_dict(),
+            "time_over_plain": ratio(timing, timings["plain"]),
+            "time_over_capture": ratio(timing, timings["capture"]),
+        }
+        for name, timing in timings.items()
+    }
 
 
 def _cost_of_way(name: str, timings: dict[str, Timing], memories: dict[str, Memory | None]) -> dict[str, Any]:
@@ -817,7 +857,7 @@ def measure_growth(
     ]
     laws: dict[str, dict[str, Any]] = {}
     for name in ("plain", "capture", "published"):
-        there = [point for point in measured if "skipped" not in point["ways"][name]]
+        there = [point for point in measured if name in _there(point["ways"])]
         values = [point["value"] for point in there]
         costs = [point["ways"][name] for point in there]
         laws[name] = {

@@ -106,7 +106,7 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
     rows = []
     for name, way in part["ways"].items():
         if "skipped" in way:
-            rows.append([_WAYS[name], f"left out: {way['skipped']}", "", "", "", ""])
+            rows.append([_WAYS[name], f"left out: {way['skipped']}", "", "", "", "", ""])
             continue
         memory = way["memory"]
         rows.append(
@@ -114,6 +114,7 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
                 _WAYS[name],
                 _spread(way["time_over_plain"]),
                 _ms(way["time"]),
+                _spread(part["decoder_prefill"][name]["time_over_plain"]),
                 "" if memory is None else f"{memory['working_bytes'] / _MIB:.1f}",
                 "" if memory is None or name == "plain" else f"{way['extra_memory_bytes'] / _MIB:+.1f}",
                 "" if memory is None else f"{way['peak_over_plain']:.3f}",
@@ -121,20 +122,23 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
         )
     caption = (
         f"The small model reads {part['prompt_length']:,} tokens, {part['num_visual_tokens']:,} of them visual, and "
-        f"writes {part['answer_tokens']}{_batch(part)}. Working memory is what comes on top of what was held before. "
+        f"writes {part['answer_tokens']}{_batch(part)}. Working memory is what comes on top of what was held "
+        "before. "
     )
     if "published_over_capture" in part:
         over = part["published_over_capture"]
         caption += f"With `output_attentions` it takes {_spread(over['time'])} times as long as when it is watched"
         if over["extra_memory"] is not None:
             caption += f", and {over['extra_memory']:.1f} times the extra memory"
-        caption += ". "
+        decoders = part["decoder_prefill"]["published"]["time_over_capture"]
+        caption += f"; in the decoder's first pass, {_spread(decoders)} times as long. "
     if "importance" in part:
         caption += f"The two maps differ by {part['importance']['relative_difference']:.1g} of their maximum at most. "
     columns = [
         "way",
         "time / alone",
         _clock(record, "ms"),
+        "decoder's first pass / alone",
         "working memory, MiB",
         "extra, MiB",
         "peak memory / alone",
@@ -474,7 +478,10 @@ def _draw_growth(axes: Any, part: dict[str, Any], cost: Callable[[dict[str, Any]
         if there:
             axes.plot(*zip(*there, strict=True), color=colour, marker=marker, label=_WAYS[way].replace("`", ""))
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    numbers = [point["num_visual_tokens"] for point in part["points"]]
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
     axes.set_xlabel("visual tokens")
     axes.set_ylabel(name)
 

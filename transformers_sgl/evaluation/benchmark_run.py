@@ -24,6 +24,7 @@ from transformers_sgl.evaluation.benchmark import Pairing
 from transformers_sgl.evaluation.cost import available_memory
 from transformers_sgl.evaluation.random_models import SHAPES, random_inputs, random_model
 from transformers_sgl.evaluation.records import claim, measurement_record, write_atomically
+from transformers_sgl.evaluation.startup import measure_startup
 from transformers_sgl.guidance import visual_tokens_of
 
 __all__ = ["PARTS", "BenchmarkSettings", "check_settings", "find_parts", "run_benchmark"]
@@ -155,6 +156,7 @@ def run_benchmark(
     settings: BenchmarkSettings,
     parts: Sequence[str],
     folder: Path,
+    pair: Path,
     announce: Callable[[str], None] = lambda part: None,
 ) -> dict[str, Any]:
     """Measures what has not been measured yet, and returns all that was asked for.
@@ -163,6 +165,7 @@ def run_benchmark(
         settings ([`BenchmarkSettings`]): What is measured.
         parts (sequence of `str`): Keys of [`PARTS`].
         folder (`Path`): Gets a JSON file for each part; made if it does not exist.
+        pair (`Path`): A saved pair, for the part that loads one.
         announce (`Callable`, *optional*): Told the name of each part that is measured now.
 
     Returns:
@@ -177,7 +180,7 @@ def run_benchmark(
     arguments = json.loads(json.dumps(asdict(settings)))
     measurement = measurement_record(settings.seed, settings.device)
     claim(folder, {"benchmark": arguments, "machine": measurement["machine"], "versions": measurement["versions"]})
-    bench, found = _Bench(settings), {}
+    bench, found = _Bench(settings, pair), {}
     for part in parts:
         file = folder / f"{part}.json"
         if not file.exists():
@@ -191,10 +194,7 @@ def run_benchmark(
 
 
 def _startup(bench: _Bench) -> dict[str, Any]:
-    from transformers_sgl.evaluation.startup import measure_startup
-    from transformers_sgl.hub import embedded_pair
-
-    return measure_startup(embedded_pair(), bench.settings.rounds)
+    return measure_startup(bench.pair, bench.settings.rounds)
 
 
 def _guidance(bench: _Bench) -> dict[str, Any]:
@@ -316,10 +316,12 @@ class _Bench:
 
     Args:
         settings ([`BenchmarkSettings`]): What is measured.
+        pair (`Path`): A saved pair.
     """
 
-    def __init__(self, settings: BenchmarkSettings) -> None:
+    def __init__(self, settings: BenchmarkSettings, pair: Path) -> None:
         self.settings = settings
+        self.pair = pair
         self._models: dict[str, PreTrainedModel] = {}
 
     @property
