@@ -38,7 +38,13 @@ SWEEPS = {
     "growth_batches": (1, 2),
     "growth_answers": (1, 2),
 }
-STARTUP = {"import_ratio": {"median": 1.05, "min": 1.0, "max": 1.1}}
+SPREAD = {"median": 1.05, "min": 1.0, "max": 1.1}
+IMPORTED = dict.fromkeys(("transformers", "transformers and transformers_sgl", "transformers_sgl"), SPREAD)
+STARTUP = {
+    "rounds": 1,
+    **dict.fromkeys(("import_ratio", "auto_class_ratio", "load_ratio"), SPREAD),
+    **{"import_s": IMPORTED, "auto_class_s": IMPORTED, "load_s": {"two models": SPREAD, "pair": SPREAD}},
+}
 OPTIONS = ["--image-size", "32x32", "--answer-tokens", "3", "--rounds", "1", "--shrink", "4", "--device", "cpu"]
 
 
@@ -117,7 +123,7 @@ def test_all_parts_from_command_to_figure(whole):
         assert f"{name}:" in whole.out
         assert table["rows"], name
         assert {len(row) for row in table["rows"]} == {len(table["columns"])}
-        assert "ms" not in table["columns"]  # of a CPU only ratios are told
+        assert not {"ms", "s"} & set(table["columns"])  # of a CPU only ratios are told
     assert whole.out.rstrip().endswith(f"written: {folder / 'benchmark.json'}, {folder / 'benchmark.png'}")
 
     growth = record["parts"]["growth-tokens"]["points"]
@@ -244,6 +250,8 @@ def test_tables_of_a_gpu_tell_milliseconds_and_what_was_left_out(whole):
     tables = make_tables(record)
     for name in ("guidance", "prefill", "decode", "drafts", "end-to-end"):
         assert "ms" in tables[f"speed-{name}"]["columns"]
+    assert tables["speed-startup"]["columns"][2:] == ["s", "s without"]
+    assert [row[2] for row in tables["speed-startup"]["rows"]] == ["1.05 [1.00, 1.10]"] * 3
     (row,) = (row for row in tables["speed-guidance"]["rows"] if row[0] == "`output_attentions`, decoder eager")
     assert row[1:] == ["left out: the matrices are large", "", "", "", "", ""]
     assert "| left out: the matrices are large |" in as_markdown(tables)

@@ -20,6 +20,12 @@ _WAYS = {
     "published": "`output_attentions`, decoder eager",
     "published_whole": "`output_attentions`, all eager",
 }
+# What is measured, and its seconds with this package and without it.
+_STARTUP = {
+    "import": ("`import transformers`", "transformers and transformers_sgl", "transformers"),
+    "auto_class": ("the same, and its Auto class", "transformers and transformers_sgl", "transformers"),
+    "load": ("`from_pretrained`", "pair", "two models"),
+}
 _GROWTH = {"tokens": "visual tokens", "batches": "batch size", "answers": "answer tokens"}
 _SWEEPS = {
     "tokens": "visual tokens",
@@ -93,13 +99,16 @@ def _table(columns: Sequence[str | None], rows: Sequence[Sequence[Any]], caption
 
 
 def _startup_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    rows = [[name.replace("_", " "), _spread(found)] for name, found in part.items() if _is_ratio(name, found)]
-    caption = "Start-up in processes of their own: median [least, greatest]."
-    return _table(["what", "ratio"], rows, caption)
-
-
-def _is_ratio(name: str, found: Any) -> bool:
-    return name.endswith("ratio") and isinstance(found, dict)
+    rows = []
+    for name, (what, with_us, without) in _STARTUP.items():
+        seconds = part[f"{name}_s"]
+        rows.append([what, _spread(part[f"{name}_ratio"]), _spread(seconds[with_us]), _spread(seconds[without])])
+    columns = ["what", "time / without this package", _clock(record, "s"), _clock(record, "s without")]
+    caption = (
+        f"Median [least, greatest] of {part['rounds']} rounds; imports in processes of their own. The pair is the "
+        "embedded one, whose weights are small, and is compared with loading its two models one after the other."
+    )
+    return _table(columns, rows, caption)
 
 
 def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
