@@ -134,6 +134,9 @@ class TestModels:
         assert all(torch.equal(first[key], again[key]) for key in first)
         assert not any(torch.equal(first[key], other[key]) for key in first if first[key].ndim > 1)
         assert all(value.float().std() == pytest.approx(0.02, rel=0.2) for value in first.values() if value.ndim > 1)
+        assert all(
+            (value == (0 if key.endswith("bias") else 1)).all() for key, value in first.items() if value.ndim == 1
+        )
 
     def test_an_embedding_is_shared_where_the_checkpoint_shares_it(self) -> None:
         for name, tied in {"qwen2.5-vl-3b": True, "llava-onevision-0.5b": True, "internvl-1b": False}.items():

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-__all__ = ["SHAPES", "TextShape", "Shape", "VisionShape", "random_inputs", "random_model"]
+__all__ = ["SHAPES", "Shape", "TextShape", "VisionShape", "random_inputs", "random_model"]
 
 
 @dataclass(frozen=True)
