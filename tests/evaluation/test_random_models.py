@@ -234,24 +234,38 @@ def test_a_small_one_guides_a_large_one(large: str, small: str) -> None:
     guided, guide = random_model(large, 64), random_model(small, 64, seed=1)
     inputs = random_inputs(guided, (200, 200), num_prompt_tokens=6)
     visual_tokens = find_visual_tokens(guided, inputs)
-    with AttentionRecorder(guide, visual_tokens) as recorder:
-        guide.generate(**inputs, max_new_tokens=2)
-    assert recorder.importance.shape == visual_tokens.positions.shape
-    assert (recorder.importance > 0).all()
+    output = guided.generate(
+        **inputs,
+        custom_generate=sgl_generate,
+        small_model=guide,
+        retention_ratio=0.2,
+        prune_layer=2,
+        max_new_tokens=2,
+        return_dict_in_generate=True,
+    )
+    assert output.importance.shape == visual_tokens.positions.shape
+    assert (output.importance > 0).all()
     # Each of the prompt's last six tokens and of the two that were written gives at most 1 for a layer's head.
     decoder = SHAPES[small].shrunk(64).text
-    assert recorder.importance.sum() < (6 + 2) * decoder.num_layers * decoder.num_heads
+    assert output.importance.sum() < (6 + 2) * decoder.num_layers * decoder.num_heads
+    keep = output.keep_mask[0]
+    assert keep.sum() == math.floor(0.2 * len(keep))
+    assert output.importance[0, keep].min() >= output.importance[0, ~keep].max()
+    assert output.sequences.shape == (1, inputs["input_ids"].shape[1] + 2)
 
-    settings: dict[str, Any] = {"max_new_tokens": 3, "return_dict_in_generate": True}
-    output = guided.generate(
-        **inputs, custom_generate=sgl_generate, small_model=guide, retention_ratio=0.2, prune_layer=2, **settings
-    )
-    keep = output.keep_mask
-    assert keep.sum() == math.floor(0.2 * keep.shape[1])
-    assert torch.equal(output.importance.topk(int(keep.sum())).indices.sort().values[0], keep[0].nonzero()[:, 0])
-    with VisualTokenPruner(guided, visual_tokens.prompt_keep_mask(keep), prune_layer=2):
-        pruned = guided.generate(**inputs, **settings).sequences
-    assert torch.equal(output.sequences, pruned)
+
+def test_the_parts_alone() -> None:
+    model = random_model("internvl-2b", 64)
+    inputs = random_inputs(model, (448, 448), num_prompt_tokens=6)
+    visual_tokens = find_visual_tokens(model, inputs)
+    with AttentionRecorder(model, visual_tokens) as recorder:
+        model.generate(**inputs, max_new_tokens=2)
+    assert recorder.importance.shape == (1, 256)
+    assert (recorder.importance > 0).all()
+    keep = visual_tokens.prompt_keep_mask(recorder.importance > recorder.importance.median())
+    with VisualTokenPruner(model, keep, prune_layer=2), torch.no_grad():
+        cache = model(**inputs).past_key_values
+    assert [layer.get_seq_length() for layer in cache.layers] == 2 * [4 + 256 + 6] + 22 * [keep.sum()]
 
 
 def test_a_draft_is_verified_where_vocabularies_are_equal() -> None:
