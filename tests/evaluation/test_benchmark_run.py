@@ -43,7 +43,9 @@ IMPORTED = dict.fromkeys(("transformers", "transformers and transformers_sgl", "
 STARTUP = {
     "rounds": 1,
     **dict.fromkeys(("import_ratio", "auto_class_ratio", "load_ratio"), SPREAD),
-    **{"import_s": IMPORTED, "auto_class_s": IMPORTED, "load_s": {"two models": SPREAD, "pair": SPREAD}},
+    "import_s": IMPORTED,
+    "auto_class_s": IMPORTED,
+    "load_s": {"two models": SPREAD, "pair": SPREAD},
 }
 OPTIONS = ["--image-size", "32x32", "--answer-tokens", "3", "--rounds", "1", "--shrink", "4", "--device", "cpu"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,18 +66,18 @@ class TestShapes:
         for shape in SHAPES.values():
             small = shape.shrunk(shrink)
             assert small.family == shape.family
-            for part in ("decoder", "vision"):
+            for part in ("text", "vision"):
                 before, after = getattr(shape, part), getattr(small, part)
                 assert after.num_layers == before.num_layers
                 assert after.hidden_size / after.num_heads == before.hidden_size / before.num_heads
                 assert after.num_heads == max(1, round(before.num_heads / shrink))
                 assert after.intermediate_size == max(1, round(before.intermediate_size / shrink))
-            assert small.decoder.num_heads % small.decoder.num_key_value_heads == 0
-            assert small.decoder.num_key_value_heads <= max(1, round(shape.decoder.num_key_value_heads / shrink))
+            assert small.text.num_heads % small.text.num_key_value_heads == 0
+            assert small.text.num_key_value_heads <= max(1, round(shape.text.num_key_value_heads / shrink))
         assert SHAPES["internvl-26b"].shrunk(1) == SHAPES["internvl-26b"]
 
     def test_key_value_heads_divide_the_heads_as_evenly_as_they_can(self) -> None:
-        decoder = SHAPES["internvl-26b"].shrunk(3).decoder
+        decoder = SHAPES["internvl-26b"].shrunk(3).text
         assert (decoder.num_heads, decoder.num_key_value_heads) == (
             16,
             2,
@@ -88,10 +89,11 @@ class TestShapes:
             operations, parameters = [], []
             for name in ("internvl-26b", "internvl-2b"):
                 model = random_model(name, shrink, "meta")
-                prompt = torch.zeros(1, 1800, dtype=torch.long, device="meta")
-                with torch.no_grad():
-                    operations.append(measure_cost(lambda: model.get_decoder()(prompt)).flops)  # noqa: B023
                 parameters.append(model.num_parameters())
+                decoder, prompt = model.get_decoder(), torch.zeros(1, 1800, dtype=torch.long, device="meta")
+                decoder.layers, num_layers = decoder.layers[:1], len(decoder.layers)  # all layers are alike
+                with torch.no_grad():
+                    operations.append(num_layers * measure_cost(partial(decoder, prompt)).flops)
             return operations[0] / operations[1], parameters[0] / parameters[1]
 
         (operations, parameters), (shrunk_operations, shrunk_parameters) = ratio(1), ratio(8)
@@ -110,17 +112,17 @@ class TestShapes:
 
 
 class TestModels:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("name", FAMILIES)
     def test_it_writes_words_as_long_as_it_is_asked_to(self, name: str, dtype: torch.dtype) -> None:
         model = random_model(name, 64, dtype=dtype)
         assert not model.training
         assert model.config._attn_implementation == "sdpa"
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-        inputs = random_inputs(model, (300, 200), num_prompt_tokens=5, batch_size=2)
+        inputs = random_inputs(model, (200, 200), num_prompt_tokens=5)
         output = model.generate(**inputs, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        assert answers.shape == (2, 6)
+        assert answers.shape == (1, 6)
         assert all(logits.isfinite().all() and logits.std() > 0.01 for logits in output.logits)
         special = model.generation_config.suppress_tokens
         assert {model.config.image_token_id, model.generation_config.pad_token_id} <= set(special)
@@ -132,6 +134,9 @@ class TestModels:
         assert all(torch.equal(first[key], again[key]) for key in first)
         assert not any(torch.equal(first[key], other[key]) for key in first if first[key].ndim > 1)
         assert all(value.float().std() == pytest.approx(0.02, rel=0.2) for value in first.values() if value.ndim > 1)
+        assert all(
+            (value == (0 if key.endswith("bias") else 1)).all() for key, value in first.items() if value.ndim == 1
+        )
 
     def test_an_embedding_is_shared_where_the_checkpoint_shares_it(self) -> None:
         for name, tied in {"qwen2.5-vl-3b": True, "llava-onevision-0.5b": True, "internvl-1b": False}.items():
@@ -155,7 +160,7 @@ class TestModels:
 
 
 class TestInputs:
-    @pytest.mark.parametrize("size", [(896, 1344), (640, 480), (1500, 420), (40, 30)])
+    @pytest.mark.parametrize("size", [(896, 1344), (1500, 420), (40, 30)])
     @pytest.mark.parametrize("name", FAMILIES)
     def test_they_are_what_the_processor_makes(self, name: str, size: tuple[int, int]) -> None:
         model = random_model(name, 64)
@@ -197,7 +202,7 @@ class TestInputs:
         assert first["attention_mask"].all()
 
     def test_models_of_different_vocabularies_read_the_same_prompt(self) -> None:
-        small, large = random_model("internvl-1b", 64), random_model("internvl-26b", 32)
+        small, large = random_model("internvl-1b", 64), random_model("internvl-2b", 32)
         assert small.config.text_config.vocab_size != large.config.text_config.vocab_size
         inputs = random_inputs(large, (448, 448))
         assert torch.equal(inputs["input_ids"], random_inputs(small, (448, 448))["input_ids"])
@@ -227,30 +232,44 @@ PAIRS = [
 @pytest.mark.parametrize(("large", "small"), PAIRS)
 def test_a_small_one_guides_a_large_one(large: str, small: str) -> None:
     guided, guide = random_model(large, 64), random_model(small, 64, seed=1)
-    inputs = random_inputs(guided, (300, 200), num_prompt_tokens=6)
+    inputs = random_inputs(guided, (200, 200), num_prompt_tokens=6)
     visual_tokens = find_visual_tokens(guided, inputs)
-    with AttentionRecorder(guide, visual_tokens) as recorder:
-        guide.generate(**inputs, max_new_tokens=2)
-    assert recorder.importance.shape == visual_tokens.positions.shape
-    assert (recorder.importance > 0).all()
-    # Each of the prompt's last six tokens and of the two that were written gives at most 1 for a layer's head.
-    decoder = SHAPES[small].shrunk(64).decoder
-    assert recorder.importance.sum() < (6 + 2) * decoder.num_layers * decoder.num_heads
-
-    settings: dict[str, Any] = {"max_new_tokens": 3, "return_dict_in_generate": True}
     output = guided.generate(
-        **inputs, custom_generate=sgl_generate, small_model=guide, retention_ratio=0.2, prune_layer=2, **settings
+        **inputs,
+        custom_generate=sgl_generate,
+        small_model=guide,
+        retention_ratio=0.2,
+        prune_layer=2,
+        max_new_tokens=2,
+        return_dict_in_generate=True,
     )
-    keep = output.keep_mask
-    assert keep.sum() == math.floor(0.2 * keep.shape[1])
-    assert torch.equal(output.importance.topk(int(keep.sum())).indices.sort().values[0], keep[0].nonzero()[:, 0])
-    with VisualTokenPruner(guided, visual_tokens.prompt_keep_mask(keep), prune_layer=2):
-        pruned = guided.generate(**inputs, **settings).sequences
-    assert torch.equal(output.sequences, pruned)
+    assert output.importance.shape == visual_tokens.positions.shape
+    assert (output.importance > 0).all()
+    # Each of the prompt's last six tokens and of the two that were written gives at most 1 for a layer's head.
+    decoder = SHAPES[small].shrunk(64).text
+    assert output.importance.sum() < (6 + 2) * decoder.num_layers * decoder.num_heads
+    keep = output.keep_mask[0]
+    assert keep.sum() == math.floor(0.2 * len(keep))
+    assert output.importance[0, keep].min() >= output.importance[0, ~keep].max()
+    assert output.sequences.shape == (1, inputs["input_ids"].shape[1] + 2)
+
+
+def test_the_parts_alone() -> None:
+    model = random_model("internvl-2b", 64)
+    inputs = random_inputs(model, (448, 448), num_prompt_tokens=6)
+    visual_tokens = find_visual_tokens(model, inputs)
+    with AttentionRecorder(model, visual_tokens) as recorder:
+        model.generate(**inputs, max_new_tokens=2)
+    assert recorder.importance.shape == (1, 256)
+    assert (recorder.importance > 0).all()
+    keep = visual_tokens.prompt_keep_mask(recorder.importance > recorder.importance.median())
+    with VisualTokenPruner(model, keep, prune_layer=2), torch.no_grad():
+        cache = model(**inputs).past_key_values
+    assert [layer.get_seq_length() for layer in cache.layers] == 2 * [4 + 256 + 6] + 22 * [keep.sum()]
 
 
 def test_a_draft_is_verified_where_vocabularies_are_equal() -> None:
-    guided, guide = random_model("internvl-26b", 64), random_model("internvl-2b", 64)
+    guided, guide = random_model("internvl-8b", 64), random_model("internvl-2b", 64)
     inputs = random_inputs(guided, (448, 448), num_prompt_tokens=6, batch_size=2)
     output = guided.generate(
         **inputs,

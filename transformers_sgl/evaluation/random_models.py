@@ -21,30 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
     GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLConfig,
-    InternVLForConditionalGeneration,
     LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
 )
 from transformers.initialization import no_init_weights
 
-__all__ = ["SHAPES", "DecoderShape", "Shape", "VisionShape", "random_inputs", "random_model"]
+__all__ = ["SHAPES", "Shape", "TextShape", "VisionShape", "random_inputs", "random_model"]
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """A text decoder's sizes.
+class TextShape:
+    """A decoder's sizes.
 
     Attributes:
-        model_type (`str`): Its transformers model type.
+        model_type (`str`): Whose layers it has: `"llama"`'s, or `"qwen2"`'s, which have biases.
         hidden_size (`int`): Width of the hidden states, a multiple of `num_heads`.
         num_layers (`int`): Number of layers.
         num_heads (`int`): Attention heads of a layer.
@@ -63,11 +61,11 @@ class DecoderShape:
     vocab_size: int
     tied: bool = False
 
-    def shrunk(self, shrink: int) -> DecoderShape:
+    def shrunk(self, shrink: int) -> TextShape:
         """The same so many times narrower."""
         heads = _divided(self.num_heads, shrink)
         key_value_heads = _divided(self.num_key_value_heads, shrink)
-        return DecoderShape(
+        return TextShape(
             self.model_type,
             heads * (self.hidden_size // self.num_heads),
             self.num_layers,
@@ -115,12 +113,12 @@ class Shape:
 
     Attributes:
         family (`str`): The model type of the whole, which says how pictures become visual tokens.
-        decoder ([`DecoderShape`]): The text decoder.
+        text ([`TextShape`]): The decoder.
         vision ([`VisionShape`]): The vision encoder.
     """
 
     family: str
-    decoder: DecoderShape
+    text: TextShape
     vision: VisionShape
 
     def shrunk(self, shrink: int) -> Shape:
@@ -148,7 +146,7 @@ class Shape:
             raise ValueError(
                 f"`shrink` is by what a model's widths are divided, a whole number from 1 on, not {shrink!r}."
             )
-        return Shape(self.family, self.decoder.shrunk(shrink), self.vision.shrunk(shrink))
+        return Shape(self.family, self.text.shrunk(shrink), self.vision.shrunk(shrink))
 
 
 def _divided(size: int, shrink: int) -> int:
@@ -161,31 +159,25 @@ def _divided(size: int, shrink: int) -> int:
 _INTERN_VIT_300M = VisionShape(1024, 24, 16, 4096)
 _INTERN_VIT_6B = VisionShape(3200, 45, 25, 12800, qk_norm=True)
 _QWEN_VIT = VisionShape(1280, 32, 16, 3420)
-_QWEN_VIT_OF_LARGE = VisionShape(1280, 32, 16, 3456)
+_QWEN_VIT_WIDE = VisionShape(1280, 32, 16, 3456)
 _SIGLIP = VisionShape(1152, 26, 16, 4304)  # so400m; LLaVA-OneVision leaves out its last, 27th layer
 
 SHAPES = {
     # name: family, decoder (type, hidden, layers, heads, key-value heads, MLP, vocabulary), vision encoder
-    "internvl-1b": Shape("internvl", DecoderShape("qwen2", 896, 24, 14, 2, 4864, 151674), _INTERN_VIT_300M),
-    "internvl-2b": Shape("internvl", DecoderShape("llama", 2048, 24, 16, 8, 8192, 92553), _INTERN_VIT_300M),
-    "internvl-8b": Shape("internvl", DecoderShape("llama", 4096, 32, 32, 8, 14336, 92553), _INTERN_VIT_300M),
-    "internvl-26b": Shape("internvl", DecoderShape("llama", 6144, 48, 48, 8, 16384, 92553), _INTERN_VIT_6B),
-    "internvl-38b": Shape("internvl", DecoderShape("qwen2", 5120, 64, 40, 8, 27648, 151674), _INTERN_VIT_6B),
-    "internvl-78b": Shape("internvl", DecoderShape("qwen2", 8192, 80, 64, 8, 29568, 151674), _INTERN_VIT_6B),
-    "qwen2.5-vl-3b": Shape(
-        "qwen2_5_vl", DecoderShape("qwen2_5_vl_text", 2048, 36, 16, 2, 11008, 151936, tied=True), _QWEN_VIT
-    ),
-    "qwen2.5-vl-7b": Shape("qwen2_5_vl", DecoderShape("qwen2_5_vl_text", 3584, 28, 28, 4, 18944, 152064), _QWEN_VIT),
-    "qwen2.5-vl-32b": Shape(
-        "qwen2_5_vl", DecoderShape("qwen2_5_vl_text", 5120, 64, 40, 8, 27648, 152064), _QWEN_VIT_OF_LARGE
-    ),
-    "qwen2.5-vl-72b": Shape(
-        "qwen2_5_vl", DecoderShape("qwen2_5_vl_text", 8192, 80, 64, 8, 29568, 152064), _QWEN_VIT_OF_LARGE
-    ),
+    "internvl-1b": Shape("internvl", TextShape("qwen2", 896, 24, 14, 2, 4864, 151674), _INTERN_VIT_300M),
+    "internvl-2b": Shape("internvl", TextShape("llama", 2048, 24, 16, 8, 8192, 92553), _INTERN_VIT_300M),
+    "internvl-8b": Shape("internvl", TextShape("llama", 4096, 32, 32, 8, 14336, 92553), _INTERN_VIT_300M),
+    "internvl-26b": Shape("internvl", TextShape("llama", 6144, 48, 48, 8, 16384, 92553), _INTERN_VIT_6B),
+    "internvl-38b": Shape("internvl", TextShape("qwen2", 5120, 64, 40, 8, 27648, 151674), _INTERN_VIT_6B),
+    "internvl-78b": Shape("internvl", TextShape("qwen2", 8192, 80, 64, 8, 29568, 151674), _INTERN_VIT_6B),
+    "qwen2.5-vl-3b": Shape("qwen2_5_vl", TextShape("qwen2", 2048, 36, 16, 2, 11008, 151936, tied=True), _QWEN_VIT),
+    "qwen2.5-vl-7b": Shape("qwen2_5_vl", TextShape("qwen2", 3584, 28, 28, 4, 18944, 152064), _QWEN_VIT),
+    "qwen2.5-vl-32b": Shape("qwen2_5_vl", TextShape("qwen2", 5120, 64, 40, 8, 27648, 152064), _QWEN_VIT_WIDE),
+    "qwen2.5-vl-72b": Shape("qwen2_5_vl", TextShape("qwen2", 8192, 80, 64, 8, 29568, 152064), _QWEN_VIT_WIDE),
     "llava-onevision-0.5b": Shape(
-        "llava_onevision", DecoderShape("qwen2", 896, 24, 14, 2, 4864, 152000, tied=True), _SIGLIP
+        "llava_onevision", TextShape("qwen2", 896, 24, 14, 2, 4864, 152000, tied=True), _SIGLIP
     ),
-    "llava-onevision-7b": Shape("llava_onevision", DecoderShape("qwen2", 3584, 28, 28, 4, 18944, 152128), _SIGLIP),
+    "llava-onevision-7b": Shape("llava_onevision", TextShape("qwen2", 3584, 28, 28, 4, 18944, 152128), _SIGLIP),
 }
 
 # Special tokens stand first, so that models of any vocabulary, shrunk or not, read the same prompt.
@@ -193,7 +185,7 @@ _PAD, _IMAGE, _VIDEO, _VISION_START, _VISION_END, _FIRST_WORD = range(6)
 _SMALLEST_VOCABULARY = 64
 _LAST_WORD = 1000  # of prompts; every vocabulary that is not shrunk out of recognition has so many
 _NUM_TOKENS_BEFORE_IMAGE = 4
-_WEIGHT_STD = 0.02  # what transformers initialises with: no activation overflows, in any floating-point type
+_WEIGHT_STD = 0.02  # what transformers initialises with
 
 
 def random_model(
@@ -236,9 +228,9 @@ def random_model(
         raise ValueError(f"There is no shape called {name!r}; there are {', '.join(SHAPES)}.")
     device = torch.device(device)
     shape = SHAPES[name].shrunk(shrink)
-    family = _FAMILIES[shape.family]
+    config = _FAMILIES[shape.family].config(shape)
     with device, no_init_weights():  # every weight is written once, in `_fill`, and not three times
-        model = family.model_class._from_config(family.config(shape), dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     model.tie_weights()
     _fill(model, device, seed)
     model.generation_config = GenerationConfig(
@@ -287,7 +279,8 @@ def random_inputs(
         else the family wants.
 
     Raises:
-        ValueError: If the model is of another family, or a number is not positive.
+        ValueError: If the model is of another family, a number is not positive, or a Qwen2.5-VL's picture is more than
+            200 times as long as it is wide.
 
     Example:
         ```python
@@ -344,18 +337,16 @@ class _Family:
     """How the models of a type are made.
 
     Attributes:
-        model_class (`type`): Their class.
         config (`Callable`): From a shape to a configuration.
         read (`Callable`): From a model and pictures, tensors of shape `(3, height, width)`, to image inputs and the
             number of visual tokens of a picture.
     """
 
-    model_class: type[PreTrainedModel]
     config: Callable[[Shape], PreTrainedConfig]
     read: Callable[[PreTrainedModel, list[Tensor]], tuple[dict[str, Tensor], int]]
 
 
-def _decoder_config(shape: DecoderShape) -> dict[str, Any]:
+def _text_config(shape: TextShape) -> dict[str, Any]:
     return {
         "model_type": shape.model_type,
         "hidden_size": shape.hidden_size,
@@ -384,9 +375,9 @@ def _internvl_config(shape: Shape) -> PreTrainedConfig:
             "attention_bias": not vision.qk_norm,
             "norm_type": "rms_norm" if vision.qk_norm else "layer_norm",
         },
-        text_config=_decoder_config(shape.decoder),
+        text_config=_text_config(shape.text),
         image_token_id=_IMAGE,
-        tie_word_embeddings=shape.decoder.tied,
+        tie_word_embeddings=shape.text.tied,
     )
 
 
@@ -410,16 +401,16 @@ def _qwen2_5_vl_config(shape: Shape) -> PreTrainedConfig:
             "depth": vision.num_layers,
             "num_heads": vision.num_heads,
             "intermediate_size": vision.intermediate_size,
-            "out_hidden_size": shape.decoder.hidden_size,
+            "out_hidden_size": shape.text.hidden_size,
             "window_size": 112,
             "fullatt_block_indexes": [7, 15, 23, 31],
         },
-        text_config={**_decoder_config(shape.decoder), "rope_parameters": rope},
+        text_config={**_text_config(shape.text), "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
         image_token_id=_IMAGE,
         video_token_id=_VIDEO,
         vision_start_token_id=_VISION_START,
         vision_end_token_id=_VISION_END,
-        tie_word_embeddings=shape.decoder.tied,
+        tie_word_embeddings=shape.text.tied,
     )
 
 
@@ -443,10 +434,10 @@ def _llava_onevision_config(shape: Shape) -> PreTrainedConfig:
             "patch_size": 14,
             "vision_use_head": False,
         },
-        text_config=_decoder_config(shape.decoder),
+        text_config=_text_config(shape.text),
         image_token_index=_IMAGE,
         video_token_index=_VIDEO,
-        tie_word_embeddings=shape.decoder.tied,
+        tie_word_embeddings=shape.text.tied,
     )
 
 
@@ -468,9 +459,7 @@ def _llava_onevision_images(model: PreTrainedModel, pictures: list[Tensor]) -> t
 
 
 _FAMILIES = {
-    "internvl": _Family(InternVLForConditionalGeneration, _internvl_config, _internvl_images),
-    "qwen2_5_vl": _Family(Qwen2_5_VLForConditionalGeneration, _qwen2_5_vl_config, _qwen2_5_vl_images),
-    "llava_onevision": _Family(
-        LlavaOnevisionForConditionalGeneration, _llava_onevision_config, _llava_onevision_images
-    ),
+    "internvl": _Family(_internvl_config, _internvl_images),
+    "qwen2_5_vl": _Family(_qwen2_5_vl_config, _qwen2_5_vl_images),
+    "llava_onevision": _Family(_llava_onevision_config, _llava_onevision_images),
 }
