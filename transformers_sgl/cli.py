@@ -759,6 +759,13 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--parts", metavar="P,...", default="all", help="some of those listed below (default: all)")
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="how often each way is timed (5)")
     parser.add_argument(
+        "--sweep-rounds",
+        metavar="N",
+        type=int,
+        default=3,
+        help="the same at each point of the sweeps: drafts, break-even and growth (3)",
+    )
+    parser.add_argument(
         "--max-tokens",
         metavar="N",
         type=int,
@@ -800,7 +807,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     _check_device(torch, device)
     on_gpu = torch.device(device).type == "cuda"
     shrink = arguments.shrink if arguments.shrink is not None else 1 if on_gpu else 8
-    names = ("large", "small", "prompt_tokens", "answer_tokens", "batch_size", "rounds", "seed", "max_tokens")
+    names = ["large", "small", "prompt_tokens", "answer_tokens", "batch_size"]
+    names += ["rounds", "sweep_rounds", "seed", "max_tokens"]
     settings = benchmark_run.BenchmarkSettings(
         **{name: getattr(arguments, name) for name in names},
         shrink=shrink,

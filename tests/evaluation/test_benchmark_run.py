@@ -47,7 +47,20 @@ STARTUP = {
     "auto_class_s": IMPORTED,
     "load_s": {"two models": SPREAD, "pair": SPREAD},
 }
-OPTIONS = ["--image-size", "32x32", "--answer-tokens", "3", "--rounds", "1", "--shrink", "4", "--device", "cpu"]
+OPTIONS = [
+    "--image-size",
+    "32x32",
+    "--answer-tokens",
+    "3",
+    "--rounds",
+    "1",
+    "--sweep-rounds",
+    "1",
+    "--shrink",
+    "4",
+    "--device",
+    "cpu",
+]
 
 
 def tiny_model(name: str) -> Any:
@@ -183,6 +196,18 @@ def test_a_model_that_does_not_fit(tiny, folder, capsys, monkeypatch):
     assert "name a smaller shape, or pass a larger --shrink." in capsys.readouterr().err
 
 
+def test_a_part_that_does_not_fit(tiny, folder, capsys, monkeypatch):
+    def fail(_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    assert bench(folder, "--parts", "decode") == 0
+    monkeypatch.setitem(PARTS, "prefill", fail)
+    assert bench(folder, "--parts", "decode,prefill") == 2
+    assert "The part 'prefill' does not fit into the memory of 'cpu': name smaller" in capsys.readouterr().err
+    assert (folder / "decode.json").exists()
+    assert not (folder / "prefill.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -192,6 +217,7 @@ def test_a_model_that_does_not_fit(tiny, folder, capsys, monkeypatch):
         (["--image-size", "448"], "--image-size is '448': write width and height in pixels, such as 896x1344."),
         (["--image-size", "0x448"], "The image size is 0x448: pass width and height"),
         (["--rounds", "0"], "`rounds` is 0: pass a whole number of 1 or more."),
+        (["--sweep-rounds", "0"], "`sweep_rounds` is 0: pass a whole number of 1 or more."),
         (["--shrink", "0"], "`shrink` is 0: pass a whole number of 1 or more."),
         (["--max-tokens", "-1"], "`max_tokens` is -1: pass a whole number of 0 or more."),
         (["--device", "cuda:99"], "There is no device 'cuda:99' on this machine"),

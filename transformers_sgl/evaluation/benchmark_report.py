@@ -387,7 +387,8 @@ def _models(record: dict[str, Any]) -> str:
     shrunk = f", widths divided by {arguments['shrink']}" if arguments["shrink"] > 1 else ""
     return (
         f"Shapes of {arguments['large']} and {arguments['small']}{shrunk}, random weights in {arguments['dtype']}; "
-        f"median [least, greatest] of {arguments['rounds']} rounds (sweeps: at most 3), in which all ways take turns."
+        f"median [least, greatest] of {arguments['rounds']} rounds ({arguments['sweep_rounds']} at each point of a "
+        "sweep), in which all ways take turns."
     )
 
 

@@ -31,7 +31,6 @@ __all__ = ["PARTS", "BenchmarkSettings", "check_settings", "find_parts", "run_be
 
 # How much of the memory that is left a model's weights may fill; the rest is for its work.
 _USABLE = 0.9
-_MAX_SWEEP_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class BenchmarkSettings:
         prompt_tokens: Text tokens behind it.
         answer_tokens: How many tokens either model writes.
         batch_size: How many prompts are read at once, in the parts that look at one model alone.
-        rounds: How often each way is timed; in the sweeps at most three times.
+        rounds: How often each way is timed.
+        sweep_rounds: The same at each point of the sweeps: drafts, break-even and growth.
         device: Where the models run.
         dtype: The weights' type, as PyTorch calls it.
         seed: What weights, images and answers are drawn from.
@@ -68,6 +68,7 @@ class BenchmarkSettings:
     answer_tokens: int = 16
     batch_size: int = 1
     rounds: int = 5
+    sweep_rounds: int = 3
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -112,7 +113,7 @@ def check_settings(settings: BenchmarkSettings) -> None:
         raise ValueError(
             f"{settings.large!r} and {settings.small!r} cut images differently: name two shapes of one family."
         )
-    for name in ("shrink", "prompt_tokens", "answer_tokens", "batch_size", "rounds"):
+    for name in ("shrink", "prompt_tokens", "answer_tokens", "batch_size", "rounds", "sweep_rounds"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`{name}` is {getattr(settings, name)}: pass a whole number of 1 or more.")
     for name in ("seed", "max_tokens"):
@@ -185,7 +186,14 @@ def run_benchmark(
         file = folder / f"{part}.json"
         if not file.exists():
             announce(part)
-            write_atomically(file, json.dumps(PARTS[part](bench), indent=1) + "\n")
+            try:
+                measured = PARTS[part](bench)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"The part {part!r} does not fit into the memory of {settings.device!r}: name smaller shapes, or "
+                    "pass a larger --shrink or a --max-tokens; what was measured before is kept."
+                ) from error
+            write_atomically(file, json.dumps(measured, indent=1) + "\n")
         found[part] = json.loads(file.read_text(encoding="utf-8"))
     return {**measurement, "num_threads": torch.get_num_threads(), "arguments": arguments, "parts": found}
 
@@ -216,7 +224,7 @@ def _drafts(bench: _Bench) -> dict[str, Any]:
     settings, inputs = bench.settings, bench.inputs(bench.large)
     lengths = [length for length in settings.draft_lengths if bench.takes(inputs, length)]
     return benchmark.measure_drafts(
-        bench.large, inputs, lengths, settings.acceptances, bench.sweep_rounds, settings.seed
+        bench.large, inputs, lengths, settings.acceptances, bench.settings.sweep_rounds, settings.seed
     )
 
 
@@ -232,14 +240,14 @@ def _break_even_tokens(bench: _Bench) -> dict[str, Any]:
             if bench.takes(pairing.inputs, answer_tokens):
                 yield _num_visual_tokens(bench.large, pairing.inputs), pairing, answer_tokens
 
-    return benchmark.measure_break_even(points(), rounds=bench.sweep_rounds, seed=bench.settings.seed)
+    return benchmark.measure_break_even(points(), rounds=bench.settings.sweep_rounds, seed=bench.settings.seed)
 
 
 def _break_even_answers(bench: _Bench) -> dict[str, Any]:
     pairing = bench.pairing()
     lengths = [length for length in bench.settings.sweep_answers if bench.takes(pairing.inputs, length)]
     points = ((length, pairing, length) for length in lengths)
-    return benchmark.measure_break_even(points, _SWEEP_ACCEPTANCES, bench.sweep_rounds, bench.settings.seed)
+    return benchmark.measure_break_even(points, _SWEEP_ACCEPTANCES, bench.settings.sweep_rounds, bench.settings.seed)
 
 
 def _break_even_sizes(bench: _Bench) -> dict[str, Any]:
@@ -260,7 +268,7 @@ def _break_even_sizes(bench: _Bench) -> dict[str, Any]:
                 continue
             yield counts[name] / 1e9, bench.pairing(large=name), settings.answer_tokens
 
-    found = benchmark.measure_break_even(points(), rounds=bench.sweep_rounds, seed=settings.seed)
+    found = benchmark.measure_break_even(points(), rounds=bench.settings.sweep_rounds, seed=settings.seed)
     bench.forget_all_but(settings.small, settings.large)
     return {**found, "small_parameters": least / 1e9, "left_out": left_out}
 
@@ -272,7 +280,7 @@ def _growth_tokens(bench: _Bench) -> dict[str, Any]:
             if bench.takes(inputs, _GROWTH_ANSWER):
                 yield bench.small, _num_visual_tokens(bench.small, inputs), inputs, _GROWTH_ANSWER
 
-    return benchmark.measure_growth(points(), bench.sweep_rounds)
+    return benchmark.measure_growth(points(), bench.settings.sweep_rounds)
 
 
 def _growth_batches(bench: _Bench) -> dict[str, Any]:
@@ -282,14 +290,14 @@ def _growth_batches(bench: _Bench) -> dict[str, Any]:
             if bench.takes(inputs, _GROWTH_ANSWER):
                 yield bench.small, batch_size, inputs, _GROWTH_ANSWER
 
-    return benchmark.measure_growth(points(), bench.sweep_rounds)
+    return benchmark.measure_growth(points(), bench.settings.sweep_rounds)
 
 
 def _growth_answers(bench: _Bench) -> dict[str, Any]:
     inputs = bench.inputs_with(_GROWTH_TOKENS)
     lengths = [length for length in bench.settings.growth_answers if bench.takes(inputs, length)]
     points = ((bench.small, length, inputs, length) for length in lengths)
-    return benchmark.measure_growth(points, bench.sweep_rounds)
+    return benchmark.measure_growth(points, bench.settings.sweep_rounds)
 
 
 PARTS: dict[str, Callable[[_Bench], dict[str, Any]]] = {
@@ -331,10 +339,6 @@ class _Bench:
     @property
     def small(self) -> PreTrainedModel:
         return self.model(self.settings.small)
-
-    @property
-    def sweep_rounds(self) -> int:
-        return min(self.settings.rounds, _MAX_SWEEP_ROUNDS)
 
     def model(self, name: str) -> PreTrainedModel:
         if name not in self._models:
