@@ -1,33 +1,34 @@
 """Small-VLM guidance for large VLMs (SGL, arXiv 2412.03324), inside transformers.
 
-Importing this package registers the model type "sgl" with transformers' Auto classes; nothing else changes.
+Importing this package makes transformers' Auto classes know the model type "sgl"; nothing else changes. Nothing heavy
+is imported for it, not even transformers: the names below are imported where they are first used.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+from __future__ import annotations
 
-from transformers_sgl.attention_recorder import AttentionRecorder
-from transformers_sgl.configuration_sgl import SGLConfig
-from transformers_sgl.custom_generate import sgl_generate
-from transformers_sgl.draft_verification import DraftVerifier
-from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput
-from transformers_sgl.importance_process import (
-    AttentionMassProcessor,
-    ImportanceProcessor,
-    ImportanceProcessorList,
-    MinimumPerImageProcessor,
-    RetentionRatioProcessor,
-)
-from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
-from transformers_sgl.processing_sgl import SGLProcessor
-from transformers_sgl.visual_token_pruner import VisualTokenPruner
-from transformers_sgl.visual_tokens import VisualTokens
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from transformers_sgl.registration import register_when_imported
+
+if TYPE_CHECKING:
+    from transformers_sgl.attention_recorder import AttentionRecorder
+    from transformers_sgl.configuration_sgl import SGLConfig
+    from transformers_sgl.custom_generate import sgl_generate
+    from transformers_sgl.draft_verification import DraftVerifier
+    from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
+    from transformers_sgl.generation_sgl import SGLGenerateOutput
+    from transformers_sgl.importance_process import (
+        AttentionMassProcessor,
+        ImportanceProcessor,
+        ImportanceProcessorList,
+        MinimumPerImageProcessor,
+        RetentionRatioProcessor,
+    )
+    from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
+    from transformers_sgl.processing_sgl import SGLProcessor
+    from transformers_sgl.visual_token_pruner import VisualTokenPruner
+    from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = [
     "PRESETS",
@@ -50,8 +51,38 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-AutoConfig.register("sgl", SGLConfig, exist_ok=True)
-for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    auto_class.register(SGLConfig, SGLForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(SGLConfig, SGLProcessor, exist_ok=True)
-del auto_class
+# Which file defines a public name: what the imports above say to type checkers, said to Python.
+_DEFINED_IN = {
+    "PRESETS": "generation_config_sgl",
+    "AttentionMassProcessor": "importance_process",
+    "AttentionRecorder": "attention_recorder",
+    "DraftVerifier": "draft_verification",
+    "ImportanceProcessor": "importance_process",
+    "ImportanceProcessorList": "importance_process",
+    "MinimumPerImageProcessor": "importance_process",
+    "RetentionRatioProcessor": "importance_process",
+    "SGLConfig": "configuration_sgl",
+    "SGLForConditionalGeneration": "modeling_sgl",
+    "SGLGenerateOutput": "generation_sgl",
+    "SGLGenerationConfig": "generation_config_sgl",
+    "SGLProcessor": "processing_sgl",
+    "VisualTokenPruner": "visual_token_pruner",
+    "VisualTokens": "visual_tokens",
+    "sgl_generate": "custom_generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name's file when the name is first used."""
+    if name not in _DEFINED_IN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+    globals()[name] = value  # the next use finds it here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_imported()

@@ -119,3 +119,6 @@ def _as_config(name: str, config: dict[str, Any] | PreTrainedConfig) -> PreTrain
         raise ValueError(f"`{name}` names no `model_type`: pass the configuration of a transformers model.")
     options = dict(config)
     return AutoConfig.for_model(options.pop("model_type"), **options)
+
+
+AutoConfig.register(SGLConfig.model_type, SGLConfig, exist_ok=True)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
@@ -608,3 +610,8 @@ def _may_refuse(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_quantized", False)) or any(
         each.device.type == "meta" for each in model.parameters()
     )
+
+
+AutoModel.register(SGLConfig, SGLForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(SGLConfig, SGLForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(SGLConfig, SGLForConditionalGeneration, exist_ok=True)

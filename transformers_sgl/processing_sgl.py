@@ -32,6 +32,7 @@ from transformers_sgl.checkpoints import (
     read_config,
     split_kwargs,
 )
+from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.importance_resampling import pad_boxes
 from transformers_sgl.importance_transfer import BOX_INPUTS
 from transformers_sgl.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
@@ -543,3 +544,6 @@ def _reads_the_same(large: ProcessorMixin, small: ProcessorMixin) -> bool:
         ]
 
     return facts(large) == facts(small)
+
+
+AutoProcessor.register(SGLConfig, SGLProcessor, exist_ok=True)

@@ -6,13 +6,14 @@ Its formula is `2 * m * k * n` for the product of an `(m, k)` and a `(k, n)` mat
 `2 * queries * keys * (key width + value width)` for each head of an attention, masked or not.
 
 Peak memory holds the weights of both models, whichever runs: on CUDA devices what PyTorch allocated, elsewhere (Linux)
-the process's resident memory.
+the process's resident memory. Working memory is what comes on top of what was held before.
 """
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "measure_cost"]
+__all__ = ["Cost", "Memory", "available_memory", "measure_cost", "measure_memory"]
 
 _CLEAR_PEAK = "5"  # what makes Linux forget a process's peak memory; see proc_pid_clear_refs(5)
 
@@ -62,33 +63,109 @@ def measure_cost(answer: Callable[[], Any], device: torch.device | str = "cpu") 
 
         ```
     """
-    with _peak_memory(torch.device(device)) as peak, FlopCounterMode(display=False) as counter:
+    with _watched_memory(torch.device(device)) as seen, FlopCounterMode(display=False) as counter:
         answer()
-    return Cost(counter.get_total_flops(), peak[0] if peak else None)
+    return Cost(counter.get_total_flops(), seen[0].peak_bytes if seen else None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory that something took.
+
+    Attributes:
+        before_bytes: What was held before it began, weights included.
+        peak_bytes: The most that was held at a time.
+    """
+
+    before_bytes: int
+    peak_bytes: int
+
+    @property
+    def working_bytes(self) -> int:
+        """What came on top of what was held before."""
+        return max(0, self.peak_bytes - self.before_bytes)
+
+
+def measure_memory(work: Callable[[], Any], device: torch.device | str = "cpu", repeats: int = 3) -> Memory | None:
+    """Runs something several times and takes the time at which it needed least: whatever else goes on only adds.
+
+    Args:
+        work (`Callable`): What to run.
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
+        repeats (`int`, defaults to 3): How often.
+
+    Returns:
+        [`Memory`]: What it took; `None` where the system does not tell.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl.evaluation.cost import measure_memory
+
+        >>> memory = measure_memory(lambda: torch.ones(2**24))  # 64 MiB
+        >>> memory is None or memory.working_bytes > 2**25
+        True
+
+        ```
+    """
+    found: list[Memory] = []
+    gc.collect(1)  # what is young; the old rubbish of a process takes long to find and does not grow
+    for _ in range(repeats):
+        with _watched_memory(torch.device(device)) as seen:
+            work()
+        found += seen
+    return min(found, key=lambda memory: memory.working_bytes, default=None)
+
+
+def available_memory(device: torch.device | str = "cpu") -> int | None:
+    """How many bytes there are still to be had.
+
+    Args:
+        device (`torch.device` or `str`, defaults to `"cpu"`): Where.
+
+    Returns:
+        `int`: The bytes; `None` where the system does not tell.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Holds the most memory of what runs inside, in bytes; nothing where the system does not tell."""
-    peak: list[int] = []
+def _watched_memory(device: torch.device) -> Iterator[list[Memory]]:
+    """Holds the memory that what runs inside took; nothing where the system does not tell."""
+    seen: list[Memory] = []
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.append(torch.cuda.max_memory_allocated(device))
+        yield seen
+        seen.append(Memory(before, torch.cuda.max_memory_allocated(device)))
         return
     forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not sys.platform.startswith("linux"):
-        yield peak
+        yield seen
         return
     _give_back_free_memory()
     try:
         forget.write_text(_CLEAR_PEAK, encoding="ascii")
     except OSError:  # some containers do not allow it
-        yield peak
+        yield seen
         return
-    yield peak
-    lines = status.read_text(encoding="utf-8").splitlines()
-    peak += [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    resident = _kilobytes(status, "VmRSS")
+    yield seen
+    peak = _kilobytes(status, "VmHWM")
+    if resident is not None and peak is not None:
+        seen.append(Memory(resident, peak))
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    """A line such as `VmHWM:   1234 kB` of one of Linux's own files, in bytes."""
+    if not file.is_file():
+        return None
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _give_back_free_memory() -> None:

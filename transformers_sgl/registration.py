@@ -1,0 +1,86 @@
+"""Tells transformers' Auto classes of the model type "sgl", at no cost to whoever does not use them.
+
+Floor 0: names the files that define a pair's classes, and imports none of them by itself.
+
+transformers imports its Auto classes where they are first used. Each is told right after that, or at once if it has
+been imported already, so the order of imports does not matter. Importing the model's class there, in the middle of
+transformers' own imports, would be slow and could go in circles. So the Auto classes get a stand-in, which imports the
+class when it is first used; and the class's file, once imported, puts the class itself in its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+
+__all__ = ["register_when_imported"]
+
+
+def register_when_imported() -> None:
+    """Has the model type "sgl" registered with each Auto class as soon as that is imported, or now if it has been."""
+    for name, register in (
+        ("configuration_auto", _register_configuration),
+        ("modeling_auto", _register_model),
+        ("processing_auto", _register_processor),
+    ):
+        wrapt.register_post_import_hook(register, f"transformers.models.auto.{name}")
+
+
+# The hooks import what they need instead of taking it from the module that they are handed: if another thread is just
+# importing that, they wait until it is finished.
+
+
+def _register_configuration(_: Any) -> None:
+    # Registers itself at its end. No name is asked of it, because it may be what imports the Auto classes.
+    importlib.import_module("transformers_sgl.configuration_sgl")
+
+
+def _register_model(_: Any) -> None:
+    from transformers.models.auto import modeling_auto
+
+    model = _LazyClass("modeling_sgl", "SGLForConditionalGeneration")
+    for mapping in (
+        modeling_auto.MODEL_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    ):
+        mapping.register(_own("configuration_sgl", "SGLConfig"), model, exist_ok=True)
+
+
+def _register_processor(_: Any) -> None:
+    from transformers.models.auto import processing_auto
+
+    processor = _LazyClass("processing_sgl", "SGLProcessor")
+    processing_auto.PROCESSOR_MAPPING.register(_own("configuration_sgl", "SGLConfig"), processor, exist_ok=True)
+
+
+def _own(file: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"transformers_sgl.{file}"), name)
+
+
+class _LazyClass(wrapt.LazyObjectProxy):
+    """The stand-in: in all but identity the class, which is imported when anything is asked of it."""
+
+    def __new__(cls, file: str, name: str) -> _LazyClass:
+        return super().__new__(cls, interface=type)
+
+    def __init__(self, file: str, name: str) -> None:
+        super().__init__(lambda: _own(file, name), interface=type)
+
+    # What is copied or pickled is the class itself, as with any class.
+
+    def __copy__(self) -> type:
+        return self.__wrapped__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> type:
+        return self.__wrapped__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[[type], type], tuple[type]]:
+        return _itself, (self.__wrapped__,)
+
+
+def _itself(value: type) -> type:
+    return value
