@@ -52,7 +52,7 @@ def question(num_tiles: int = 3, batch_size: int = 1) -> dict[str, Any]:
 class TestGuidance:
     def test_all_ways_are_there_and_find_the_same(self, small):
         before = small.config._attn_implementation, small.get_decoder().config._attn_implementation
-        found = measure_guidance(small, question(batch_size=2), answer_tokens=3, rounds=2, memory_repeats=1)
+        found = measure_guidance(small, question(batch_size=2), answer_tokens=3, rounds=2)
         assert (found["num_visual_tokens"], found["batch_size"]) == (3 * TOKENS_PER_TILE, 2)
         assert list(found["ways"]) == ["plain", "capture", "published", "published_whole"]
         for way in found["ways"].values():
@@ -70,7 +70,7 @@ class TestGuidance:
 
     def test_what_does_not_fit_is_left_out_with_its_reason(self, small, monkeypatch):
         monkeypatch.setattr(benchmark, "available_memory", lambda device: 2**10)
-        found = measure_guidance(small, question(), answer_tokens=2, rounds=1, memory_repeats=0)
+        found = measure_guidance(small, question(), answer_tokens=2, rounds=1, memory=False)
         assert found["ways"]["published"] == found["ways"]["published_whole"]
         assert found["ways"]["published"]["skipped"].endswith("and 0.0 GiB are left")
         assert "time" in found["ways"]["capture"]
@@ -263,7 +263,7 @@ class TestBreakEven:
 class TestGrowth:
     def test_points_and_laws(self, small):
         points = ((small, number, question(number), 2) for number in (1, 2, 4))
-        found = measure_growth(points, rounds=1, memory_repeats=1)
+        found = measure_growth(points, rounds=1)
         assert [point["value"] for point in found["points"]] == [1, 2, 4]
         assert [point["num_visual_tokens"] for point in found["points"]] == [16, 32, 64]
         assert all("published_whole" not in point["ways"] for point in found["points"])
@@ -275,7 +275,7 @@ class TestGrowth:
     def test_what_was_left_out_is_no_point(self, small, monkeypatch):
         points = ((small, number, question(number), 2) for number in (1, 2, 8))
         monkeypatch.setattr(benchmark, "available_memory", lambda device: 2**20)
-        found = measure_growth(points, rounds=1, memory_repeats=0)
+        found = measure_growth(points, rounds=1, memory=False)
         assert found["power_laws"]["published"]["time"]["num_points"] == 2
         assert found["power_laws"]["capture"]["time"]["num_points"] == 3
         assert found["power_laws"]["capture"]["working_memory"] is None

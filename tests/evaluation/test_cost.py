@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl.evaluation import Scenes
 from transformers_sgl.evaluation import cost as cost_module
-from transformers_sgl.evaluation.cost import Cost, Memory, available_memory, measure_cost, measure_memory
+from transformers_sgl.evaluation.cost import Cost, available_memory, measure_cost, measure_working_memory
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.evaluation_run import measure_costs, plan
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Large, Pair, Setting
@@ -144,16 +144,18 @@ class TestMemory:
         assert again is not None
         assert again - peak < 2**25
 
-    def test_what_comes_on_top_is_the_least_of_several_times(self) -> None:
-        held = torch.zeros(2**24)  # 64 MiB that were there before
-        sizes = iter((2**25, 2**24, 2**25))
-        memory = measure_memory(lambda: torch.ones(next(sizes)), repeats=3)
-        if memory is None:
-            pytest.skip("this system does not tell")
-        assert memory.before_bytes > held.numel() * 4
-        assert memory.working_bytes == memory.peak_bytes - memory.before_bytes
-        assert memory.working_bytes == pytest.approx(2**26, rel=0.2)
-        assert Memory(before_bytes=5, peak_bytes=3).working_bytes == 0
+    def test_working_memory_is_the_most_that_tensors_take_at_a_time(self) -> None:
+        held = torch.zeros(2**20)  # which was there before
+
+        def work() -> None:
+            first = held + 1  # 4 MiB
+            del first
+            second = held[: 2**19] + 1  # 2 MiB
+            third = second * 2  # 4 MiB together
+            del second
+            torch.cat([third, third, held])  # 2 and 8 MiB
+
+        assert [measure_working_memory(work) for _ in range(2)] == [10 * 2**20] * 2
 
     def test_what_is_left(self) -> None:
         left = available_memory()
@@ -162,7 +164,6 @@ class TestMemory:
     def test_a_system_that_does_not_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cost_module.sys, "platform", "darwin")
         assert measure_cost(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == Cost(2 * 2 * 3 * 4, None)
-        assert measure_memory(lambda: None) is None
 
 
 def test_costs_of_runs_are_for_a_question_and_counted_once(

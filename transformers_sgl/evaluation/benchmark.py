@@ -36,7 +36,7 @@ from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.custom_generate import sgl_generate
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.early_exit import NEVER_EXIT
-from transformers_sgl.evaluation.cost import Memory, available_memory, measure_memory
+from transformers_sgl.evaluation.cost import available_memory, measure_working_memory
 from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, take_turns
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
@@ -112,7 +112,7 @@ def measure_guidance(
     inputs: dict[str, Tensor],
     answer_tokens: int,
     rounds: int = 5,
-    memory_repeats: int = 3,
+    memory: bool = True,
 ) -> dict[str, Any]:
     """What the small model's guidance costs, beside its answer alone and beside the way it is collected elsewhere.
 
@@ -125,7 +125,7 @@ def measure_guidance(
         inputs (`dict`): Its inputs, `input_ids` of shape `(batch, prompt_length)` among them.
         answer_tokens (`int`): How many tokens it writes.
         rounds (`int`, defaults to 5): How often each way is timed.
-        memory_repeats (`int`, defaults to 3): How often each way's memory is measured.
+        memory (`bool`, defaults to `True`): Whether memory is measured, too.
 
     Returns:
         `dict`: The sizes; under `ways` for each its `time`, its `memory` and their ratios to plain, or why it was
@@ -142,13 +142,13 @@ def measure_guidance(
         >>> small = AutoModelForImageTextToText.from_pretrained(embedded_pair() / "small")
         >>> prompt = torch.tensor([[20] + 64 * [small.config.image_token_id] + [21, 22]])
         >>> inputs = {"input_ids": prompt, "pixel_values": torch.zeros(1, 3, 64, 64)}
-        >>> found = measure_guidance(small, inputs, answer_tokens=2, rounds=1, memory_repeats=1)
+        >>> found = measure_guidance(small, inputs, answer_tokens=2, rounds=1)
         >>> list(found["ways"]), found["importance"]["equal"]
         (['plain', 'capture', 'published', 'published_whole'], True)
 
         ```
     """
-    found = _compare_guidance(small, inputs, answer_tokens, rounds, memory_repeats, whole=True)
+    found = _compare_guidance(small, inputs, answer_tokens, rounds, memory, whole=True)
     found["decoder_prefill"] = _compare_decoders(small, inputs, rounds, list(_there(found["ways"])))
     if "skipped" not in found["ways"]["published"]:
         found["importance"] = _compare_importance(small, inputs, answer_tokens)
@@ -186,7 +186,7 @@ def _compare_guidance(
     inputs: dict[str, Tensor],
     answer_tokens: int,
     rounds: int,
-    memory_repeats: int,
+    memory: bool,
     whole: bool,
 ) -> dict[str, Any]:
     """Time and memory of an answer alone, watched, and in the published way where that fits."""
@@ -203,8 +203,8 @@ def _compare_guidance(
         ways = {name: way for name, way in ways.items() if name not in skipped}
 
     # What is measured for its memory is warm when it is timed.
-    memories = {name: measure_memory(way, device, memory_repeats) for name, way in ways.items()}
-    timings = take_turns(ways, rounds, device, warmup=0 if memory_repeats else 1)
+    memories = {name: _memory(way, small) if memory else None for name, way in ways.items()}
+    timings = take_turns(ways, rounds, device, warmup=0 if memory else 1)
     found: dict[str, Any] = {name: _cost_of_way(name, timings, memories) for name in ways}
     result = {
         "num_visual_tokens": tokens.num_visual_tokens,
@@ -246,30 +246,28 @@ def _compare_decoders(
     }
 
 
-def _cost_of_way(name: str, timings: dict[str, Timing], memories: dict[str, Memory | None]) -> dict[str, Any]:
+def _cost_of_way(name: str, timings: dict[str, Timing], memories: dict[str, dict[str, int] | None]) -> dict[str, Any]:
     memory, plain = memories[name], memories["plain"]
     found: dict[str, Any] = {
         "time": timings[name].to_dict(),
         "time_over_plain": ratio(timings[name], timings["plain"]),
-        "memory": _memory_dict(memory),
+        "memory": memory,
         "extra_memory_bytes": None,
         "peak_over_plain": None,
     }
     if memory is not None and plain is not None:
-        found["extra_memory_bytes"] = memory.working_bytes - plain.working_bytes
-        # The weights are the same, so they are counted the same, whatever the allocator had in hand before.
-        found["peak_over_plain"] = (plain.before_bytes + memory.working_bytes) / plain.peak_bytes
+        found["extra_memory_bytes"] = memory["working_bytes"] - plain["working_bytes"]
+        found["peak_over_plain"] = memory["peak_bytes"] / plain["peak_bytes"]
     return found
 
 
-def _memory_dict(memory: Memory | None) -> dict[str, int] | None:
-    if memory is None:
-        return None
-    return {
-        "before_bytes": memory.before_bytes,
-        "peak_bytes": memory.peak_bytes,
-        "working_bytes": memory.working_bytes,
-    }
+def _memory(way: Callable[[], Any], *models: PreTrainedModel) -> dict[str, int]:
+    """The memory of models and of what they do, in bytes."""
+    weights, working = (
+        sum(model.get_memory_footprint() for model in models),
+        measure_working_memory(way, models[0].device),
+    )
+    return {"weights_bytes": weights, "working_bytes": working, "peak_bytes": weights + working}
 
 
 def attention_matrix_bytes(model: PreTrainedModel, batch_size: int, length: int) -> int:
@@ -637,7 +635,7 @@ def _draft(model: PreTrainedModel, inputs: dict[str, Tensor], length: int, accep
 
 
 def measure_end_to_end(
-    pairing: Pairing, answer_tokens: int = 16, rounds: int = 5, memory_repeats: int = 1
+    pairing: Pairing, answer_tokens: int = 16, rounds: int = 5, memory: bool = True
 ) -> dict[str, Any]:
     """Both models against the large one alone, by preset, and by the share of questions that exit early.
 
@@ -648,7 +646,7 @@ def measure_end_to_end(
         pairing ([`Pairing`]): The models and the question.
         answer_tokens (`int`, defaults to 16): How many tokens either model writes.
         rounds (`int`, defaults to 5): How often each way is timed.
-        memory_repeats (`int`, defaults to 1): How often each way's memory is measured; 0 to leave it out.
+        memory (`bool`, defaults to `True`): Whether memory is measured, too.
 
     Returns:
         `dict`: The time of `large` alone, of guidance by preset (`guided`), scored (`scored`), and of an `exit`, each
@@ -671,9 +669,9 @@ def measure_end_to_end(
             run, score_draft=True, return_dict_in_generate=True, early_exit_threshold=NEVER_EXIT, **preset
         )
     memories = {
-        name: measure_memory(way, device, memory_repeats) if memory_repeats else None
+        name: _memory(way, large, *([] if name == "large" else [pairing.small]))
         for name, way in ways.items()
-        if not name.startswith("scored")
+        if memory and not name.startswith("scored")
     }
     timings = take_turns(ways, rounds, device)
 
@@ -681,7 +679,7 @@ def measure_end_to_end(
         return {
             "time": timings[name].to_dict(),
             "time_over_large": ratio(timings[name], timings["large"]),
-            "memory": _memory_dict(memories.get(name)),
+            "memory": memories.get(name),
         }
 
     presets = {}
@@ -837,7 +835,7 @@ def break_even(values: Sequence[float], ratios: Sequence[float]) -> dict[str, An
 
 
 def measure_growth(
-    points: Iterable[tuple[PreTrainedModel, float, dict[str, Tensor], int]], rounds: int = 3, memory_repeats: int = 2
+    points: Iterable[tuple[PreTrainedModel, float, dict[str, Tensor], int]], rounds: int = 3, memory: bool = True
 ) -> dict[str, Any]:
     """What guidance costs while prompts, batches or answers grow, and by which power of what grows.
 
@@ -845,14 +843,14 @@ def measure_growth(
         points (iterable): The small model, what grows, the inputs and the length of the answer; each is made when it
             is its turn and forgotten after.
         rounds (`int`, defaults to 3): How often each way is timed.
-        memory_repeats (`int`, defaults to 2): How often each way's memory is measured.
+        memory (`bool`, defaults to `True`): Whether memory is measured, too.
 
     Returns:
         `dict`: Under `points` what [`measure_guidance`] finds at each; under `power_laws`, by way, the exponents of
         `time`, `working_memory` and `extra_memory` (over plain), each with the number of points.
     """
     measured = [
-        {"value": value, **_compare_guidance(small, inputs, answer_tokens, rounds, memory_repeats, whole=False)}
+        {"value": value, **_compare_guidance(small, inputs, answer_tokens, rounds, memory, whole=False)}
         for small, value, inputs, answer_tokens in points
     ]
     laws: dict[str, dict[str, Any]] = {}

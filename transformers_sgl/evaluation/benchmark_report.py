@@ -131,8 +131,8 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
         )
     caption = (
         f"The small model reads {part['prompt_length']:,} tokens, {part['num_visual_tokens']:,} of them visual, and "
-        f"writes {part['answer_tokens']}{_batch(part)}. Working memory is what comes on top of what was held "
-        "before. "
+        f"writes {part['answer_tokens']}{_batch(part)}. Working memory is that of all tensors but the weights; the "
+        "peak is both together. "
     )
     if "published_over_capture" in part:
         over = part["published_over_capture"]
@@ -258,7 +258,8 @@ def _end_to_end_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str,
     caption = (
         f"A whole answer of {part['answer_tokens']} tokens to a prompt of {part['prompt_length']:,}, "
         f"{part['num_visual_tokens']:,} of them visual: small model, guidance and large model, against the large one "
-        f"alone ({part['attention']}), both in memory; without drafts. "
+        f"alone ({part['attention']}); without drafts. Peak memory is weights and tensors of the models that take "
+        "part. "
     )
     return _table(columns, rows, caption + _models(record))
 

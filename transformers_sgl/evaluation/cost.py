@@ -6,25 +6,26 @@ Its formula is `2 * m * k * n` for the product of an `(m, k)` and a `(k, n)` mat
 `2 * queries * keys * (key width + value width)` for each head of an attention, masked or not.
 
 Peak memory holds the weights of both models, whichever runs: on CUDA devices what PyTorch allocated, elsewhere (Linux)
-the process's resident memory. Working memory is what comes on top of what was held before.
+the process's resident memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "Memory", "available_memory", "measure_cost", "measure_memory"]
+__all__ = ["Cost", "available_memory", "measure_cost", "measure_working_memory"]
 
 _CLEAR_PEAK = "5"  # what makes Linux forget a process's peak memory; see proc_pid_clear_refs(5)
 
@@ -63,58 +64,46 @@ def measure_cost(answer: Callable[[], Any], device: torch.device | str = "cpu") 
 
         ```
     """
-    with _watched_memory(torch.device(device)) as seen, FlopCounterMode(display=False) as counter:
+    with _peak_memory(torch.device(device)) as peak, FlopCounterMode(display=False) as counter:
         answer()
-    return Cost(counter.get_total_flops(), seen[0].peak_bytes if seen else None)
+    return Cost(counter.get_total_flops(), peak[0] if peak else None)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """The memory that something took.
+def measure_working_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Runs something and sees how much memory its tensors take at a time, on top of those that were there before.
 
-    Attributes:
-        before_bytes: What was held before it began, weights included.
-        peak_bytes: The most that was held at a time.
-    """
-
-    before_bytes: int
-    peak_bytes: int
-
-    @property
-    def working_bytes(self) -> int:
-        """What came on top of what was held before."""
-        return max(0, self.peak_bytes - self.before_bytes)
-
-
-def measure_memory(work: Callable[[], Any], device: torch.device | str = "cpu", repeats: int = 3) -> Memory | None:
-    """Runs something several times and takes the time at which it needed least: whatever else goes on only adds.
+    That is what the allocator says on CUDA devices and PyTorch's profiler elsewhere: to the byte, and the same each
+    time, unlike the memory of a process.
 
     Args:
         work (`Callable`): What to run.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
-        repeats (`int`, defaults to 3): How often.
 
     Returns:
-        [`Memory`]: What it took; `None` where the system does not tell.
+        `int`: The bytes.
 
     Example:
         ```python
         >>> import torch
-        >>> from transformers_sgl.evaluation.cost import measure_memory
+        >>> from transformers_sgl.evaluation.cost import measure_working_memory
 
-        >>> memory = measure_memory(lambda: torch.ones(2**24))  # 64 MiB
-        >>> memory is None or memory.working_bytes > 2**25
-        True
+        >>> measure_working_memory(lambda: torch.ones(1024) + torch.ones(1024))  # three vectors of 4 KiB
+        12288
 
         ```
     """
-    found: list[Memory] = []
-    gc.collect(1)  # what is young; the old rubbish of a process takes long to find and does not grow
-    for _ in range(repeats):
-        with _watched_memory(torch.device(device)) as seen:
-            work()
-        found += seen
-    return min(found, key=lambda memory: memory.working_bytes, default=None)
+    device = torch.device(device)
+    if device.type == "cuda":
+        work()  # what libraries keep for themselves from their first call on is not the work's
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0))
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
@@ -134,30 +123,26 @@ def available_memory(device: torch.device | str = "cpu") -> int | None:
 
 
 @contextmanager
-def _watched_memory(device: torch.device) -> Iterator[list[Memory]]:
-    """Holds the memory that what runs inside took; nothing where the system does not tell."""
-    seen: list[Memory] = []
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Holds the most memory of what runs inside, in bytes; nothing where the system does not tell."""
+    peak: list[int] = []
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        yield seen
-        seen.append(Memory(before, torch.cuda.max_memory_allocated(device)))
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device))
         return
-    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not sys.platform.startswith("linux"):
-        yield seen
+        yield peak
         return
     _give_back_free_memory()
     try:
-        forget.write_text(_CLEAR_PEAK, encoding="ascii")
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK, encoding="ascii")
     except OSError:  # some containers do not allow it
-        yield seen
+        yield peak
         return
-    resident = _kilobytes(status, "VmRSS")
-    yield seen
-    peak = _kilobytes(status, "VmHWM")
-    if resident is not None and peak is not None:
-        seen.append(Memory(resident, peak))
+    yield peak
+    most = _kilobytes(Path("/proc/self/status"), "VmHWM")
+    peak += [] if most is None else [most]
 
 
 def _kilobytes(file: Path, name: str) -> int | None:
