@@ -2,11 +2,11 @@
 
     python scripts/benchmark.py --work speed
 
-On a GPU: InternVL 26B guided by 2B in bfloat16, as they are. On a CPU: both in float32, their widths divided by 8.
-Further options are those of the command and win over these. `--work` keeps what was measured, part by part, so that a
-run that was cut off goes on with the same command. All figures and the tables made of them go to
-`benchmarks/speed.json`, from which `scripts/render_tables.py` fills the README, and the plot to
-`benchmarks/speed.png`.
+On a GPU: InternVL 26B guided by 2B in bfloat16, as they are. On a CPU: both in float32, their widths divided by 8, and
+by 16 where something grows and much has to be run. Further options are those of the command and win over these.
+`--work` keeps what was measured, part by part, so that a run that was cut off goes on with the same command. All
+figures and the tables made of them go to `benchmarks/speed.json`, from which `scripts/render_tables.py` fills the
+README, and the plots beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,31 +25,44 @@ from transformers_sgl.evaluation.benchmark_report import make_tables
 
 ROOT = Path(__file__).parents[1]
 PAIR = ["--large", "internvl-26b", "--small", "internvl-2b", "--image-size", "896x1344"]
-OF_DEVICE = {
-    "cuda": ["--device", "cuda", "--dtype", "bfloat16", "--shrink", "1", "--rounds", "10"],
-    "cpu": ["--device", "cpu", "--dtype", "float32", "--shrink", "8", "--rounds", "5"],
+OF_DEVICE = {"cuda": ["--device", "cuda", "--dtype", "bfloat16"], "cpu": ["--device", "cpu", "--dtype", "float32"]}
+# Guidance is cheap, and its differences are small: it is timed more often.
+RUNS = {
+    "guidance": ["--parts", "startup,guidance", "--rounds", "9"],
+    "large": ["--parts", "prefill,decode,end-to-end", "--rounds", "3"],
+    "sweeps": ["--parts", "drafts,break-even,growth", "--rounds", "3", "--sweep-rounds", "2"],
 }
+SHRINK = {"cuda": dict.fromkeys(RUNS, "1"), "cpu": {"guidance": "8", "large": "8", "sweeps": "16"}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for what was measured, part by part")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "speed.json")
+    parser.add_argument("--runs", default=",".join(RUNS), help=f"some of {', '.join(RUNS)} (default: all)")
     arguments, more = parser.parse_known_args(argv)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = [*PAIR, *OF_DEVICE[device], *more]  # of two the last wins
-    if transformers_sgl(["bench", *options, "--out", str(arguments.work)]) != 0:
-        raise SystemExit("Nothing was written.")
-    record = json.loads((arguments.work / "benchmark.json").read_text(encoding="utf-8"))
-    head = {name: record.pop(name) for name in ("machine", "versions", "seed", "date")}
-    text = json.dumps({**head, "tables": make_tables({**head, **record}), **record}, indent=1)
-    arguments.output.write_text(text + "\n", encoding="utf-8")
+    runs: dict[str, dict[str, Any]] = {}
+    for name in arguments.runs.split(","):
+        folder = arguments.work / name
+        options = [*PAIR, *OF_DEVICE[device], *RUNS[name], "--shrink", SHRINK[device][name], *more]  # the last wins
+        if transformers_sgl(["bench", *options, "--out", str(folder)]) != 0:
+            raise SystemExit("Nothing was written.")
+        runs[name] = json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+        if (folder / "benchmark.png").exists():
+            figure = arguments.output.with_name(f"{arguments.output.stem}_{name}.png")
+            shutil.copy(folder / "benchmark.png", figure)
+            print(f"written: {figure}")
+
+    last = list(runs.values())[-1]
+    record = {
+        **{name: last[name] for name in ("machine", "versions", "seed", "date")},
+        "tables": {name: table for run in runs.values() for name, table in make_tables(run).items()},
+        "runs": runs,
+    }
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {arguments.output}")
-    figure = arguments.work / "benchmark.png"
-    if figure.exists():
-        shutil.copy(figure, arguments.output.with_suffix(".png"))
-        print(f"written: {arguments.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
