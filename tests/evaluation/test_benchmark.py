@@ -99,7 +99,8 @@ def decoder_flops(model: Any, lengths: list[int]) -> int:
     layers = model.get_decoder().layers
     matrices = sum(parameter.numel() for parameter in layers[0].parameters() if parameter.ndim == 2)
     width = model.config.text_config.hidden_size
-    return sum(2 * length * matrices + 2 * length * length * 2 * width for length in lengths)
+    # A token attends to itself and to those before it.
+    return sum(2 * length * matrices + length * (length + 1) * 2 * width for length in lengths)
 
 
 class TestPrefill:
@@ -126,6 +127,10 @@ class TestPrefill:
                 assert found_part["reached"] == reached
                 assert len(found_part["time"]["samples_ms"]) == 2
             assert setting["decoder"]["time"]["max_ms"] < setting["whole"]["time"]["max_ms"]
+            ideal, reached = (setting["decoder"][f"kernel_{word}"] for word in ("ideal", "reached"))
+            assert ideal["min"] <= ideal["median"] <= ideal["max"]
+            speed_up = setting["decoder"]["speed_up"]  # of two rounds, so medians are means
+            assert speed_up["min"] / ideal["max"] <= reached["median"] <= speed_up["max"] / ideal["min"]
 
     def test_each_sample_keeps_its_own_share(self, large):
         tokens = benchmark.visual_tokens_of(large.config, prompts())  # 16, 32 and 2 x 16 visual tokens

@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["as_markdown", "draw_figure", "make_tables"]
 
-_MIB = 2**20
+_KIB, _MIB = 2**10, 2**20
 _WAYS = {
     "plain": "answer alone",
     "capture": "watched by `AttentionRecorder`",
@@ -125,7 +125,7 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
                 _ms(way["time"]),
                 _spread(part["decoder_prefill"][name]["time_over_plain"]),
                 "" if memory is None else f"{memory['working_bytes'] / _MIB:.1f}",
-                "" if memory is None or name == "plain" else f"{way['extra_memory_bytes'] / _MIB:+.1f}",
+                "" if memory is None or name == "plain" else f"{way['extra_memory_bytes'] / _KIB:+,.0f}",
                 "" if memory is None else f"{way['peak_over_plain']:.3f}",
             ]
         )
@@ -138,7 +138,11 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
         over = part["published_over_capture"]
         caption += f"With `output_attentions` it takes {_spread(over['time'])} times as long as when it is watched"
         if over["extra_memory"] is not None:
-            caption += f", and {over['extra_memory']:.1f} times the extra memory"
+            caption += f", and {_times(over['extra_memory'])} times the extra memory"
+        alone = {name: part["ways"][name]["time_over_plain"]["median"] - 1 for name in ("published", "capture")}
+        caption += (
+            f" (collecting attention adds {alone['published']:.1%} to the answer alone, or {alone['capture']:.1%})"
+        )
         decoders = part["decoder_prefill"]["published"]["time_over_capture"]
         caption += f"; in the decoder's first pass, {_spread(decoders)} times as long. "
     if "importance" in part:
@@ -149,7 +153,7 @@ def _guidance_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, A
         _clock(record, "ms"),
         "decoder's first pass / alone",
         "working memory, MiB",
-        "extra, MiB",
+        "extra, KiB",
         "peak memory / alone",
     ]
     return _table(columns, rows, caption + _models(record))
@@ -160,19 +164,23 @@ def _prefill_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, An
         [
             name,
             f"{setting['average_retention']:.0%}",
-            *(cell for of in ("decoder", "whole") for cell in _speed_up(setting[of])),
+            *_speed_up(setting["decoder"]),
+            _share(setting["decoder"]["kernel_reached"]),
+            *_speed_up(setting["whole"]),
         ]
         for name, setting in part["settings"].items()
         if name != "unpruned"
     ]
     columns: list[str | None] = ["preset", "average retention"]
-    for of in ("decoder", "whole pass"):
-        columns += [f"{of}: ideal", "measured", "reached", _clock(record, "ms")]
+    columns += ["decoder: ideal", "measured", "of the ideal", _clock(record, "ms"), "of the kernels' ideal"]
+    columns += ["whole pass: ideal", "measured", "of the ideal", _clock(record, "ms")]
     unpruned = part["settings"]["unpruned"]
     caption = (
         f"Speed-up of the large model's first pass over {part['prompt_length']:,} tokens, "
         f"{part['num_visual_tokens']:,} of them visual{_batch(part)}, against the unpruned pass; the ideal is "
-        "the ratio of the floating-point operations. The decoder has "
+        "the ratio of the floating-point operations. The kernels' ideal is what the stock decoder takes on prompts "
+        "that have only the kept tokens, for the layers that see only these: products of few rows are less "
+        "efficient. The decoder has "
         f"{unpruned['decoder']['flops'] / unpruned['whole']['flops']:.0%} of the unpruned pass's operations; the "
         "vision encoder has most of the others, which pruning leaves. "
     )
@@ -180,11 +188,10 @@ def _prefill_table(record: dict[str, Any], part: dict[str, Any]) -> dict[str, An
 
 
 def _speed_up(found: dict[str, Any]) -> list[str]:
-    reached = found["reached"]
     return [
         f"{found['ideal']:.2f}",
         _spread(found["speed_up"]),
-        f"{reached['median']:.0%} [{reached['min']:.0%}, {reached['max']:.0%}]",
+        _share(found["reached"]),
         _ms(found["time"]),
     ]
 
@@ -332,15 +339,15 @@ def _growth_tokens_table(record: dict[str, Any], part: dict[str, Any]) -> dict[s
             [
                 f"{point['num_visual_tokens']:,}",
                 _spread(capture["time_over_plain"]),
-                "" if extra is None else f"{extra / _MIB:+.1f}",
+                "" if extra is None else f"{extra / _KIB:+,.0f}",
                 "does not fit" if over is None else _spread(over["time"]),
-                "" if over is None or over["extra_memory"] is None else f"{over['extra_memory']:.1f}",
+                "" if over is None or over["extra_memory"] is None else _times(over["extra_memory"]),
             ]
         )
     columns = [
         "visual tokens",
         "watched: time / alone",
-        "extra, MiB",
+        "extra, KiB",
         "`output_attentions`: time / watched",
         "extra memory / watched",
     ]
@@ -360,6 +367,14 @@ _TABLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] =
 
 def _spread(found: dict[str, float]) -> str:
     return f"{found['median']:.2f} [{found['min']:.2f}, {found['max']:.2f}]"
+
+
+def _share(found: dict[str, float]) -> str:
+    return f"{found['median']:.0%} [{found['min']:.0%}, {found['max']:.0%}]"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if factor >= 100 else f"{factor:.1f}"
 
 
 def _ms(timing: dict[str, float]) -> str:
