@@ -590,7 +590,7 @@ def cache_bytes(cache: Any) -> int:
 def measure_drafts(
     large: PreTrainedModel,
     inputs: dict[str, Tensor],
-    answer_lengths: Sequence[int] = (8, 32, 128),
+    answer_lengths: Sequence[int] = (8, 64),
     acceptances: Sequence[float] = (0.0, 0.5, 0.8, 0.95, 1.0),
     rounds: int = 5,
     seed: int = 0,
@@ -600,7 +600,7 @@ def measure_drafts(
     Args:
         large (`PreTrainedModel`): The large model.
         inputs (`dict`): Its inputs, `input_ids` of shape `(batch, prompt_length)` among them.
-        answer_lengths (sequence of `int`, defaults to 8, 32 and 128): How many tokens are written.
+        answer_lengths (sequence of `int`, defaults to 8 and 64): How many tokens are written.
         acceptances (sequence of `float`, defaults to 0, 0.5, 0.8, 0.95 and 1): How probably a draft's token is right.
         rounds (`int`, defaults to 5): How often each is timed.
         seed (`int`, defaults to 0): What answers and drafts are drawn from.

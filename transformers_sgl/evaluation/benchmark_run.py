@@ -73,10 +73,10 @@ class BenchmarkSettings:
     dtype: str = "float32"
     seed: int = 0
     max_tokens: int = 0
-    draft_lengths: tuple[int, ...] = (8, 32, 128)
+    draft_lengths: tuple[int, ...] = (8, 64)
     acceptances: tuple[float, ...] = (0.0, 0.5, 0.8, 0.95, 1.0)
     sweep_image_sizes: tuple[tuple[int, int], ...] = ((448, 448), (448, 896), (896, 1344), (1344, 1792))
-    sweep_answers: tuple[int, ...] = (1, 16, 64, 256)
+    sweep_answers: tuple[int, ...] = (1, 32, 128)
     growth_tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
     growth_batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     growth_answers: tuple[int, ...] = (1, 4, 16, 64, 256)
