@@ -3,10 +3,10 @@
     python scripts/benchmark.py --work speed
 
 On a GPU: InternVL 26B guided by 2B in bfloat16, as they are. On a CPU: both in float32, their widths divided by 8, and
-by 16 where something grows and much has to be run. Further options are those of the command and win over these.
-`--work` keeps what was measured, part by part, so that a run that was cut off goes on with the same command. All
-figures and the tables made of them go to `benchmarks/speed.json`, from which `scripts/render_tables.py` fills the
-README, and the plots beside it.
+by 16 where something grows and much has to be run, which is then not repeated as often. Further options are those of
+the command and win over these. `--work` keeps what was measured, part by part, so that a run that was cut off goes on
+with the same command. All figures and the tables made of them go to `benchmarks/speed.json`, from which
+`scripts/render_tables.py` fills the README, and the plots beside it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,16 @@ OF_DEVICE = {"cuda": ["--device", "cuda", "--dtype", "bfloat16"], "cpu": ["--dev
 RUNS = {
     "guidance": ["--parts", "startup,guidance", "--rounds", "9"],
     "large": ["--parts", "prefill,decode,end-to-end", "--rounds", "3"],
-    "sweeps": ["--parts", "drafts,break-even,growth", "--rounds", "3", "--sweep-rounds", "2"],
+    "tokens": ["--parts", "break-even-tokens,growth-tokens", "--rounds", "3", "--sweep-rounds", "2"],
+    "answers": [
+        *("--parts", "drafts,break-even-answers,break-even-sizes,growth-batches,growth-answers"),
+        *("--rounds", "1", "--sweep-rounds", "1"),
+    ],
 }
-SHRINK = {"cuda": dict.fromkeys(RUNS, "1"), "cpu": {"guidance": "8", "large": "8", "sweeps": "16"}}
+SHRINK = {
+    "cuda": dict.fromkeys(RUNS, "1"),
+    "cpu": {"guidance": "8", "large": "8", "tokens": "16", "answers": "16"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,11 +65,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     last = list(runs.values())[-1]
     record = {
         **{name: last[name] for name in ("machine", "versions", "seed", "date")},
-        "tables": {name: table for run in runs.values() for name, table in make_tables(run).items()},
+        "tables": joined([make_tables(run) for run in runs.values()]),
         "runs": runs,
     }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {arguments.output}")
+
+
+def joined(parts: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The tables of all runs; one that two of them have gets the rows of both."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, table in ((name, table) for part in parts for name, table in part.items()):
+        if name not in tables:
+            tables[name] = table
+            continue
+        first = tables[name]
+        conditions = table["caption"][table["caption"].index("Shapes of") :]
+        caption = f"{first['caption']} From the row of {table['rows'][0][0]} on: {conditions}"
+        tables[name] = {**first, "rows": [*first["rows"], *table["rows"]], "caption": caption}
+    return tables
 
 
 if __name__ == "__main__":

@@ -315,10 +315,17 @@ def test_the_readme_s_json_has_the_same_tables(tiny, whole, folder, tmp_path):
         (work / name / "benchmark.png").unlink()
     script.main(["--work", str(work), "--output", str(output), *OPTIONS])
     record = json.loads(output.read_text())
-    assert list(record["runs"]) == ["guidance", "large", "sweeps"]
+    assert list(record["runs"]) == ["guidance", "large", "tokens", "answers"]
     assert sorted(part for run in record["runs"].values() for part in run["parts"]) == sorted(PARTS)
-    assert record["tables"] == make_tables(record_of(whole.folder))
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["speed_large.png", "speed_sweeps.png"]
+    expected = make_tables(record_of(whole.folder))
+    assert record["tables"].keys() == expected.keys()
+    for name, table in record["tables"].items():
+        assert table["columns"] == expected[name]["columns"]
+        assert sorted(table["rows"]) == sorted(expected[name]["rows"])
+        assert table["caption"].startswith(expected[name]["caption"])
+    conditions = "From the row of answer tokens on: Shapes of"
+    assert conditions in record["tables"]["speed-break-even"]["caption"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["speed_large.png", "speed_tokens.png"]
     assert tiny == []
 
     with pytest.raises(SystemExit, match="Nothing was written"):
