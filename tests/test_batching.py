@@ -78,7 +78,7 @@ def test_rows_of_different_sizes_belong_to_the_sample_that_they_fill(sizes: list
 
 @pytest.mark.parametrize(("token_type", "wanted"), [(None, [0, 2, 2, 2]), (1, [0, 2, 1, 1])])
 def test_appended_tokens_are_marked_as_text(token_type: int | None, wanted: list[int]) -> None:
-    def extend(_outputs: dict, inputs: dict, num_new_tokens: int = 1) -> dict:  # as transformers does
+    def extend(inputs: dict, num_new_tokens: int = 1) -> dict:  # as transformers does
         types = inputs["token_type_ids"]
         return {**inputs, "token_type_ids": torch.cat([types, types[:, -num_new_tokens:]], dim=1)}
 

@@ -1,6 +1,4 @@
-import functools
 import gc
-import inspect
 import re
 import shutil
 import subprocess
@@ -40,10 +38,11 @@ from transformers_sgl import (
     SGLForConditionalGeneration,
     SGLGenerateOutput,
     SGLGenerationConfig,
-    sgl_generate,
     vocabulary,
 )
+from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.hub import embedded_pair
+from transformers_sgl.transformers_interface import CACHE_NAMES
 
 pytestmark = pytest.mark.mechanics
 
@@ -60,8 +59,8 @@ def models() -> tuple[Any, Any]:
     return large, small
 
 
-def as_callable(large: Any, small: Any, **kwargs: Any) -> Any:
-    return large.generate(**kwargs, custom_generate=sgl_generate, small_model=small)
+def as_function(large: Any, small: Any, **kwargs: Any) -> Any:
+    return generate_with_small_model(large, small, **kwargs)
 
 
 def as_repository(large: Any, small: Any, **kwargs: Any) -> Any:
@@ -80,7 +79,7 @@ def differences(one: Any, other: Any) -> list[str]:
         return [] if torch.equal(one, other) else ["sequences"]
     assert type(one) is type(other) is SGLGenerateOutput
     assert one.keys() == other.keys()
-    skipped = ("timings", "past_key_values")
+    skipped = ("timings", *CACHE_NAMES)
     return [
         name
         for name in one.keys() - set(skipped)
@@ -115,12 +114,12 @@ def test_the_result_is_that_of_a_pair(settings: dict) -> None:
     pair = SGLForConditionalGeneration.from_large_small_pretrained(large, small)
     settings = {**({} if "generation_config" in settings else GREEDY), **settings, "return_dict_in_generate": True}
     before = state(large), state(small)
-    found = as_callable(large, small, **prompts(), **settings)
+    found = as_function(large, small, **prompts(), **settings)
     assert differences(found, pair.generate(**prompts(), **settings)) == []
     assert (state(large), state(small)) == before
 
 
-@pytest.mark.parametrize("way", [as_callable, as_repository])
+@pytest.mark.parametrize("way", [as_function, as_repository])
 def test_without_a_dict_the_sequences_come_back(way: Any) -> None:
     large, small = models()
     pair, inputs = SGLForConditionalGeneration(large=large, small=small), prompts(padding_side="right")
@@ -135,7 +134,7 @@ def test_without_a_dict_the_sequences_come_back(way: Any) -> None:
     assert torch.equal(way(large, small, **text, **GREEDY), large.generate(**text, **GREEDY))
 
 
-@pytest.mark.parametrize("way", [as_callable, as_repository])
+@pytest.mark.parametrize("way", [as_function, as_repository])
 @pytest.mark.parametrize(
     "decoding",
     [{"do_sample": True}, {"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3, "num_return_sequences": 2}],
@@ -151,7 +150,7 @@ def test_sampling_and_beams(way: Any, decoding: dict) -> None:
     assert differences(way(large, small, **asked), expected) == []
 
 
-@pytest.mark.parametrize("way", [as_callable, as_repository])
+@pytest.mark.parametrize("way", [as_function, as_repository])
 @pytest.mark.parametrize("early_exit_threshold", [None, 0.0])
 def test_own_processors_and_criteria(way: Any, early_exit_threshold: float | None) -> None:
     large, small = models()
@@ -175,7 +174,7 @@ def test_own_processors_and_criteria(way: Any, early_exit_threshold: float | Non
     assert changed >= 4
 
 
-@pytest.mark.parametrize("way", [as_callable, as_repository])
+@pytest.mark.parametrize("way", [as_function, as_repository])
 def test_the_small_models_own_inputs(way: Any) -> None:
     large, small = models()
     pair = SGLForConditionalGeneration(large=large, small=small)
@@ -188,7 +187,7 @@ def test_the_small_models_own_inputs(way: Any) -> None:
         assert differences(way(large, small, **asked, **other), expected) == []
 
 
-@pytest.mark.parametrize("way", [None, as_callable, as_repository])
+@pytest.mark.parametrize("way", [None, as_function, as_repository])
 def test_limits_that_count_the_prompt_hold_where_its_padding_goes_with_a_longer_sample(way: Any) -> None:
     large, small = models()
     pair = SGLForConditionalGeneration(large=large, small=small)
@@ -215,7 +214,7 @@ class Listener(BaseStreamer):
         self.heard.append("end")
 
 
-def test_what_stock_generate_keeps_to_itself_is_bound() -> None:
+def test_streamers_and_stop_strings() -> None:
     large, small = models()
     pair = SGLForConditionalGeneration(large=large, small=small)
     (inputs,) = samples(prompts([[2]], [5]), [[2]])
@@ -224,15 +223,14 @@ def test_what_stock_generate_keeps_to_itself_is_bound() -> None:
     heard = [Listener(), Listener(), Listener()]
     settings = {**GREEDY, "max_new_tokens": 12}
     expected = pair.generate(**inputs, **settings, **own, streamer=heard[0])
-    bound = functools.partial(sgl_generate, **own, streamer=heard[1])
-    assert torch.equal(large.generate(**inputs, **settings, custom_generate=bound, small_model=small), expected)
+    assert torch.equal(as_function(large, small, **inputs, **settings, **own, streamer=heard[1]), expected)
     assert torch.equal(as_repository(large, small, **inputs, **settings, **own, streamer=heard[2]), expected)
     assert heard[0].heard == heard[1].heard == heard[2].heard
     assert heard[0].heard[-1] == "end"
     assert expected.shape[1] < inputs["input_ids"].shape[1] + 12  # the strings did stop it
 
 
-@pytest.mark.parametrize("way", [as_callable, as_repository])
+@pytest.mark.parametrize("way", [as_function, as_repository])
 def test_different_vocabularies(way: Any, tmp_path: Path) -> None:
     large, small = models()
     for name, model, order in (("large", large, 1), ("small", small, 7)):
@@ -249,7 +247,7 @@ def test_different_vocabularies(way: Any, tmp_path: Path) -> None:
     assert not torch.equal(expected.draft_sequences, expected.sequences[:, -expected.draft_sequences.shape[1] :])
 
 
-@pytest.mark.parametrize("way", [as_callable, as_repository])
+@pytest.mark.parametrize("way", [as_function, as_repository])
 def test_tokenizers_are_read_once_and_models_are_not_kept(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     monkeypatch.setattr(
@@ -271,7 +269,7 @@ def test_a_cache_of_ones_own() -> None:
     pair = SGLForConditionalGeneration(large=large, small=small)
     caches = DynamicCache(config=large.config.text_config), DynamicCache(config=large.config.text_config)
     expected = pair.generate(**prompts(), **GREEDY, past_key_values=caches[0])
-    assert torch.equal(as_callable(large, small, **prompts(), **GREEDY, past_key_values=caches[1]), expected)
+    assert torch.equal(as_function(large, small, **prompts(), **GREEDY, past_key_values=caches[1]), expected)
     lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
     assert lengths[0] == lengths[1]
     assert lengths[0][0] > lengths[0][-1]  # pruned
@@ -294,21 +292,15 @@ def test_a_checkpoint_that_brings_the_function_along(tmp_path: Path) -> None:
         assert differences(large.generate(**asked, small_model=small), pair.generate(**asked)) == []
 
 
-def test_the_signature_names_what_stock_generate_would_refuse() -> None:
-    names = inspect.signature(sgl_generate).parameters
-    assert set(SGLGenerationConfig._sgl_defaults()) <= set(names)
-    assert {"pixel_values", "small_input_ids", "small_attention_mask", "small_pixel_values"} <= set(names)
-
-
 class TestRefusals:
-    @pytest.mark.parametrize("way", [as_callable, as_repository])
+    @pytest.mark.parametrize("way", [as_function, as_repository])
     def test_no_small_model(self, way: Any) -> None:
         large, _ = models()
         for nobody in (None, "OpenGVLab/InternVL3-1B-hf"):
             with pytest.raises(ValueError, match="Guidance needs a small model, but `small_model` is"):
                 way(large, nobody, **prompts(), **GREEDY)
 
-    @pytest.mark.parametrize("way", [as_callable, as_repository])
+    @pytest.mark.parametrize("way", [as_function, as_repository])
     def test_what_a_pair_refuses(self, way: Any) -> None:
         large, small = models()
         before = state(large), state(small)
@@ -326,7 +318,7 @@ class TestRefusals:
     def test_an_unknown_argument(self) -> None:
         large, small = models()
         with pytest.raises(ValueError, match="retention_ration"):
-            as_callable(large, small, **prompts(), **GREEDY, retention_ration=0.5)
+            as_function(large, small, **prompts(), **GREEDY, retention_ration=0.5)
 
     def test_code_that_is_not_trusted(self) -> None:
         large, small = models()

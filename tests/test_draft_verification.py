@@ -22,6 +22,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import DraftVerifier, SGLForConditionalGeneration, VisualTokenPruner
+from transformers_sgl.transformers_interface import cache_name, cache_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -63,7 +64,7 @@ def drafted(shape: dict, layout: list, seed: int, noise: float, **pruning) -> tu
         for verify in (True, False)
     ]
     assert torch.equal(runs[0].sequences, runs[1].sequences)
-    caches = [[layer.get_seq_length() for layer in run.past_key_values.layers] for run in runs]
+    caches = [[layer.get_seq_length() for layer in cache_of(run).layers] for run in runs]
     assert caches[0] == caches[1]
     length = inputs["input_ids"].shape[1]
     if pruning["retention_ratio"] == 1:
@@ -299,8 +300,8 @@ def test_a_filled_cache_is_continued_without_the_draft() -> None:
     draft = torch.randint(0, 50, (1, 4))
     verifier = DraftVerifier(LARGE, draft, torch.ones_like(draft).bool())
     options = {"max_new_tokens": 5, "do_sample": False}
-    expected = LARGE.generate(**turn, **options, past_key_values=LARGE(**inputs).past_key_values)
-    assert torch.equal(verifier.generate(**turn, **options, past_key_values=LARGE(**inputs).past_key_values), expected)
+    expected = LARGE.generate(**turn, **options, **{cache_name(): cache_of(LARGE(**inputs))})
+    assert torch.equal(verifier.generate(**turn, **options, **{cache_name(): cache_of(LARGE(**inputs))}), expected)
     assert verifier.num_accepted is None
 
 
@@ -314,12 +315,12 @@ def test_scores_and_the_cache_are_those_of_stock_generate() -> None:
     draft = expected.sequences[:, inputs["input_ids"].shape[1] :].clone()
     draft[0, 5] = 1
     own = DynamicCache(config=LARGE.config)
-    found, _ = verified(inputs, draft, output_logits=True, past_key_values=own, **options)
+    found, _ = verified(inputs, draft, output_logits=True, **{cache_name(): own}, **options)
     for name in ("scores", "logits"):
         for one, other in zip(found[name], expected[name], strict=True):
             assert torch.allclose(one, other, atol=1e-4)
-    assert found.past_key_values is own
-    for one, other in zip(own.layers, expected.past_key_values.layers, strict=True):
+    assert cache_of(found) is own
+    for one, other in zip(own.layers, cache_of(expected).layers, strict=True):
         assert torch.allclose(one.keys, other.keys, atol=1e-4)
 
 

@@ -121,7 +121,7 @@ def test_an_index_past_the_last_layer_is_refused(prune_layer):
 def test_nothing_is_set_until_someone_sets_it():
     settings = SGLGenerationConfig()
 
-    assert set(SGL_FIELDS) == SGLGenerationConfig._sgl_defaults().keys()  # none is forgotten here
+    assert set(SGL_FIELDS) == SGLGenerationConfig.extra_defaults().keys()  # none is forgotten here
     assert [getattr(settings, field) for field in SGL_FIELDS] == [None] * len(SGL_FIELDS)
 
 

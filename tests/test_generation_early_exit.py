@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput, SGLGenerationConfig
 from transformers_sgl.generation_sgl import _is_complete
+from transformers_sgl.transformers_interface import cache_name, cache_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -415,8 +416,8 @@ class TestRefusals:
         inputs = samples(prompts())[0]
         embeddings = pair.large.get_input_embeddings()(inputs["input_ids"])
         self.refused(pair, "there are no `input_ids`", inputs={"inputs_embeds": embeddings}, retention_ratio=1.0)
-        cache = pair.large(**inputs).past_key_values
-        self.refused(pair, "already holds", inputs={**inputs, "past_key_values": cache}, retention_ratio=1.0)
+        cache = cache_of(pair.large(**inputs))
+        self.refused(pair, "already holds", inputs={**inputs, cache_name(): cache}, retention_ratio=1.0)
 
 
 # --- drafts without pruning ------------------------------------------------------------------------------------------

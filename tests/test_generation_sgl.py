@@ -19,6 +19,7 @@ from transformers_sgl import (
     SGLGenerationConfig,
     VisualTokenPruner,
 )
+from transformers_sgl.transformers_interface import cache_name, cache_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -165,7 +166,7 @@ def test_caches_have_the_lengths_of_the_formula(ratio: float, prune_layer: int, 
     # In a batch the longest sample gives a cache its length. Two of the three new tokens are read.
     prompt_lengths = inputs["attention_mask"].sum(1).tolist()
     pruned = max(length - count + keep for length, count, keep in zip(prompt_lengths, counts, kept, strict=True)) + 2
-    lengths = [layer.get_seq_length() for layer in output.past_key_values.layers]
+    lengths = [layer.get_seq_length() for layer in cache_of(output).layers]
     assert lengths == [max(prompt_lengths) + 2] * prune_layer + [pruned] * (6 - prune_layer)
 
 
@@ -191,7 +192,7 @@ def test_an_answer_of_one_token_is_ranked_by_the_prompt() -> None:
 def test_an_empty_cache_of_the_users_own_is_the_large_models() -> None:
     pair, inputs = tiny_pair(), prompts()
     cache = DynamicCache(config=pair.large.config)
-    assert torch.equal(pair.generate(**inputs, **GREEDY, past_key_values=cache), pair.generate(**inputs, **GREEDY))
+    assert torch.equal(pair.generate(**inputs, **GREEDY, **{cache_name(): cache}), pair.generate(**inputs, **GREEDY))
     assert cache.get_seq_length() > inputs["input_ids"].shape[1]
 
 
@@ -200,7 +201,7 @@ def test_a_cached_turn_is_continued_as_by_the_stock_large_model() -> None:
     length = inputs["input_ids"].shape[1]
     turn = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, length + 3, dtype=torch.long)}
     continued = [
-        model.generate(**turn, **GREEDY, **options, past_key_values=pair.large(**inputs).past_key_values)
+        model.generate(**turn, **GREEDY, **options, **{cache_name(): cache_of(pair.large(**inputs))})
         for model, options in ((pair.large, {}), (pair, {"retention_ratio": 1.0}))
     ]
     assert torch.equal(*continued)
@@ -396,12 +397,12 @@ class TestRefusals:
     def test_a_static_cache_of_the_users_own(self) -> None:
         cache = StaticCache(config=self.pair.large.config.get_text_config(), max_cache_len=64)
         with pytest.raises(ValueError, match="a static cache cannot do"):
-            self.pair.generate(**self.inputs, **GREEDY, past_key_values=cache)
+            self.pair.generate(**self.inputs, **GREEDY, **{cache_name(): cache})
 
     def test_a_conversation_that_is_continued(self) -> None:
-        cache = self.pair.large(**self.inputs).past_key_values
+        cache = cache_of(self.pair.large(**self.inputs))
         with pytest.raises(ValueError, match="already holds 45 tokens: pass the whole conversation without a cache"):
-            self.pair.generate(**self.inputs, **GREEDY, past_key_values=cache)
+            self.pair.generate(**self.inputs, **GREEDY, **{cache_name(): cache})
 
     def test_embeddings_instead_of_ids(self) -> None:
         embeddings = self.pair.get_input_embeddings()(self.inputs["input_ids"])

@@ -27,9 +27,9 @@ from transformers_sgl import (
     SGLProcessor,
     VisualTokens,
     processing_sgl,
-    sgl_generate,
 )
 from transformers_sgl.architectures import visual_token_ids
+from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.evaluation import Scenes
 from transformers_sgl.importance_resampling import resample_importance
 from transformers_sgl.visual_token_boxes import LAYOUTS, _placeholder, visual_token_boxes
@@ -461,9 +461,7 @@ def test_custom_generate_takes_boxes_along(any_pair: Any, num_beams: int) -> Non
     inputs = prepare(processor, chats(pictures()))
     options = {**PRUNED, "num_beams": num_beams, "return_dict_in_generate": True, "verify_draft": False}
 
-    output = model.large.generate(
-        **inputs, **options, custom_generate=functools.partial(sgl_generate), small_model=model.small
-    )
+    output = generate_with_small_model(model.large, model.small, **inputs, **options)
 
     expected = model.generate(**inputs, **options)
     assert torch.equal(output.sequences, expected.sequences)

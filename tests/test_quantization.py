@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.architectures import decoder_layers
+from transformers_sgl.transformers_interface import cache_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -124,7 +125,7 @@ def test_guidance_and_pruning_are_as_in_full_precision(pair: Any, full: Any, pru
     found, expected = (model.generate(**asked, return_dict_in_generate=True) for model in (pair, full))
     for name in ("importance", "keep_mask", "draft_sequences"):  # the small model's work
         assert torch.equal(found[name], expected[name])
-    lengths = [[layer.get_seq_length() for layer in output.past_key_values.layers] for output in (found, expected)]
+    lengths = [[layer.get_seq_length() for layer in cache_of(output).layers] for output in (found, expected)]
     assert lengths[0] == lengths[1]
     assert lengths[0][0] > lengths[0][-1] or prune_layer == 0
     assert not torch.equal(found.sequences, pair.large.generate(**prompts(), **GREEDY))  # and it makes a difference

@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from transformers_sgl import VisualTokenPruner
 from transformers_sgl.architectures import AttentionPattern
+from transformers_sgl.transformers_interface import cache_name, cache_of
 from transformers_sgl.visual_token_pruner import _KeptTokens
 
 pytestmark = pytest.mark.mechanics
@@ -55,7 +56,7 @@ def write_by_hand(
                     config=language_model.config,
                     inputs_embeds=hidden,
                     attention_mask=None,
-                    past_key_values=None,
+                    **{cache_name(): None},
                     position_ids=None,
                 ),
                 position_embeddings=language_model.rotary_emb(hidden, positions),
@@ -166,7 +167,7 @@ def test_caches_are_as_long_as_what_was_kept(prune_layer: int) -> None:
         output = model.generate(**inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
     cached = output.sequences.shape[1] - keep.shape[1] - 1  # the last token written is never read
     full, pruned = keep.shape[1] + cached, int(keep.sum(1).max()) + cached
-    lengths = [layer.get_seq_length() for layer in output.past_key_values.layers]
+    lengths = [layer.get_seq_length() for layer in cache_of(output).layers]
     assert lengths == [full] * prune_layer + [pruned] * (4 - prune_layer)
 
 
@@ -203,14 +204,14 @@ def test_several_tokens_at_once_after_the_prompt(prune_layer: int) -> None:
     def run(step: int) -> Tensor:
         cache, logits = DynamicCache(config=model.config), []
         with VisualTokenPruner(model, random_choice(inputs), prune_layer):
-            model(**inputs, past_key_values=cache, position_ids=positions[:, :length])
+            model(**inputs, **{cache_name(): cache}, position_ids=positions[:, :length])
             for start in range(0, 4, step):
                 end = length + start + step
                 output = model(
                     input_ids=more[:, start : start + step],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, end - step : end],
-                    past_key_values=cache,
+                    **{cache_name(): cache},
                 )
                 logits.append(output.logits)
         return torch.cat(logits, dim=1)

@@ -202,7 +202,7 @@ def near_copy(model: PreTrainedModel, noise: float, seed: int = 0) -> PreTrained
     generator = torch.Generator().manual_seed(seed)
     copied = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in copied.get_decoder().parameters():
+        for parameter in (each for each in copied.get_decoder().parameters() if each.numel() > 1):
             parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
     return copied
 

@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from transformers_sgl.registration import register_when_imported
+from transformers_sgl.versions import warn_if_untested
 
 if TYPE_CHECKING:
     from transformers_sgl.attention_recorder import AttentionRecorder
     from transformers_sgl.configuration_sgl import SGLConfig
-    from transformers_sgl.custom_generate import sgl_generate
     from transformers_sgl.draft_verification import DraftVerifier
     from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
     from transformers_sgl.generation_sgl import SGLGenerateOutput
@@ -46,7 +46,6 @@ __all__ = [
     "SGLProcessor",
     "VisualTokenPruner",
     "VisualTokens",
-    "sgl_generate",
 ]
 
 __version__ = "0.1.0"
@@ -68,7 +67,6 @@ _DEFINED_IN = {
     "SGLProcessor": "processing_sgl",
     "VisualTokenPruner": "visual_token_pruner",
     "VisualTokens": "visual_tokens",
-    "sgl_generate": "custom_generate",
 }
 
 
@@ -85,4 +83,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+warn_if_untested()
 register_when_imported()

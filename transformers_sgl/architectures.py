@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_sgl.transformers_interface import attention_name, is_attention, stock_fault
+
 __all__ = [
     "ARCHITECTURES",
     "UNSUPPORTED",
@@ -108,6 +110,7 @@ _TILES = Architecture()
 _GRIDS = Architecture(inputs=_PATCHES)
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "apertus1p5": Architecture(inputs=_SIZED, image_gap=1),
     "aria": Architecture(inputs={"pixel_values": "tile", "pixel_mask": "tile"}),
     "aya_vision": _TILES,
     "chameleon": _TILES,
@@ -205,8 +208,10 @@ UNSUPPORTED: dict[str, str] = {
     "florence2": _ENCODER_DECODER,
     "git": "it puts an image's features in front of the text, where no placeholder stands for them",
     "glm5_next": _INDEXED,
+    "hy_v4_vl": _INDEXED,
     "idefics": _CROSS_ATTENTION,
     "inkling2": _DISTANCES,
+    "inkling2_loop": _DISTANCES,
     "inkling_mm_model": _DISTANCES,
     "instructblip": _INNER_GENERATE,
     "instructblipvideo": _INNER_GENERATE,
@@ -258,6 +263,9 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
             f"Models of type {config.model_type!r} are not supported, because guidance and pruning have not been "
             "verified on them: use one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
+    fault = stock_fault(config.model_type)
+    if fault is not None:
+        raise ValueError(f"Models of type {config.model_type!r} are supported, but {fault}: install another version.")
     types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     unknown = sorted(types - _LAYER_TYPES)
     if unknown:
@@ -346,7 +354,7 @@ def attention_implementation(model: PreTrainedModel) -> str:
     Raises:
         ValueError: If they cannot work with it.
     """
-    name: str = decoder(model).config._attn_implementation
+    name = attention_name(decoder(model).config)
     if any(unsupported in name for unsupported in _UNSUPPORTED_ATTENTION):
         raise ValueError(
             f"Guidance and pruning do not work with attn_implementation={name!r}, whose masks and caches they cannot "
@@ -381,7 +389,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     for index, layer in enumerate(decoder_layers(model)):
         for name in attributes:
             module = getattr(layer, name, None)
-            if isinstance(module, nn.Module) and hasattr(module, "is_causal"):
+            if isinstance(module, nn.Module) and is_attention(module):
                 found[index] = module
     return found
 

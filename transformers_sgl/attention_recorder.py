@@ -11,7 +11,6 @@ attention, which mix their tokens by a linear recurrence or a convolution, tell 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from copy import copy
@@ -22,9 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import Cache, PreTrainedModel
 
 from transformers_sgl.architectures import (
     AttentionPattern,
@@ -34,6 +31,14 @@ from transformers_sgl.architectures import (
     decoder,
 )
 from transformers_sgl.hook_context import HookContext
+from transformers_sgl.transformers_interface import (
+    attention_function,
+    attention_name,
+    cache_of,
+    held_keys,
+    register_attention,
+    set_attention_name,
+)
 from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = ["AttentionRecorder"]
@@ -138,7 +143,7 @@ class AttentionRecorder(HookContext):
         self._num_recorded = 0  # tokens in the passes before the current one
         self._first = self._end = 0  # positions of the current pass's tokens
         self._num_layers = 0  # layers of the current pass that have been recorded
-        self._cache_layers: Any = ()  # of the current pass
+        self._cache: Cache | None = None  # of the current pass
 
     @property
     def generated_importance(self) -> Tensor:
@@ -178,14 +183,14 @@ class AttentionRecorder(HookContext):
         stack.callback(self._decoder.register_forward_hook(self._finish_pass).remove)
         for module in self._patterns:
             stack.callback(_listen(module, self))
-        config: Any = self._decoder.config
-        config._attn_implementation = _recording_implementation(config._attn_implementation)
+        config = self._decoder.config
+        set_attention_name(config, _recording_implementation(attention_name(config)))
 
     def _restore_attention(self) -> None:
         """Puts the model's own attention function back, unless another recorder still needs the recording one."""
         if not any(_LISTENERS.get(module) for module in self._patterns):
-            config: Any = self._decoder.config
-            config._attn_implementation = config._attn_implementation.removeprefix(_PREFIX)
+            config = self._decoder.config
+            set_attention_name(config, attention_name(config).removeprefix(_PREFIX))
 
     def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: a sample that reads an end-of-sequence token has finished, whatever it is fed after."""
@@ -201,12 +206,11 @@ class AttentionRecorder(HookContext):
             inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             raise ValueError("Attention cannot be recorded of a decoder that is called without its inputs.")
-        cache = kwargs.get("past_key_values")
-        self._first = 0 if cache is None else int(cache.get_seq_length())
+        self._cache = cache_of(kwargs)
+        self._first = 0 if self._cache is None else int(self._cache.get_seq_length())
         self._end = self._first + inputs.shape[1]
         self._num_recorded = self._num_seen
         self._num_layers = 0
-        self._cache_layers = getattr(cache, "layers", ())
         self._check(inputs.shape[0])
         num_generated = self._end - max(self._num_recorded, self.visual_tokens.prompt_length)
         if num_generated > 0:
@@ -270,12 +274,7 @@ class AttentionRecorder(HookContext):
 
     def _can_wait(self, module: nn.Module, key: Tensor) -> bool:
         """Whether queries may be recorded later: no key before them is lost, and the cache holds the keys itself."""
-        index = self._index[module]
-        return (
-            module in self._sees_all
-            and index < len(self._cache_layers)
-            and getattr(self._cache_layers[index], "keys", None) is key
-        )
+        return module in self._sees_all and held_keys(self._cache, self._index[module]) is key
 
     def _record_waiting(self, module: nn.Module) -> None:
         """Adds the attention of the queries that wait in a layer."""
@@ -377,9 +376,7 @@ def _recording_implementation(implementation: str) -> str:
     if implementation.startswith(_PREFIX):  # recorders may be nested: one wrapper serves them all
         return implementation
     name = _PREFIX + implementation
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-        AttentionInterface.register(name, functools.partial(_recording_attention, implementation))
+    register_attention(name, functools.partial(_recording_attention, implementation), like=implementation)
     return name
 
 
@@ -394,7 +391,7 @@ def _recording_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function `implementation` of transformers, which also tells the recorders what it is given."""
-    forward = _attention_function(implementation, module)
+    forward = attention_function(implementation, module)
     listeners = _LISTENERS.get(module, ())
     if listeners:
         if kwargs.get("position_bias") is not None:
@@ -409,19 +406,12 @@ def _recording_attention(
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
     # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
     config: Any = module.config
-    recording_implementation = config._attn_implementation
-    config._attn_implementation = implementation
+    recording_implementation = attention_name(config)
+    set_attention_name(config, implementation)
     try:
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
     finally:
-        config._attn_implementation = recording_implementation
-
-
-def _attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function of that name; "eager" is not registered, each modeling file has its own."""
-    if implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[implementation]
+        set_attention_name(config, recording_implementation)
 
 
 class _AttentionScores:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 __all__ = [
     "WholeBatchStreamer",
@@ -140,7 +139,7 @@ def append_tokens(
     Args:
         inputs (`dict`): Inputs as `generate` has prepared them, `input_ids` of shape `(batch, length)` among them.
         tokens (`Tensor` of shape `(batch, num_tokens)`): What follows.
-        extend (`Callable`): The model's own way to lengthen its inputs by a token.
+        extend (`Callable`): The model's own way to lengthen its inputs: `extend(inputs, num_new_tokens=1)`.
         token_type (`int`, *optional*): What marks them in `token_type_ids`, if it is not the last token's.
 
     Returns:
@@ -149,9 +148,9 @@ def append_tokens(
     ids, extended, num_tokens = inputs["input_ids"], dict(inputs), tokens.shape[1]
     if num_tokens:
         # The first alone, because only one token is given its type as it should be; the others are given the same.
-        extended = extend({}, extended)
+        extended = extend(extended)
         types = extended.get("token_type_ids")
-        extended = extend({}, extended, num_new_tokens=num_tokens - 1)
+        extended = extend(extended, num_new_tokens=num_tokens - 1)
         if types is not None:
             extended["token_type_ids"] = torch.cat([types, types[:, -1:].expand(-1, num_tokens - 1)], dim=1)
     for name in _per_token(inputs):
@@ -213,20 +212,18 @@ def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_toke
     return answers
 
 
-class WholeBatchStreamer(BaseStreamer):
+class WholeBatchStreamer:
     """Lets a streamer hear the whole batch, of which the large model runs only a part.
 
     Args:
-        streamer (`BaseStreamer`): The listener.
+        streamer (`BaseStreamer`): The listener, or anything with its `put` and `end`.
         prompts (`Tensor` of shape `(batch, prompt_length)`): All prompts, as they were passed.
         early (`Tensor` of shape `(batch, early_length)`): The answers of the samples that exited early.
         is_early (`Tensor` of shape `(batch,)`): Which those are.
         pad_token_id (`int`): What stands behind the end of an answer.
     """
 
-    def __init__(
-        self, streamer: BaseStreamer, prompts: Tensor, early: Tensor, is_early: Tensor, pad_token_id: int
-    ) -> None:
+    def __init__(self, streamer: Any, prompts: Tensor, early: Tensor, is_early: Tensor, pad_token_id: int) -> None:
         self._streamer = streamer
         self._early = early.cpu()
         self._is_early = is_early.cpu()

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils.hub import cached_file, extract_commit_hash
+
+from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = [
     "HUB_KWARGS",
@@ -167,7 +168,7 @@ def pinned(path: str, where: Mapping[str, Any]) -> dict[str, Any]:
     """
     if os.path.isdir(path):
         return dict(where)
-    commit = extract_commit_hash(cached_file(path, "config.json", **where), None)
+    commit = newest_commit(path, **where)
     return {**where, "revision": commit} if commit else dict(where)
 
 

@@ -428,7 +428,8 @@ def _video_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]
 
     import numpy as np
     from PIL import Image
-    from transformers.video_utils import load_video
+
+    from transformers_sgl.transformers_interface import load_video
 
     decoders = {"pyav": "av", "torchcodec": "torchcodec", "opencv": "cv2", "decord": "decord"}
     backend = next((name for name, module in decoders.items() if find_spec(module)), None)
@@ -443,7 +444,7 @@ def _video_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]
         return spread(metadata.total_num_frames)
 
     try:
-        video, _ = load_video(str(path), backend=backend, sample_indices_fn=some)
+        video = load_video(path, backend, some)
     except Exception as error:  # each decoder has errors of its own
         raise OSError(f"The file {str(path)!r} cannot be read as a video: {str(error).rstrip('.')}.") from error
     return [Image.fromarray(frame) for frame in np.asarray(video)]
@@ -862,10 +863,9 @@ def _add_serve(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from transformers.utils.import_utils import is_serve_available
+    from transformers_sgl.transformers_interface import server_class
 
-    if not is_serve_available():
-        raise OSError('The server needs packages that are missing: pip install "transformers_sgl[serve]".')
+    server_class()  # raises if the server's packages are missing, before the file below imports them
     from transformers_sgl.serving import serve
 
     name, at, revision = arguments.model.partition("@")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_sgl.checkpoints import PARTS, check_recipe
+from transformers_sgl.transformers_interface import changed_settings
 
 __all__ = ["PARTS", "SGLConfig"]
 
@@ -91,8 +92,7 @@ class SGLConfig(PreTrainedConfig):
         output = super().to_diff_dict()
         for name in _SUB_CONFIGS:
             if getattr(self, name) is not None:
-                output[name] = getattr(self, name).to_diff_dict()
-                output[name].pop("_name_or_path", None)
+                output[name] = changed_settings(getattr(self, name))
         # A bundle does not speak of recipes, nor the other way round.
         return {key: value for key, value in output.items() if value is not None or key not in _MODELS}
 

@@ -13,17 +13,15 @@ so the draft changes how often the model runs, and not what is written.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.batching import append_tokens
+from transformers_sgl.transformers_interface import cache_of, can_be_cut_back, next_token_output, view_of
 
 __all__ = ["DraftVerifier"]
 
@@ -93,13 +91,21 @@ class DraftVerifier:
             `ModelOutput` or `Tensor`: As from the model's `generate`.
         """
         # A repository's `custom_generate` lies on the model itself, bound to it and not to its view.
-        return type(self._model).generate(_view_of(self._model, self), **kwargs)
+        return type(self._model).generate(view_of(self._model, self), **kwargs)
 
-    def _sample(self, view: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
+    def run_loop(
+        self,
+        view: Any,
+        loop: Callable[..., Any],
+        input_ids: Tensor,
+        stopping_criteria: StoppingCriteriaList,
+        **kwargs: Any,
+    ) -> Any:
         """Takes the place of the model's decoding loop for greedy search and sampling, in order to run it.
 
         Args:
             view (`PreTrainedModel`): The view of the model.
+            loop (`Callable`): The decoding loop.
             input_ids (`Tensor` of shape `(batch, prompt_length)`): The prompts.
             stopping_criteria (`StoppingCriteriaList`): The prepared criteria.
             **kwargs: The loop's other arguments.
@@ -107,8 +113,7 @@ class DraftVerifier:
         Returns:
             `ModelOutput` or `Tensor`: What the loop returns.
         """
-        loop = type(self._model)._sample
-        config, past = kwargs["generation_config"], kwargs.get("past_key_values")
+        config, past = kwargs["generation_config"], cache_of(kwargs)
         if past is not None and past.is_compileable:
             # What is compiled stays on the model: it must be compiled from the model, not from a view of it.
             output = loop(self._model, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
@@ -130,7 +135,7 @@ class DraftVerifier:
             self._run = None
         return output
 
-    def _forward(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    def run_pass(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """Takes the place of a call of the model, in order to make it, or not.
 
         Args:
@@ -159,24 +164,19 @@ class DraftVerifier:
 
 def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> bool:
     """Whether a decoding loop with these arguments asks for nothing that only a pass of its own can give."""
-    past = kwargs.get("past_key_values")
+    past = cache_of(kwargs)
     return (
         not generation_config.do_sample
         and draft.shape[0] == input_ids.shape[0]
         and isinstance(past, DynamicCache)
         and past.get_seq_length() == 0
-        and all(_can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
+        and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
         and kwargs.get("logits_to_keep") == 1
         and not (generation_config.output_attentions or generation_config.output_hidden_states)
         and generation_config.guidance_scale in (None, 1)
         and generation_config.prefill_chunk_size is None
         and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
     )
-
-
-def _can_be_cut_back(layer: Any, max_length: int) -> bool:
-    """Whether a layer's cache still has what lies before the tokens that are cut off."""
-    return isinstance(layer, DynamicLayer) and (not layer.is_sliding or max_length < layer.get_max_length())
 
 
 class _Run:
@@ -228,11 +228,11 @@ class _Run:
         known = 0 if self._logits is None else self._logits.shape[1]
         return self._follows and self.num_chosen - self._first_step < known
 
-    def next_output(self) -> CausalLMOutputWithPast:
+    def next_output(self) -> Any:
         """The logits of the next step."""
         assert self._logits is not None
         step = self.num_chosen - self._first_step
-        return CausalLMOutputWithPast(logits=self._logits[:, step : step + 1], past_key_values=self._past)
+        return next_token_output(self._logits[:, step : step + 1], self._past)
 
     def rest(self) -> Tensor:
         """What of the drafts the next pass shall read; `(batch, columns)`.
@@ -273,32 +273,3 @@ class _WatchedCriteria(StoppingCriteriaList):
         finished = super().__call__(input_ids, scores, **kwargs)
         self._note(input_ids[:, -1], finished)
         return finished
-
-
-@cache
-def _view_class(model_class: Any) -> Any:
-    """A class whose instances share a model's whole state and leave every call to a verifier."""
-
-    class View(model_class):
-        # A slot lies on the view itself, while everything in `__dict__` belongs to the model.
-        __slots__ = ("verifier",)
-
-        def __call__(self, **inputs: Any) -> Any:
-            return self.verifier._forward(super().__call__, self._update_model_kwargs_for_generation, inputs)
-
-        def _sample(self, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
-            return self.verifier._sample(self, input_ids, stopping_criteria, **kwargs)
-
-    # transformers looks things up under a model class's name.
-    View.__name__, View.__qualname__ = model_class.__name__, model_class.__qualname__
-    View.__module__ = model_class.__module__
-    return View
-
-
-def _view_of(model: PreTrainedModel, verifier: DraftVerifier) -> Any:
-    """A view of a model: the same weights, hooks and settings, another object."""
-    model_class: Any = type(model)
-    view: Any = object.__new__(_view_class(model_class))
-    object.__setattr__(view, "__dict__", model.__dict__)
-    object.__setattr__(view, "verifier", verifier)
-    return view

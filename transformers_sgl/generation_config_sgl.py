@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from transformers_sgl.transformers_interface import ExtraSettings
+
 __all__ = ["PRESETS", "SGLGenerationConfig", "average_retention", "resolve_prune_layer"]
 
 # The paper's three settings on a large VLM of 48 decoder layers (section 4.1), named for what a user wants of them.
@@ -81,7 +83,7 @@ def average_retention(retention_ratio: float, prune_layer: int, num_layers: int)
     return (prune_layer + (num_layers - prune_layer) * retention_ratio) / num_layers
 
 
-class SGLGenerationConfig(GenerationConfig):
+class SGLGenerationConfig(ExtraSettings, GenerationConfig):
     """Generation settings of a pair: everything `GenerationConfig` knows, and how the small model guides.
 
     As in `GenerationConfig`, a field that is `None` is not set; [`SGLForConditionalGeneration.generate`] takes it from
@@ -136,7 +138,7 @@ class SGLGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         # Set before `super().__init__`, which ends by calling `validate`.
-        for field in self._sgl_defaults():
+        for field in self.extra_defaults():
             setattr(self, field, kwargs.pop(field, None))
         super().__init__(**kwargs)
 
@@ -185,7 +187,7 @@ class SGLGenerationConfig(GenerationConfig):
         return cls.from_generation_config(GenerationConfig.from_model_config(model_config))
 
     @staticmethod
-    def _sgl_defaults() -> dict[str, Any]:
+    def extra_defaults() -> dict[str, Any]:
         """The fields that this class adds, with the values they take where nobody set them."""
         return {
             **PRESETS[_DEFAULT_PRESET],
@@ -199,10 +201,6 @@ class SGLGenerationConfig(GenerationConfig):
             "score_draft": None,
             "verify_draft": None,
         }
-
-    @staticmethod
-    def _get_default_generation_params() -> dict[str, Any]:
-        return {**GenerationConfig._get_default_generation_params(), **SGLGenerationConfig._sgl_defaults()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What `generation_config.json` says: only fields that are set."""
@@ -224,7 +222,7 @@ class SGLGenerationConfig(GenerationConfig):
         resolved = self.from_generation_config(self)
         inherited = {key: value for key, value in defaults.to_dict().items() if value is not None}
         resolved.update(defaults_only=True, allow_custom_entries=True, **inherited)
-        resolved.update(defaults_only=True, **self._sgl_defaults())
+        resolved.update(defaults_only=True, **self.extra_defaults())
         return resolved
 
     def average_retention(self, num_layers: int) -> float:
@@ -237,7 +235,7 @@ class SGLGenerationConfig(GenerationConfig):
             `float`: A fraction in `(0, 1]`; see [`average_retention`].
         """
         ratio, layer = (
-            self._sgl_defaults()[field] if getattr(self, field) is None else getattr(self, field)
+            self.extra_defaults()[field] if getattr(self, field) is None else getattr(self, field)
             for field in ("retention_ratio", "prune_layer")
         )
         return average_retention(ratio, resolve_prune_layer(layer, num_layers), num_layers)

@@ -17,13 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import (
-    Cache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
@@ -46,6 +46,13 @@ from transformers_sgl.importance_process import (
     RetentionRatioProcessor,
 )
 from transformers_sgl.importance_transfer import ImportanceTransfer, split_boxes
+from transformers_sgl.transformers_interface import (
+    CACHE_NAMES,
+    CacheUnderBothNames,
+    cache_of,
+    with_installed_cache_name,
+)
+from transformers_sgl.versions import names_versions
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 from transformers_sgl.vocabulary import Vocabularies
@@ -57,7 +64,7 @@ _SMALL_PREFIX = "small_"
 _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 # Plain inputs that are an object of one model.
-_LARGE_ONLY = ("past_key_values",)
+_LARGE_ONLY = CACHE_NAMES
 # Caches whose layers may differ in length, and that can be cut back; "hybrid", as older checkpoints have it, means
 # nothing to transformers any more.
 _DYNAMIC_CACHES = (None, "dynamic", "offloaded", "hybrid")
@@ -70,8 +77,8 @@ _SHAPING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_
 
 
 @dataclass
-class SGLGenerateOutput(ModelOutput):
-    """What guided generation returns with `return_dict_in_generate=True`.
+class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
+    """What guided generation returns with `return_dict_in_generate=True`: stock `generate`'s output, and more.
 
     The fields are the same whatever the settings; `None` where a part did not run or was not asked for.
 
@@ -107,12 +114,12 @@ class SGLGenerateOutput(ModelOutput):
         logits (`tuple` of `Tensor`, *optional*): As above.
         attentions (`tuple`, *optional*): As above; pruned layers have smaller matrices.
         hidden_states (`tuple`, *optional*): As above; pruned layers have shorter states.
-        past_key_values (`Cache`, *optional*): As above; pruned layers have shorter caches.
+        cache (`Cache`, *optional*): As above; pruned layers have shorter caches. Before transformers 5.24 the field is
+            `past_key_values`; either name can be read.
         sequences_scores (`Tensor`, *optional*): As above, with beams.
         beam_indices (`Tensor`, *optional*): As above, with beams.
     """
 
-    sequences: Tensor | None = None
     importance: Tensor | None = None
     importance_transfer: str | None = None
     keep_mask: Tensor | None = None
@@ -127,15 +134,11 @@ class SGLGenerateOutput(ModelOutput):
     num_draft_tokens_accepted: Tensor | None = None
     num_large_forward_passes: int | None = None
     timings: dict[str, float] | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Cache | None = None
     sequences_scores: Tensor | None = None
     beam_indices: Tensor | None = None
 
 
+@names_versions()
 def generate(
     large: PreTrainedModel,
     small: PreTrainedModel,
@@ -292,7 +295,7 @@ def read_arguments(
         stock `generate` that are neither.
     """
     settings = SGLGenerationConfig.from_generation_config(generation_config)
-    model_inputs = settings.update(**kwargs)
+    model_inputs = with_installed_cache_name(settings.update(**kwargs))
     generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
     if "tokenizer" in generate_kwargs:
         # transformers' server passes the processor, which stands for its tokenizer
@@ -369,7 +372,7 @@ def _can_use_draft(
         settings.verify_draft is True
         and _is_greedy(settings)
         and inputs.get("input_ids") is not None
-        and inputs.get("past_key_values") is None
+        and cache_of(inputs) is None
         and settings.cache_implementation in _DYNAMIC_CACHES
         and not any(generate_kwargs.get(name) for name in ("assistant_model", "custom_generate"))
         and vocabularies.shared is not None
@@ -378,7 +381,7 @@ def _can_use_draft(
 
 def _check_guidable(inputs: dict[str, Any]) -> None:
     """Raises if the small model cannot be asked about these inputs."""
-    cache = inputs.get("past_key_values")
+    cache = cache_of(inputs)
     if inputs.get("input_ids") is None:
         raise ValueError(
             "The small model's guidance needs visual tokens, which are found by their ids, but there are no "
@@ -387,7 +390,7 @@ def _check_guidable(inputs: dict[str, Any]) -> None:
         )
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
-            f"The small model's guidance starts with the prompt, but `past_key_values` already holds "
+            f"The small model's guidance starts with the prompt, but the cache already holds "
             f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
         )
 
@@ -419,7 +422,7 @@ def _check_prunable(
 ) -> None:
     """Raises if a setting of stock `generate` does not go together with pruning."""
     cure = "or set `retention_ratio=1.0` to run the large model unpruned."
-    cache = inputs.get("past_key_values")
+    cache = cache_of(inputs)
     if generation_config.cache_implementation not in _DYNAMIC_CACHES or (cache is not None and cache.is_compileable):
         raise ValueError(
             "Pruning needs a cache whose layers may differ in length, which a "

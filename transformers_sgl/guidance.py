@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ from transformers_sgl.batching import append_tokens
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hook_context import HookContext
 from transformers_sgl.importance_process import ImportanceProcessorList, RetentionRatioProcessor
+from transformers_sgl.transformers_interface import cache_name, extended_inputs
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 
@@ -240,10 +241,9 @@ def _log_probs_when_pruned(
     )
     length = draft_sequences.shape[1]
     token_type = check_supported(small.config).answer_token_type
-    extend = small._update_model_kwargs_for_generation
-    inputs = append_tokens(draft.prompt_inputs, draft_sequences, extend, token_type)
+    inputs = append_tokens(draft.prompt_inputs, draft_sequences, partial(extended_inputs, small), token_type)
     with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
-        logits = small(**{**inputs, "past_key_values": None, "use_cache": False, "logits_to_keep": length + 1}).logits
+        logits = small(**{**inputs, cache_name(): None, "use_cache": False, "logits_to_keep": length + 1}).logits
     return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(
         draft_sequences.device
     )

@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TypeVar
 
+from transformers_sgl.versions import name_versions
+
 __all__ = ["HookContext"]
 
 _Context = TypeVar("_Context", bound="HookContext")
@@ -59,7 +61,8 @@ class HookContext(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Removes the hooks."""
+        """Removes the hooks; an error that leaves the block says whether untested versions may be its cause."""
+        name_versions(error)
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from transformers_sgl.importance_resampling import resample_importance
+from transformers_sgl.transformers_interface import processor_name
 from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = ["BOX_INPUTS", "ImportanceTransfer", "importance_transfer", "split_boxes"]
@@ -117,7 +117,7 @@ def importance_transfer(large: PreTrainedConfig, small: PreTrainedConfig) -> str
 
         ```
     """
-    families = [PROCESSOR_MAPPING_NAMES.get(config.model_type, config.model_type) for config in (large, small)]
+    families = [processor_name(config.model_type) for config in (large, small)]
     return "identity" if large.model_type == small.model_type or families[0] == families[1] else "resampling"
 
 

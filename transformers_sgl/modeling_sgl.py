@@ -46,6 +46,12 @@ from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_ar
 from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.importance_transfer import BOX_INPUTS, importance_transfer
 from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.transformers_interface import (
+    AnyAttention,
+    attention_name,
+    loaded_prequantized,
+    with_installed_cache_name,
+)
 from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["SGLForConditionalGeneration"]
@@ -58,7 +64,7 @@ _MARKER_OF_A_FINISHED_SAVE = "config.json"
 _RECORDED_OPTIONS = ("dtype", "quantization_config", "variant")
 
 
-class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin):
     """A large vision-language model (VLM) whose visual tokens are pruned under the guidance of a small one.
 
     `generate` lets the small VLM answer first. The attention that visual tokens receive meanwhile ranks them, and
@@ -103,10 +109,6 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    # Which attention a model can run is for the model to say.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
 
     def __init__(
         self,
@@ -250,8 +252,8 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # 1. Where both models are, and whether they can be a pair, is known before any weights are read.
         if recipe is not None:
             # The Auto classes put it into the configuration; and who trusts a recipe does not yet trust what it names.
-            if config._attn_implementation is not None:
-                kwargs.setdefault("attn_implementation", config._attn_implementation)
+            if attention_name(config) is not None:
+                kwargs.setdefault("attn_implementation", attention_name(config))
             kwargs["trust_remote_code"] = False
         options = split_kwargs(kwargs)
         own = {name: hub_kwargs(options[name], "subfolder") for name in PARTS}
@@ -308,8 +310,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for name in PARTS:
                 model = getattr(self, name)
                 # transformers cannot take back the conversions of a checkpoint that was quantised when it was loaded.
-                is_loaded_quantized = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False)
-                own = {"save_original_format": False} if is_loaded_quantized else {}
+                own = {"save_original_format": False} if loaded_prequantized(model) else {}
                 model.save_pretrained(staging / name, **{**own, **kwargs})
             config = copy.deepcopy(self.config)
             self._write_beside_weights(staging, config)
@@ -390,7 +391,7 @@ class SGLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             `ModelOutput`: The large model's output.
         """
         own = {name: kwargs[name] for name in kwargs if not name.startswith("small_") and name not in BOX_INPUTS}
-        return self.large(*args, **own)
+        return self.large(*args, **with_installed_cache_name(own))
 
     @torch.no_grad()
     def generate(

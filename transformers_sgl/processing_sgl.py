@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
-from transformers.image_utils import get_image_size, load_image, to_numpy_array
-from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from transformers_sgl.checkpoints import (
@@ -36,6 +34,14 @@ from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.importance_resampling import pad_boxes
 from transformers_sgl.importance_transfer import BOX_INPUTS
 from transformers_sgl.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.transformers_interface import (
+    AUTO_MARKER,
+    count_image_tokens,
+    image_argument_names,
+    image_size,
+    load_image,
+    tells_image_tokens,
+)
 from transformers_sgl.visual_token_boxes import has_boxes, visual_token_boxes
 
 __all__ = ["SGLProcessor"]
@@ -160,7 +166,7 @@ class SGLProcessor(ProcessorMixin):
             ValueError: If a recipe is not sound, or the processors do not fit each other or their models.
         """
         root = kwargs.pop("subfolder", None)
-        kwargs.pop("_from_auto", None)
+        kwargs.pop(AUTO_MARKER, None)
         path, subfolder = locate(pretrained_model_name_or_path, root)
         where = pinned(path, {**hub_kwargs(kwargs), **subfolder})
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
@@ -368,8 +374,8 @@ def _cuts_alike(large: ProcessorMixin, small: ProcessorMixin) -> bool:
         return False
     if large.to_dict() == small.to_dict():
         return True
-    if all(hasattr(processor, "_get_num_multimodal_tokens") for processor in processors):
-        counts = [each._get_num_multimodal_tokens(_PROBE_SIZES)["num_image_tokens"] for each in processors]
+    if all(map(tells_image_tokens, processors)):
+        counts = [count_image_tokens(each, _PROBE_SIZES) for each in processors]
         if counts[0] != counts[1]:
             return False
     if all(map(has_boxes, processors)):
@@ -469,14 +475,13 @@ def _as_pil(image: Any) -> Image.Image:
     """The image, or an empty one of its size."""
     if isinstance(image, Image.Image):
         return image
-    height, width = get_image_size(to_numpy_array(image))
+    height, width = image_size(image)
     return Image.new("RGB", (width, height))
 
 
 def _image_kwargs(processor: ProcessorMixin, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those of a processor's arguments that bear on images."""
-    own = getattr(processor.image_processor, "valid_kwargs", ImagesKwargs)
-    names = {"images_kwargs", *ImagesKwargs.__annotations__, *own.__annotations__} - {"return_tensors"}
+    names = image_argument_names(processor)
     return {name: value for name, value in kwargs.items() if name in names}
 
 

@@ -16,17 +16,19 @@ from typing import Any
 
 import wrapt
 
+from transformers_sgl.transformers_interface import AUTO_MODULES, auto_mappings
+
 __all__ = ["register_when_imported"]
 
 
 def register_when_imported() -> None:
     """Has the model type "sgl" registered with each Auto class as soon as that is imported, or now if it has been."""
-    for name, register in (
-        ("configuration_auto", _register_configuration),
-        ("modeling_auto", _register_model),
-        ("processing_auto", _register_processor),
+    for kind, register in (
+        ("configuration", _register_configuration),
+        ("modeling", _register_model),
+        ("processing", _register_processor),
     ):
-        wrapt.register_post_import_hook(register, f"transformers.models.auto.{name}")
+        wrapt.register_post_import_hook(register, AUTO_MODULES[kind])
 
 
 # The hooks import what they need instead of taking it from the module that they are handed: if another thread is just
@@ -39,22 +41,15 @@ def _register_configuration(_: Any) -> None:
 
 
 def _register_model(_: Any) -> None:
-    from transformers.models.auto import modeling_auto
-
     model = _LazyClass("modeling_sgl", "SGLForConditionalGeneration")
-    for mapping in (
-        modeling_auto.MODEL_MAPPING,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    ):
+    for mapping in auto_mappings("modeling"):
         mapping.register(_own("configuration_sgl", "SGLConfig"), model, exist_ok=True)
 
 
 def _register_processor(_: Any) -> None:
-    from transformers.models.auto import processing_auto
-
     processor = _LazyClass("processing_sgl", "SGLProcessor")
-    processing_auto.PROCESSOR_MAPPING.register(_own("configuration_sgl", "SGLConfig"), processor, exist_ok=True)
+    for mapping in auto_mappings("processing"):
+        mapping.register(_own("configuration_sgl", "SGLConfig"), processor, exist_ok=True)
 
 
 def _own(file: str, name: str) -> Any:

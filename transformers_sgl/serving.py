@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from PIL import Image
-from transformers.cli.serve import Serve
-from transformers.models.auto import modeling_auto
 
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
+from transformers_sgl.transformers_interface import server_class, server_model_tables
 
 if TYPE_CHECKING:
     from fastapi import Request, Response
@@ -29,6 +28,8 @@ __all__ = ["PairServer", "check_request", "serve"]
 
 _CHAT = "/v1/chat/completions"
 _PATHS = (_CHAT, "/v1/completions", "/v1/responses", "/v1/systemone")
+Serve: Any = server_class()
+
 # Fields that the server converts or iterates without looking, and what a client may put there.
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "chat_template_kwargs": ((dict,), "an object"),
@@ -87,10 +88,7 @@ def _pairs_in_its_tables() -> Iterator[None]:
 
     It reads these tables of names itself, to choose an Auto class and to tell what a model can see.
     """
-    tables = (
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    )
+    tables = server_model_tables()
     for table in tables:
         table[SGLConfig.model_type] = SGLForConditionalGeneration.__name__
     try:

@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_processing_utils import select_best_resolution
+
+from transformers_sgl.transformers_interface import best_resolution
 
 __all__ = [
     "LAYOUTS",
@@ -436,7 +437,7 @@ def _any_resolution(processed: _Processed) -> Iterator[_View]:
         return
 
     pinpoints = processor.image_processor.image_grid_pinpoints
-    best = select_best_resolution((processed.size[1], processed.size[0]), pinpoints)
+    best = best_resolution((processed.size[1], processed.size[0]), pinpoints)
     num_rows, num_columns = best[0] // height, best[1] // width
     canvas = torch.stack(tiles, dim=1).unflatten(1, (num_rows, num_columns))  # (3, rows, columns, 3, height, width)
     canvas = canvas.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(3, 4)

@@ -45,6 +45,7 @@ from transformers_sgl.architectures import (
 )
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
 from transformers_sgl.hook_context import HookContext
+from transformers_sgl.transformers_interface import PER_TOKEN_ARGUMENTS, cache_of, needs_position_ids
 
 __all__ = ["VisualTokenPruner"]
 
@@ -75,13 +76,14 @@ class VisualTokenPruner(HookContext):
         >>> from transformers import AutoModelForImageTextToText
         >>> from transformers_sgl import VisualTokenPruner
         >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.transformers_interface import cache_of
 
         >>> large = AutoModelForImageTextToText.from_pretrained(embedded_pair() / "large")
         >>> prompt = torch.arange(20, 32)[None]  # any twelve tokens
         >>> keep = torch.ones(1, 12, dtype=torch.bool)
         >>> keep[:, 4:8] = False
         >>> with VisualTokenPruner(large, keep, prune_layer=2):
-        ...     cache = large(prompt).past_key_values
+        ...     cache = cache_of(large(prompt))
         >>> [layer.get_seq_length() for layer in cache.layers[:4]]
         [12, 12, 8, 8]
 
@@ -97,12 +99,12 @@ class VisualTokenPruner(HookContext):
         check_prunable(model.config, self.prune_layer)
         self._model = model
         self._decoder = decoder(model)
-        self._per_token = {"position_embeddings": -2, "position_ids": -1, **architecture.per_token_arguments}
+        self._per_token = {**PER_TOKEN_ARGUMENTS, **architecture.per_token_arguments}
         self._key_sources = key_sources(model.config)
         self._deepstack = architecture.deepstack
         self._implementation = attention_implementation(model)
         attention = attention_modules(model)
-        if "flash" in self._implementation and any(_needs_position_ids(module) for module in attention.values()):
+        if "flash" in self._implementation and any(needs_position_ids(module) for module in attention.values()):
             raise ValueError(
                 f"This {model.config.model_type!r} model's attention reads the positions of its tokens, and flash "
                 "attention would take the gaps in them for the borders of several prompts: load the large model with "
@@ -147,7 +149,7 @@ class VisualTokenPruner(HookContext):
         inputs: Any = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = kwargs.get("input_ids", args[0] if args else None)
-        past = self._past_length(kwargs.get("past_key_values"))
+        past = self._past_length(cache_of(kwargs))
         self._cuts.clear()
         self._start_cut = partial(_KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
         if self._kept is not None and self.prune_layer == 0 and past and not self._positions_given:
@@ -214,7 +216,7 @@ class VisualTokenPruner(HookContext):
         if pattern is None:
             kwargs["attention_mask"] = cut.padding_mask()
         else:
-            num_keys = self._num_keys(kwargs.get("past_key_values"), layer, num_queries, cut)
+            num_keys = self._num_keys(cache_of(kwargs), layer, num_queries, cut)
             form = (pattern, num_queries, num_keys, self._implementation, hidden_states.dtype)
             kwargs["attention_mask"] = cut.once(form, mask, partial(cut.mask, mask, *form))
         return (hidden_states,), kwargs
@@ -499,12 +501,6 @@ def _in_form(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _map_tensors(function: Any, value: Any) -> Any:
     """Applies a function to a tensor, or to each of several."""
     return function(value) if isinstance(value, Tensor) else type(value)(function(each) for each in value)
-
-
-def _needs_position_ids(attention: nn.Module) -> bool:
-    """Whether an attention module does something with position ids itself, beside handing them on."""
-    parameter = signature(attention.__class__.forward).parameters.get("position_ids")
-    return parameter is not None and parameter.default is Parameter.empty
 
 
 @cache

@@ -27,6 +27,7 @@ from transformers_sgl.architectures import (
 )
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.guidance import visual_tokens_of
+from transformers_sgl.transformers_interface import cache_of
 from transformers_sgl.vocabulary import Vocabularies
 
 from . import TINY, VOCAB_SIZE, Inputs, tiny_batch, tiny_model, tiny_samples
@@ -97,9 +98,7 @@ def check_is_guided(name: str, video: bool = False) -> None:
         with VisualTokenPruner(model, tokens.prompt_keep_mask(keep), prune_layer):
             output = model.generate(**batch, **_GREEDY, **_DETAILS)
         assert state(model) == before
-        _check_cache(
-            model, output.past_key_values, int(tokens.prompt_keep_mask(keep).sum(1).max()), batch, prune_layer
-        )
+        _check_cache(model, cache_of(output), int(tokens.prompt_keep_mask(keep).sum(1).max()), batch, prune_layer)
         for number, sample in enumerate(samples):
             own = visual_tokens_of(model.config, sample)
             own_keep = own.prompt_keep_mask(keep[number : number + 1, : own.num_visual_tokens])
@@ -231,7 +230,7 @@ def _masked(model: PreTrainedModel, sample: Inputs, keep: Tensor, prune_layer: i
 
     def hide(index: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            mask, cache = kwargs["attention_mask"], kwargs.get("past_key_values")
+            mask, cache = kwargs["attention_mask"], cache_of(kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             num_queries = hidden.shape[-2]
             past = 0 if cache is None else cache.get_seq_length(index)

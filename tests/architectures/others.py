@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -511,6 +512,46 @@ def _emu3_images(config: PreTrainedConfig, number: int, generator: Generator) ->
 
 
 register("emu3", TinyArchitecture(_emu3, _emu3_images))
+
+
+def _apertus1p5(num_layers: int) -> PreTrainedConfig:
+    codes = {"codebook_size": NUM_CODES, "embed_dim": 4, "latent_channels": 4, "base_channels": 32}
+    return config_of(
+        "apertus1p5",
+        vision_config={**codes, "channel_multiplier": [1, 1], "num_res_blocks": 1, "attn_resolutions": [1]},
+        audio_config={
+            "model_type": "wavtokenizer_encoder",
+            "num_filters": 4,
+            "upsampling_ratios": [2, 2],
+            "hidden_size": 16,
+            "num_lstm_layers": 1,
+            "codebook_size": NUM_CODES,
+            "codebook_dim": 16,
+        },
+        # The ids of codes lie behind those of text, and are never written.
+        text_config=decoder(
+            "apertus1p5_text",
+            num_layers,
+            vocab_size=VOCAB_SIZE + 2 * NUM_CODES,
+            output_vocab_size=VOCAB_SIZE,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        ),
+        image_token_offset=VOCAB_SIZE,
+        audio_token_offset=VOCAB_SIZE + NUM_CODES,
+        image_token_id=IMAGE,
+        audio_token_id=VIDEO,
+    )
+
+
+def _apertus1p5_images(config: PreTrainedConfig, number: int, generator: Generator) -> Images:
+    sizes = [one_of(((8, 8), (8, 4), (4, 6)), generator) for _ in range(number)]
+    rows = [[[*[IMAGE] * (width // 2), ROW] for _ in range(height // 2)] for height, width in sizes]
+    # What ends a row does not end the last one.
+    spans = [[START, *text(2, generator), BREAK, *[*chain(*each)][:-1], END] for each in rows]
+    return spans, {"pixel_values": pixels(number, generator, 8), "image_sizes": torch.tensor(sizes)}
+
+
+register("apertus1p5", TinyArchitecture(_apertus1p5, _apertus1p5_images))
 
 
 def _fuyu(num_layers: int) -> PreTrainedConfig:

@@ -25,6 +25,7 @@ from transformers_sgl.evaluation.benchmark import (
     published_importance,
 )
 from transformers_sgl.generation_config_sgl import PRESETS
+from transformers_sgl.transformers_interface import cache_of
 
 NUM_LAYERS = 8
 
@@ -157,7 +158,7 @@ class TestDecode:
         )
 
     def test_cache_of_a_single_pass(self, small):
-        cache = small(**question()).past_key_values
+        cache = cache_of(small(**question()))
         assert cache_bytes(cache) == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -12,9 +12,11 @@ from tiny_families import picture
 from tiny_processors import PROCESSORS, square
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from transformers_sgl import AttentionRecorder, VisualTokenPruner, VisualTokens, sgl_generate
+from transformers_sgl import AttentionRecorder, VisualTokenPruner, VisualTokens
+from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.evaluation.cost import measure_cost
 from transformers_sgl.evaluation.random_models import SHAPES, random_inputs, random_model
+from transformers_sgl.transformers_interface import cache_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -234,10 +236,10 @@ def test_a_small_one_guides_a_large_one(large: str, small: str) -> None:
     guided, guide = random_model(large, 64), random_model(small, 64, seed=1)
     inputs = random_inputs(guided, (200, 200), num_prompt_tokens=6)
     visual_tokens = find_visual_tokens(guided, inputs)
-    output = guided.generate(
+    output = generate_with_small_model(
+        guided,
+        guide,
         **inputs,
-        custom_generate=sgl_generate,
-        small_model=guide,
         retention_ratio=0.2,
         prune_layer=2,
         max_new_tokens=2,
@@ -264,17 +266,17 @@ def test_the_parts_alone() -> None:
     assert (recorder.importance > 0).all()
     keep = visual_tokens.prompt_keep_mask(recorder.importance > recorder.importance.median())
     with VisualTokenPruner(model, keep, prune_layer=2), torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
     assert [layer.get_seq_length() for layer in cache.layers] == 2 * [4 + 256 + 6] + 22 * [keep.sum()]
 
 
 def test_a_draft_is_verified_where_vocabularies_are_equal() -> None:
     guided, guide = random_model("internvl-8b", 64), random_model("internvl-2b", 64)
     inputs = random_inputs(guided, (448, 448), num_prompt_tokens=6, batch_size=2)
-    output = guided.generate(
+    output = generate_with_small_model(
+        guided,
+        guide,
         **inputs,
-        custom_generate=sgl_generate,
-        small_model=guide,
         retention_ratio=1.0,
         verify_draft=True,
         max_new_tokens=4,

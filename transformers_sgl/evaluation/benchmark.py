@@ -28,13 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from transformers_sgl.architectures import decoder, visual_token_ids
 from transformers_sgl.attention_recorder import AttentionRecorder
-from transformers_sgl.custom_generate import sgl_generate
+from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.early_exit import NEVER_EXIT
 from transformers_sgl.evaluation.cost import available_memory, measure_working_memory
@@ -42,6 +41,7 @@ from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, ta
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
 from transformers_sgl.importance_process import ImportanceProcessorList, RetentionRatioProcessor
+from transformers_sgl.transformers_interface import attention_name, cache_of
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 
 __all__ = [
@@ -97,9 +97,10 @@ class Pairing:
             `Tensor` or [`SGLGenerateOutput`]: As from a pair's `generate`.
         """
         # Random models have no tokenizers; one object for both says that a token means the same to either.
-        generate = partial(sgl_generate, tokenizer=_TOKENIZER, small_tokenizer=_TOKENIZER)
+        vocabulary = {"tokenizer": _TOKENIZER, "small_tokenizer": _TOKENIZER}
         own = {f"small_{name}": value for name, value in (self.small_inputs or {}).items()}
-        return self.large.generate(**self.inputs, **own, custom_generate=generate, small_model=self.small, **settings)
+        arguments: dict[str, Any] = {**self.inputs, **own, **vocabulary, **settings}
+        return generate_with_small_model(self.large, self.small, **arguments)
 
 
 _TOKENIZER = object()
@@ -305,7 +306,7 @@ def published_importance(
     tokens = visual_tokens_of(model.config, inputs)
     first = int(tokens.last_position.max()) + 1
     owner = model if whole else decoder(model)
-    before = owner.config._attn_implementation
+    before = attention_name(owner.config)
     owner.set_attn_implementation("eager")
     try:
         output = model.generate(**inputs, **settings, output_attentions=True, return_dict_in_generate=True)
@@ -372,10 +373,10 @@ def measure_prefill(
 
     flops: dict[str, dict[str, float]] = {}
     for name, pruned in presets.items():
-        counter = _CausalFlopCounter()
-        with pruned(), counter, _while_in_decoder(large, counter.total) as total:
+        counter = _flop_counter()
+        with pruned(), counter, _while_in_decoder(large, counter.get_total_flops) as total:
             large.generate(**inputs, max_new_tokens=1)
-        flops[name] = {"whole": counter.total(), "decoder": int(total[0])}
+        flops[name] = {"whole": counter.get_total_flops(), "decoder": int(total[0])}
 
     text = decoder(large)
     batch_size, length = inputs["input_ids"].shape
@@ -446,37 +447,28 @@ def _random_keep_mask(tokens: Any, retention_ratio: float, seed: int) -> Tensor:
     return ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(tokens, importance)
 
 
-class _CausalFlopCounter(TorchDispatchMode):
+def _causal_flop_count(place: int) -> Callable[..., int]:
+    """Counts the operations of an attention kernel; of a causal one the needed half, which is what kernels compute.
+
+    `place` is where the kernel's arguments say whether it is causal.
+    """
+
+    def count(query: Sequence[int], key: Sequence[int], value: Sequence[int], *more: Any, **named: Any) -> int:
+        is_causal = more[place - 3] if len(more) > place - 3 else named.get("is_causal", False)
+        unseen = query[2] * (query[2] - 1) // 2 if is_causal and query[2] == key[2] else 0
+        needless = 2 * query[0] * query[1] * unseen * (query[3] + value[3])
+        return int(sdpa_flop_count(query, key, value)) - needless
+
+    return count
+
+
+def _flop_counter() -> FlopCounterMode:
     """PyTorch's count of floating-point operations, with a causal attention's needed half instead of the whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counter = FlopCounterMode(display=False)
-        self._needless = 0
-
-    def total(self) -> int:
-        """All operations so far."""
-        return int(self._counter.get_total_flops()) - self._needless
-
-    def __enter__(self) -> _CausalFlopCounter:
-        super().__enter__()
-        self._counter.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._counter.__exit__(*exception)
-        super().__exit__(*exception)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if "scaled_dot_product" in str(function):
-            names = [argument.name for argument in function._schema.arguments]
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            if given.get("is_causal"):
-                query, key, value = (given[name].shape for name in ("query", "key", "value"))
-                unseen = query[2] * (query[2] - 1) // 2 if query[2] == key[2] else 0
-                self._needless += 2 * query[0] * query[1] * unseen * (query[3] + value[3])
-        return function(*args, **kwargs)
+    places = {"flash_attention": 4, "flash_attention_for_cpu": 4, "efficient_attention": 6, "cudnn_attention": 6}
+    kernels = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): place for name, place in places.items()}
+    return FlopCounterMode(
+        display=False, custom_mapping={kernel: _causal_flop_count(place) for kernel, place in kernels.items()}
+    )
 
 
 @contextmanager
@@ -505,7 +497,7 @@ def _sizes(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
         "batch_size": tokens.batch_size,
         "prompt_length": tokens.prompt_length,
         "num_layers": model.config.get_text_config(decoder=True).num_hidden_layers,
-        "attention": decoder(model).config._attn_implementation,
+        "attention": attention_name(decoder(model).config),
     }
 
 
@@ -544,7 +536,7 @@ def measure_decode(
         steps[name].append(float(np.median(np.diff(clock.times))))
         return output
 
-    held = {name: cache_bytes(run(name).past_key_values) for name in presets}
+    held = {name: cache_bytes(cache_of(run(name))) for name in presets}
     take_turns({name: partial(run, name) for name in presets}, rounds, device, warmup=0)  # they have just run
     timings = {name: Timing(tuple(samples[-rounds:])) for name, samples in steps.items()}
     settings = {
@@ -576,7 +568,7 @@ def cache_bytes(cache: Any) -> int:
     """How many bytes a cache's keys and values take.
 
     Args:
-        cache (`Cache`): From `past_key_values`; its layers may differ in length.
+        cache (`Cache`): What a model returned; its layers may differ in length.
 
     Returns:
         `int`: The bytes of all layers.

@@ -25,6 +25,7 @@ from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.evaluation.metrics import choice_accuracy, exact_match
 from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.transformers_interface import commit_of
 
 __all__ = ["Record", "run_facts", "run_samples"]
 
@@ -82,7 +83,7 @@ def run_facts(model: Any, source: str, data: str | os.PathLike[str], max_new_tok
     folder = Path(source)
     return {
         "model": str(folder.resolve()) if folder.is_dir() else source,
-        "weights": fingerprint(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
+        "weights": fingerprint(folder) if folder.is_dir() else commit_of(model.config),
         "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
         "max_new_tokens": max_new_tokens,
         "dtype": [str(part.dtype) for part in (model.large, model.small)],

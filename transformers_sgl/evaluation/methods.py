@@ -34,6 +34,7 @@ from transformers_sgl.importance_process import (
     MinimumPerImageProcessor,
     RetentionRatioProcessor,
 )
+from transformers_sgl.transformers_interface import count_image_tokens, tells_image_tokens
 from transformers_sgl.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.visual_tokens import VisualTokens
 
@@ -655,9 +656,9 @@ def _fitting_size(processor: Any, image_size: tuple[int, int], retention: float)
 
     def num_tokens(scale: float) -> int:
         sizes = [(max(1, round(height * scale)), max(1, round(width * scale)))]
-        return int(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"][0])
+        return count_image_tokens(processor, sizes)[0]
 
-    if not hasattr(processor, "_get_num_multimodal_tokens"):
+    if not tells_image_tokens(processor):
         raise ValueError(
             f"{type(processor).__name__} does not tell how many tokens images have: leave downsample out of --methods."
         )

@@ -32,7 +32,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLImageProcessor,
 )
-from transformers.initialization import no_init_weights
+
+from transformers_sgl.transformers_interface import uninitialized
 
 __all__ = ["SHAPES", "Shape", "TextShape", "VisionShape", "random_inputs", "random_model"]
 
@@ -229,7 +230,7 @@ def random_model(
     device = torch.device(device)
     shape = SHAPES[name].shrunk(shrink)
     config = _FAMILIES[shape.family].config(shape)
-    with device, no_init_weights():  # every weight is written once, in `_fill`, and not three times
+    with device, uninitialized():  # every weight is written once, in `_fill`, and not three times
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     model.tie_weights()
     _fill(model, device, seed)

@@ -1,0 +1,116 @@
+"""The cache of keys and values: its name, and what can be read and removed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from transformers_sgl.transformers_interface.lookup import changed, from_module
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache
+
+__all__ = [
+    "CACHE_NAMES",
+    "CacheUnderBothNames",
+    "cache_name",
+    "cache_of",
+    "can_be_cut_back",
+    "held_keys",
+    "next_token_output",
+    "with_installed_cache_name",
+]
+
+# The argument and the output field that hold the cache: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+@functools.cache
+def cache_name() -> str:
+    """The name that the installed version gives to the cache, in arguments and outputs.
+
+    Assumes that `generate`'s output has a field of that name, and models an argument. Without it, `generate` does not
+    understand a cache that is passed, and its output has none. Renamed in 5.24.
+    """
+    names = {field.name for field in fields(from_module("generation", "GenerateDecoderOnlyOutput"))}
+    for name in CACHE_NAMES:
+        if name in names:
+            return name
+    raise changed(f"cache in the output of `generate` under the names {' and '.join(CACHE_NAMES)}")
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among the keyword arguments of a model, a decoder, a layer or a decoding loop, whatever its name.
+
+    Assumes that it is passed by keyword, as a `Cache`. Without it, recorder and pruner take every decoding step for a
+    new prompt.
+    """
+    from transformers import Cache
+
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def with_installed_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` or `forward`, with the cache under the name that the installed version understands.
+
+    Assumes the names of `CACHE_NAMES`. Without it, code written for the other side of the renaming in 5.24 fails.
+
+    Raises:
+        ValueError: If a cache is passed under both names.
+    """
+    named = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
+    if len(named) > 1:
+        raise ValueError(
+            f"A cache is passed as {' and as '.join(f'`{name}`' for name in named)}, which are two names of one "
+            "argument: pass it under one of them."
+        )
+    rest = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    return {**rest, **{cache_name(): value for value in named.values()}}
+
+
+class CacheUnderBothNames:
+    """Mixin for an output whose cache can be read under both names, whichever the installed version uses.
+
+    Assumes that an output's fields are its attributes and keys. Without it, code written for the other side of the
+    renaming in 5.24 cannot read the cache.
+    """
+
+    def __getattr__(self, name: str) -> Any:  # asked for what is no attribute
+        if name in CACHE_NAMES and name != cache_name():
+            return getattr(self, cache_name())
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(cache_name() if key in CACHE_NAMES else key)  # type: ignore[misc]
+
+
+def next_token_output(logits: Tensor, cache: Cache) -> Any:
+    """What a model returns to a decoding loop: the next token's logits, `(batch, 1, vocab_size)`, and the cache.
+
+    Assumes that a loop reads no more than these two. Without it, a step that a draft has saved cannot be handed out.
+    """
+    return from_module("modeling_outputs", "CausalLMOutputWithPast")(logits=logits, **{cache_name(): cache})
+
+
+def can_be_cut_back(layer: Any, max_length: int) -> bool:
+    """Whether a cache's layer keeps everything that lies before the tokens to be removed, up to `max_length` tokens.
+
+    Assumes that only a `DynamicLayer` grows and shrinks freely; a sliding one until its window, `get_max_length()`, is
+    full. Without it, a draft could leave a wrong cache behind.
+    """
+    from transformers import DynamicLayer
+
+    return isinstance(layer, DynamicLayer) and (not layer.is_sliding or max_length < layer.get_max_length())
+
+
+def held_keys(cache: Cache | None, index: int) -> Tensor | None:
+    """The keys that a cache holds of a decoder layer.
+
+    Assumes `cache.layers[index].keys`, and that attention is handed this very tensor. Without it, generated tokens are
+    recorded at each step instead of once in the end, which is slower.
+    """
+    layers = getattr(cache, "layers", ())
+    return getattr(layers[index], "keys", None) if index < len(layers) else None

@@ -1,0 +1,137 @@
+"""Auto classes, commits, configurations, and the server, which finds models by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers_sgl.transformers_interface.lookup import from_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "AUTO_MARKER",
+    "AUTO_MODULES",
+    "auto_mappings",
+    "changed_settings",
+    "commit_of",
+    "loaded_prequantized",
+    "newest_commit",
+    "processor_name",
+    "server_class",
+    "server_model_tables",
+    "stock_fault",
+    "uninitialized",
+]
+
+# The modules that define the Auto classes. Assumes that each is imported when one of its Auto classes is first used.
+# Without it, a pair is registered too late.
+AUTO_MODULES = {kind: f"transformers.models.auto.{kind}_auto" for kind in ("configuration", "modeling", "processing")}
+# A keyword argument that `AutoProcessor` adds for itself. Without it, both processors of a pair would be handed one
+# that they do not know.
+AUTO_MARKER = "_from_auto"
+
+
+def auto_mappings(kind: str) -> list[Any]:
+    """The tables of the Auto classes in which a pair's class is entered, for `"modeling"` or `"processing"`.
+
+    Assumes their names and `register(config_class, class, exist_ok)`. The public `AutoModel.register` would import the
+    pair's classes at once. Without it, the Auto classes do not know pairs.
+    """
+    names = {
+        "modeling": ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING"),
+        "processing": ("PROCESSOR_MAPPING",),
+    }
+    return [from_module(f"models.auto.{kind}_auto", name) for name in names[kind]]
+
+
+def processor_name(model_type: str) -> str:
+    """The name of the processor class that a type of model uses; the type itself where none is known.
+
+    Assumes `PROCESSOR_MAPPING_NAMES`. Without it, models that share a processor count as two families.
+    """
+    name: str = from_module("models.auto.processing_auto", "PROCESSOR_MAPPING_NAMES").get(model_type, model_type)
+    return name
+
+
+def newest_commit(path: str, **where: Any) -> str | None:
+    """The commit of a Hub repository from which its `config.json` is read.
+
+    Assumes `cached_file` and `extract_commit_hash`. Without it, what is loaded is not pinned to one commit.
+    """
+    file = from_module("utils.hub", "cached_file")(path, "config.json", **where)
+    commit: str | None = from_module("utils.hub", "extract_commit_hash")(file, None)
+    return commit
+
+
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """The commit of the Hub repository that a configuration was loaded from.
+
+    Assumes `config._commit_hash`. Without it, an evaluation that goes on later cannot tell that a model has changed.
+    """
+    return getattr(config, "_commit_hash", None)
+
+
+def changed_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration file says of a model: what differs from the defaults, without the path it came from.
+
+    Assumes that the path is the entry `_name_or_path`. Without it, saved pairs name folders of the machine that wrote
+    them.
+    """
+    settings: dict[str, Any] = config.to_diff_dict()
+    settings.pop("_name_or_path", None)
+    return settings
+
+
+def loaded_prequantized(model: PreTrainedModel) -> bool:
+    """Whether a model's checkpoint was quantised already when it was loaded.
+
+    Assumes `model.hf_quantizer.pre_quantized`. Without it, such a model cannot be saved again.
+    """
+    return bool(getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False))
+
+
+def uninitialized() -> Any:
+    """A context in which models are built without random weights.
+
+    Assumes `initialization.no_init_weights`. Without it, random models of real shapes take three times as long.
+    """
+    return from_module("initialization", "no_init_weights")()
+
+
+# Types of models that one release of transformers cannot run by itself, and how it fails.
+_FAULTS = {("llama4", "5.24.0"): "`Llama4ForConditionalGeneration.forward` reads an `image_outputs` that is not there"}
+
+
+def stock_fault(model_type: str) -> str | None:
+    """Why the installed version cannot run a type of model, even without this package; `None` if it can.
+
+    Assumes that a fault is gone with the next release. Without it, users are told to look for the fault here.
+    """
+    import transformers
+
+    fault = _FAULTS.get((model_type, transformers.__version__))
+    return None if fault is None else f"transformers {transformers.__version__} cannot run them ({fault})"
+
+
+def server_class() -> Any:
+    """The class behind `transformers serve`.
+
+    Assumes that typer reads its arguments, that it calls `start_server()` with `--non-blocking`, and that
+    `server.config.app` is a FastAPI application. Without it, a pair cannot be served.
+
+    Raises:
+        OSError: If the packages that the server needs are missing.
+    """
+    if not from_module("utils.import_utils", "is_serve_available")():
+        raise OSError('The server needs packages that are missing: pip install "transformers_sgl[serve]".')
+    return from_module("cli.serve", "Serve")
+
+
+def server_model_tables() -> list[dict[str, str]]:
+    """The tables of names in which the server looks for a model's class, and for what it can see.
+
+    Assumes that it reads them when a model is loaded. Without it, the server does not find a pair's class.
+    """
+    names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+    return [from_module("models.auto.modeling_auto", name) for name in names]
