@@ -20,9 +20,8 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from transformers_sgl import SGLConfig
 from transformers_sgl.architectures import (
     ARCHITECTURES,
     UNSUPPORTED,
@@ -34,6 +33,7 @@ from transformers_sgl.architectures import (
     key_sources,
 )
 from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.transformers_interface import processor_name, server_model_tables
 from transformers_sgl.visual_token_boxes import LAYOUTS, PLACELESS
 
 # The processors of types that transformers itself names none for; their checkpoints do.
@@ -157,18 +157,16 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
             ]
         )
     columns = ["architecture", "guide", "guided", "images", "video", "across families", "transformers", "limits"]
-    num_types = len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    types = server_model_tables()[0].keys() - {SGLConfig.model_type}
     caption = (
-        f"{len(rows)} of the {num_types} types that answer to `AutoModelForImageTextToText`. "
+        f"{len(rows)} of the {len(types)} types that answer to `AutoModelForImageTextToText`. "
         "Tiny random models of each architecture's own configuration class. Guide: its importance equals the sum of "
         "its eager attentions; guided: pruned, it writes what it writes with the dropped tokens masked, in batches as "
         "alone, with drafts and early exits; across families: it is known which part of an image each of its tokens "
         "stands for; video: not every one that the processor takes was tried."
     )
     reasons = [
-        [f"`{model_type}`", UNSUPPORTED[model_type]]
-        for model_type in sorted(UNSUPPORTED)
-        if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        [f"`{model_type}`", UNSUPPORTED[model_type]] for model_type in sorted(UNSUPPORTED) if model_type in types
     ]
     return {
         "architectures": {"columns": columns, "rows": rows, "caption": caption},
@@ -187,8 +185,7 @@ def passes(found: dict[str, Any] | None) -> bool:
 
 def other_families(model_type: str) -> bool:
     """Whether the boxes of an architecture's visual tokens are known."""
-    names = PROCESSOR_MAPPING_NAMES.get(model_type) or PROCESSORS.get(model_type)
-    name = names if isinstance(names, str) or names is None else names[0]
+    name = PROCESSORS.get(model_type, processor_name(model_type))
     return name in LAYOUTS and name not in PLACELESS
 
 

@@ -10,17 +10,16 @@ import json
 import math
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
+    InternVLVideoProcessor,
     Qwen2Tokenizer,
 )
-from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
-from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 TILE, PATCH = 64, 8  # pixels
 TOKENS_PER_TILE = (TILE // PATCH) ** 2
@@ -69,10 +68,7 @@ def build_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
         The tokenizer, with InternVL's special tokens.
     """
     bpe = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         corpus, trainers.BpeTrainer(vocab_size=504, initial_alphabet=alphabet, show_progress=False)

@@ -56,7 +56,6 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLProcessor,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
@@ -252,7 +251,7 @@ def hinted_attention(
     """Stock scaled-dot-product attention, with hints where they are given."""
     if hints is not None and module.layer_idx == hints.layer:
         hints.look(query, key, attention_mask, scaling)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register("hinted", hinted_attention)

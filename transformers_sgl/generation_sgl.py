@@ -114,8 +114,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         logits (`tuple` of `Tensor`, *optional*): As above.
         attentions (`tuple`, *optional*): As above; pruned layers have smaller matrices.
         hidden_states (`tuple`, *optional*): As above; pruned layers have shorter states.
-        cache (`Cache`, *optional*): As above; pruned layers have shorter caches. Before transformers 5.24 the field is
-            `past_key_values`; either name can be read.
+        cache (`Cache`, *optional*): As above; pruned layers have shorter caches. The field has the name that the
+            installed transformers gives it; the name on the other side of the renaming in 5.24 can be read, too.
         sequences_scores (`Tensor`, *optional*): As above, with beams.
         beam_indices (`Tensor`, *optional*): As above, with beams.
     """

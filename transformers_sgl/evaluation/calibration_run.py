@@ -25,7 +25,7 @@ from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.evaluation.metrics import choice_accuracy, exact_match
 from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.transformers_interface import commit_of
+from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = ["Record", "run_facts", "run_samples"]
 
@@ -83,7 +83,7 @@ def run_facts(model: Any, source: str, data: str | os.PathLike[str], max_new_tok
     folder = Path(source)
     return {
         "model": str(folder.resolve()) if folder.is_dir() else source,
-        "weights": fingerprint(folder) if folder.is_dir() else commit_of(model.config),
+        "weights": fingerprint(folder) if folder.is_dir() else newest_commit(source),
         "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
         "max_new_tokens": max_new_tokens,
         "dtype": [str(part.dtype) for part in (model.large, model.small)],

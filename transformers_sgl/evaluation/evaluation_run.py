@@ -34,7 +34,7 @@ from transformers_sgl.evaluation.methods import SGP, Batch, Method, Pair, Settin
 from transformers_sgl.evaluation.metrics import metric
 from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines, write_atomically
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.transformers_interface import commit_of
+from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = [
     "Result",
@@ -298,7 +298,7 @@ def evaluation_facts(
     data = [[sample.image_id, sample.prompt, sample.answers] for sample in samples]
     return {
         "model": str(folder.resolve()) if folder.is_dir() else source,
-        "weights": fingerprint(folder) if folder.is_dir() else commit_of(model.config),
+        "weights": fingerprint(folder) if folder.is_dir() else newest_commit(source),
         "data_sha256": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
         "runs": [list(run.key) for run in runs],
         **options,

@@ -24,10 +24,12 @@ __all__ = [
     "set_attention_name",
 ]
 
-# The keyword arguments of decoder layers that hold one row per token, and along which dimension. Assumes that these
-# names, `hidden_states` and `attention_mask` are all that differ from token to token; what a single architecture adds
-# stands in the table of architectures. Without it, kept tokens lose their positions.
 PER_TOKEN_ARGUMENTS = {"position_embeddings": -2, "position_ids": -1}
+"""The keyword arguments of decoder layers that hold one row per token, and along which dimension.
+
+Assumes that layers are handed these, `hidden_states` and `attention_mask` for each token, and nothing else; what a
+single architecture adds stands in the table of architectures. Without it, kept tokens lose their positions.
+"""
 
 
 def attention_name(config: PreTrainedConfig) -> str:

@@ -24,8 +24,11 @@ __all__ = [
     "with_installed_cache_name",
 ]
 
-# The argument and the output field that hold the cache: since 5.24, and before.
 CACHE_NAMES = ("cache", "past_key_values")
+"""The argument and the output field that hold the cache, since 5.24 and before.
+
+Assumes that no version has a third name. Without it, `generate` fails on a cache that is passed.
+"""
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
 def with_installed_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `generate` or `forward`, with the cache under the name that the installed version understands.
 
-    Assumes the names of `CACHE_NAMES`. Without it, code written for the other side of the renaming in 5.24 fails.
+    Assumes what `cache_name` assumes. Without it, code written for the other side of the renaming in 5.24 fails.
 
     Raises:
         ValueError: If a cache is passed under both names.

@@ -23,12 +23,15 @@ __all__ = [
 
 
 def tells_image_tokens(processor: ProcessorMixin) -> bool:
-    """Whether a processor can tell how many visual tokens it makes of an image; see `count_image_tokens`."""
+    """Whether a processor can tell how many visual tokens it makes of an image.
+
+    Assumes what `count_image_tokens` assumes. Without it, processors that differ in size only are compared by places.
+    """
     return hasattr(processor, "_get_num_multimodal_tokens")
 
 
 def count_image_tokens(processor: ProcessorMixin, sizes_px: Sequence[Sequence[int]]) -> list[int]:
-    """How many visual tokens a processor makes of images, told by their heights and widths.
+    """How many tokens a processor puts into a prompt for images, told by their heights and widths.
 
     Assumes `_get_num_multimodal_tokens(image_sizes=...)`. Without it, an image cannot be scaled to a number of tokens.
     """

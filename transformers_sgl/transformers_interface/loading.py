@@ -14,7 +14,6 @@ __all__ = [
     "AUTO_MODULES",
     "auto_mappings",
     "changed_settings",
-    "commit_of",
     "loaded_prequantized",
     "newest_commit",
     "processor_name",
@@ -24,12 +23,17 @@ __all__ = [
     "uninitialized",
 ]
 
-# The modules that define the Auto classes. Assumes that each is imported when one of its Auto classes is first used.
-# Without it, a pair is registered too late.
 AUTO_MODULES = {kind: f"transformers.models.auto.{kind}_auto" for kind in ("configuration", "modeling", "processing")}
-# A keyword argument that `AutoProcessor` adds for itself. Without it, both processors of a pair would be handed one
-# that they do not know.
+"""The modules that define the Auto classes.
+
+Assumes that each is imported when one of its Auto classes is first used. Without it, a pair is registered too late.
+"""
+
 AUTO_MARKER = "_from_auto"
+"""A keyword argument that `AutoProcessor` adds for itself.
+
+Assumes its name. Without it, both processors of a pair would be handed an argument that they do not know.
+"""
 
 
 def auto_mappings(kind: str) -> list[Any]:
@@ -57,19 +61,12 @@ def processor_name(model_type: str) -> str:
 def newest_commit(path: str, **where: Any) -> str | None:
     """The commit of a Hub repository from which its `config.json` is read.
 
-    Assumes `cached_file` and `extract_commit_hash`. Without it, what is loaded is not pinned to one commit.
+    Assumes `cached_file` and `extract_commit_hash`. Without it, what is loaded is not pinned to one commit, and an
+    evaluation that goes on later cannot tell that a model has changed.
     """
     file = from_module("utils.hub", "cached_file")(path, "config.json", **where)
     commit: str | None = from_module("utils.hub", "extract_commit_hash")(file, None)
     return commit
-
-
-def commit_of(config: PreTrainedConfig) -> str | None:
-    """The commit of the Hub repository that a configuration was loaded from.
-
-    Assumes `config._commit_hash`. Without it, an evaluation that goes on later cannot tell that a model has changed.
-    """
-    return getattr(config, "_commit_hash", None)
 
 
 def changed_settings(config: PreTrainedConfig) -> dict[str, Any]:
@@ -99,7 +96,7 @@ def uninitialized() -> Any:
     return from_module("initialization", "no_init_weights")()
 
 
-# Types of models that one release of transformers cannot run by itself, and how it fails.
+# By type of model and version, how it fails.
 _FAULTS = {("llama4", "5.24.0"): "`Llama4ForConditionalGeneration.forward` reads an `image_outputs` that is not there"}
 
 
