@@ -1,7 +1,7 @@
 """Which versions of its main dependencies this package was tested with.
 
-Floor 0. The ranges stand once, in `setup.cfg`, and are read here from the installed package's metadata. Inside them
-every promise is tested. Outside them the package goes on, says so once when it is imported, and again in every error.
+Floor 0. Inside these ranges every promise is tested. Outside them the package goes on, says so once when it is
+imported, and again in every error.
 """
 
 from __future__ import annotations
@@ -13,42 +13,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-__all__ = ["name_versions", "names_versions", "tested_range", "untested", "warn_if_untested"]
+__all__ = ["TESTED", "name_versions", "names_versions", "untested", "warn_if_untested"]
 
-# The packages whose new releases have broken this one, or may.
-PACKAGES = ("transformers", "torch", "huggingface-hub")
-
-
-def tested_range(package: str) -> str | None:
-    """The versions that this package was tested with.
-
-    Args:
-        package (`str`): The name of a dependency, as in `setup.cfg`.
-
-    Returns:
-        `str`, *optional*: Such as `">=5.17,<5.25"`; `None` in a checkout that is not installed.
-    """
-    try:
-        requirements = metadata.requires("transformers_sgl") or []
-    except metadata.PackageNotFoundError:
-        return None
-    found = (re.fullmatch(r"([\w.-]+)\s*\(?([^;()]*)\)?", requirement) for requirement in requirements)
-    ranges = {match[1].replace("_", "-"): match[2].strip() for match in found if match}
-    bounds = sorted(ranges.get(package, "").split(","), key=lambda bound: not bound.startswith(">="))
-    return ",".join(bounds) or None
+# The packages whose new releases have broken this one, or may. The same ranges stand in `setup.cfg`.
+TESTED = {
+    "transformers": ">=5.17,<5.25",
+    "torch": ">=2.11,<2.16",
+    "huggingface-hub": ">=1.33,<2.5",
+}
 
 
 @functools.cache
 def untested() -> str:
     """One sentence that names every installed version outside the tested range; empty if all are inside."""
     outside = []
-    for package in PACKAGES:
-        bounds = tested_range(package)
+    for package, bounds in TESTED.items():
         try:
             installed = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-        if bounds is not None and not _is_inside(installed, bounds):
+        if not _is_inside(installed, bounds):
             outside.append(f"{package} {installed} (tested: {bounds})")
     if not outside:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from transformers_sgl.versions import tested_range
+from transformers_sgl.versions import TESTED
 
 __all__ = ["changed", "from_module"]
 
@@ -44,5 +44,5 @@ def changed(what: str) -> OSError:
 
     return OSError(
         f"transformers {transformers.__version__} has no {what}, on which transformers_sgl relies: install "
-        f"transformers{tested_range('transformers') or ''}."
+        f"transformers{TESTED['transformers']}."
     )
