@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from transformers_sgl.architectures import decoder, visual_token_ids
@@ -37,7 +36,7 @@ from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.custom_generate import sgl_generate
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.early_exit import NEVER_EXIT
-from transformers_sgl.evaluation.cost import available_memory, measure_working_memory
+from transformers_sgl.evaluation.cost import available_memory, flop_counter, measure_working_memory
 from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, take_turns
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
@@ -451,7 +450,7 @@ class _CausalFlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counter = FlopCounterMode(display=False)
+        self._counter = flop_counter()
         self._needless = 0
 
     def total(self) -> int:
