@@ -25,7 +25,7 @@ import torch
 
 from transformers_sgl.cli import main as transformers_sgl
 from transformers_sgl.evaluation.benchmark_report import make_tables
-from transformers_sgl.evaluation.benchmark_run import PARTS, find_parts
+from transformers_sgl.evaluation.benchmark_run import find_parts
 from transformers_sgl.evaluation.records import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def is_measured(run: str, part: str, folder: Path, more: Sequence[str]) -> bool:
     """Measures a part, beside those of its run that have been measured, and tells whether that went well."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parts = [name for name in PARTS if name == part or (folder / f"{name}.json").exists()]
+    parts = [name for name in find_parts(RUNS[run][0]) if name == part or (folder / f"{name}.json").exists()]
     options = [*PAIR, *OF_DEVICE[device], *RUNS[run][1], "--shrink", SHRINK[device][run], *more]  # the last wins
     gc.collect()  # the models of the part before
     try:
@@ -108,7 +108,7 @@ def write(work: Path, output: Path) -> None:
 def joined(parts: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The tables of all runs; one that two of them have gets the rows of both."""
     tables: dict[str, dict[str, Any]] = {}
-    for name, table in ((name, table) for part in parts for name, table in part.items()):
+    for name, table in ((name, table) for part in parts for name, table in part.items() if table["rows"]):
         if name not in tables:
             tables[name] = table
             continue

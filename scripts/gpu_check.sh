@@ -120,7 +120,7 @@ part() {
 : >"$OUT/tests.txt"
 if [[ -n $tests ]]; then
     # shellcheck disable=SC2086 # several files
-    part tests 20 150 tests.txt "$PYTHON" -m pytest -m gpu -v -rs --continue-on-collection-errors \
+    part tests 5 150 tests.txt "$PYTHON" -m pytest -m gpu -v -rs --continue-on-collection-errors \
         -p no:cacheprovider $tests || failed=1
     tail -n 1 "$OUT/tests.txt" | tee -a "$OUT/summary.txt"
 fi
