@@ -312,7 +312,8 @@ def test_the_readme_s_json_has_the_same_tables(tiny, whole, folder, tmp_path):
     tiny.clear()
     for name in script.RUNS:
         shutil.copytree(whole.folder, work / name)  # nothing is left to measure
-        (work / name / "benchmark.png").unlink()
+        for path in (work / name).glob("benchmark.*"):  # which hold the other runs' parts, too
+            path.unlink()
     script.main(["--work", str(work), "--output", str(output), *OPTIONS])
     record = json.loads(output.read_text())
     assert list(record["runs"]) == ["guidance", "large", "tokens", "answers"]
@@ -330,3 +331,36 @@ def test_the_readme_s_json_has_the_same_tables(tiny, whole, folder, tmp_path):
 
     with pytest.raises(SystemExit, match="Nothing was written"):
         script.main(["--work", str(folder), "--output", str(output), "--rounds", "0"])
+
+
+def test_the_readme_s_json_is_written_after_every_part_and_a_failing_one_stops_nothing(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    import benchmark as script
+
+    def fail(_: Any) -> Any:
+        seen.append(list(json.loads(output.read_text())["tables"]))
+        raise AssertionError("this kernel cannot be counted")
+
+    seen: list[list[str]] = []
+    output, work = tmp_path / "speed.json", tmp_path / "work"
+    more = [*OPTIONS, "--work", str(work), "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setitem(PARTS, "prefill", fail)
+        with pytest.raises(SystemExit, match=r"Not measured: prefill\."):
+            script.main([*more, "--parts", "end-to-end,prefill,decode"])
+    assert seen == [["speed-end-to-end", "speed-exits"]]
+    assert "this kernel cannot be counted" in capsys.readouterr().err
+    assert list(json.loads(output.read_text())["runs"]["large"]["parts"]) == ["decode", "end-to-end"]
+    assert "speed-decode" in json.loads(output.read_text())["tables"]
+
+    script.main([*more, "--parts", "prefill,guidance"])  # another process adds to what is there
+    assert capsys.readouterr().err.count("measuring") == 2
+    runs = json.loads(output.read_text())["runs"]
+    assert {name: list(run["parts"]) for name, run in runs.items()} == {
+        "guidance": ["guidance"],
+        "large": ["prefill", "decode", "end-to-end"],
+    }
+    (tmp_path / "work" / "guidance" / "benchmark.json").write_text(json.dumps({**runs["guidance"], "machine": "old"}))
+    with pytest.raises(SystemExit, match="figures of several machines"):
+        script.main([*more, "--parts", "decode"])

@@ -13,7 +13,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl.evaluation import Scenes
 from transformers_sgl.evaluation import cost as cost_module
-from transformers_sgl.evaluation.cost import Cost, available_memory, measure_cost, measure_working_memory
+from transformers_sgl.evaluation.cost import (
+    Cost,
+    available_memory,
+    flop_counter,
+    measure_cost,
+    measure_working_memory,
+)
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.evaluation_run import measure_costs, plan
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Large, Pair, Setting
@@ -68,6 +74,16 @@ def test_a_prefill_by_hand(pair: Pair, num_tiles: int) -> None:
     assert found - (num_tiles * per_tile + decoder + 2 * 128 * 461) in (0, 2 * 16 * length)
 
 
+@pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
+def test_attention_of_a_gpu_whose_heads_share_keys(kernel: str) -> None:
+    shapes = [(2, 6, 10, 16), (2, 3, 30, 16), (2, 3, 30, 16)]
+    more = {"efficient_attention": [None, False], "cudnn_attention": [None, False]}.get(kernel, [])
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    with flop_counter() as counter:
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")(*tensors, *more)
+    assert counter.get_total_flops() == 2 * 6 * 2 * 10 * 30 * (16 + 16)
+
+
 def test_what_is_pruned_is_not_computed(pair: Pair) -> None:
     batch = as_batch(scenes(2))
     found = {name: flops(pair, name, batch) for name in ("large", "random", "divprune", "oracle", "fastv", "small")}
@@ -101,7 +117,7 @@ def test_both_models_count(pair: Pair) -> None:
         hooks = [(part.register_forward_pre_hook(begin), part.register_forward_hook(end)) for part in modules]
         return [hook.remove for both in hooks for hook in both]
 
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         removals = [*watch("large", counter), *watch("small", counter)]
         try:
             SGP().answer(pair, batch, THIRD)

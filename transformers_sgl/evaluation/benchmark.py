@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from transformers_sgl.architectures import decoder, visual_token_ids
@@ -36,7 +35,7 @@ from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.draft_verification import DraftVerifier
 from transformers_sgl.early_exit import NEVER_EXIT
-from transformers_sgl.evaluation.cost import available_memory, measure_working_memory
+from transformers_sgl.evaluation.cost import available_memory, flop_counter, measure_working_memory
 from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, take_turns
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
@@ -373,7 +372,7 @@ def measure_prefill(
 
     flops: dict[str, dict[str, float]] = {}
     for name, pruned in presets.items():
-        counter = _flop_counter()
+        counter = flop_counter(halves_causal=True)
         with pruned(), counter, _while_in_decoder(large, counter.get_total_flops) as total:
             large.generate(**inputs, max_new_tokens=1)
         flops[name] = {"whole": counter.get_total_flops(), "decoder": int(total[0])}
@@ -445,30 +444,6 @@ def _random_keep_mask(tokens: Any, retention_ratio: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(tokens.valid.shape, generator=generator).to(tokens.valid.device)
     return ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(tokens, importance)
-
-
-def _causal_flop_count(place: int) -> Callable[..., int]:
-    """Counts the operations of an attention kernel; of a causal one the needed half, which is what kernels compute.
-
-    `place` is where the kernel's arguments say whether it is causal.
-    """
-
-    def count(query: Sequence[int], key: Sequence[int], value: Sequence[int], *more: Any, **named: Any) -> int:
-        is_causal = more[place - 3] if len(more) > place - 3 else named.get("is_causal", False)
-        unseen = query[2] * (query[2] - 1) // 2 if is_causal and query[2] == key[2] else 0
-        needless = 2 * query[0] * query[1] * unseen * (query[3] + value[3])
-        return int(sdpa_flop_count(query, key, value)) - needless
-
-    return count
-
-
-def _flop_counter() -> FlopCounterMode:
-    """PyTorch's count of floating-point operations, with a causal attention's needed half instead of the whole."""
-    places = {"flash_attention": 4, "flash_attention_for_cpu": 4, "efficient_attention": 6, "cudnn_attention": 6}
-    kernels = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): place for name, place in places.items()}
-    return FlopCounterMode(
-        display=False, custom_mapping={kernel: _causal_flop_count(place) for kernel, place in kernels.items()}
-    )
 
 
 @contextmanager

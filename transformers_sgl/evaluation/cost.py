@@ -3,7 +3,8 @@
 Floating-point operations are counted by PyTorch's own counter while the method runs, so everything is in the count:
 both models and their vision encoders, recorded attention, the consistency pass, drafts that were rejected, padding.
 Its formula is `2 * m * k * n` for the product of an `(m, k)` and a `(k, n)` matrix, for convolutions likewise, and
-`2 * queries * keys * (key width + value width)` for each head of an attention, masked or not.
+`2 * queries * keys * (key width + value width)` for each head of an attention, masked or not. The last we tell it for
+all of PyTorch's attention kernels: until 2.14 it leaves out the CPU's, and 2.11 refuses heads that share their keys.
 
 Peak memory holds the weights of both models, whichever runs: on CUDA devices what PyTorch allocated, elsewhere (Linux)
 the process's resident memory.
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "available_memory", "measure_cost", "measure_working_memory"]
+__all__ = ["Cost", "available_memory", "flop_counter", "measure_cost", "measure_working_memory"]
 
 _CLEAR_PEAK = "5"  # what makes Linux forget a process's peak memory; see proc_pid_clear_refs(5)
+
+# The attention kernels, and which of their arguments, counted from query, key and value on, says whether it is causal.
+_ATTENTION_KERNELS = {
+    "flash_attention": 1,
+    "flash_attention_for_cpu": 1,
+    "efficient_attention": 3,
+    "cudnn_attention": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,54 @@ def measure_cost(answer: Callable[[], Any], device: torch.device | str = "cpu") 
 
         ```
     """
-    with _peak_memory(torch.device(device)) as peak, FlopCounterMode(display=False) as counter:
+    with _peak_memory(torch.device(device)) as peak, flop_counter() as counter:
         answer()
     return Cost(counter.get_total_flops(), peak[0] if peak else None)
+
+
+def flop_counter(halves_causal: bool = False) -> FlopCounterMode:
+    """PyTorch's counter, which counts every attention kernel alike.
+
+    Args:
+        halves_causal (`bool`, defaults to `False`): Whether only the half of a causal attention counts that is needed,
+            which is what kernels compute.
+
+    Returns:
+        `FlopCounterMode`: A context; `get_total_flops()` tells the count.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from torch.nn.functional import scaled_dot_product_attention
+        >>> from transformers_sgl.evaluation.cost import flop_counter
+
+        >>> query, key = torch.ones(1, 4, 10, 8), torch.ones(1, 2, 10, 8)
+        >>> with flop_counter() as counter:
+        ...     _ = scaled_dot_product_attention(query, key, key, enable_gqa=True)
+        >>> counter.get_total_flops() == 4 * 2 * 10 * 10 * (8 + 8)
+        True
+
+        ```
+    """
+    kernels = {
+        getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): partial(
+            _attention_flops, is_causal_at=place if halves_causal else None
+        )
+        for name, place in _ATTENTION_KERNELS.items()
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *more: Any, is_causal_at: int | None, **named: Any
+) -> int:
+    """Those of an attention, of which the counter tells the shapes `(batch, heads, length, width)`."""
+    batch_size, num_heads, num_queries, width = query
+    pairs = num_queries * key[2]
+    if is_causal_at is not None and num_queries == key[2]:
+        is_causal = more[is_causal_at] if len(more) > is_causal_at else named.get("is_causal", False)
+        pairs -= num_queries * (num_queries - 1) // 2 if is_causal else 0
+    return int(2 * batch_size * num_heads * pairs * (width + value[3]))
 
 
 def measure_working_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
