@@ -45,7 +45,7 @@ def lacks(requirement):
         found = version(name)
     except PackageNotFoundError:
         return True
-    least = requirement.partition(">=")[2]
+    least = requirement.partition(">=")[2].partition(",")[0]
     numbers = [[int(number) for number in text.split(".")[:2] if number.isdecimal()] for text in (found, least)]
     return bool(least) and numbers[0] < numbers[1]
 

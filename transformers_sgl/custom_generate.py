@@ -52,7 +52,8 @@ def generate_with_small_model(
 
     Example:
         ```python
-        >>>         >>> from transformers import AutoModelForImageTextToText
+        >>> import torch
+        >>> from transformers import AutoModelForImageTextToText
         >>> from transformers_sgl.custom_generate import generate_with_small_model
         >>> from transformers_sgl.hub import embedded_pair
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hub_stub import HubStub
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -278,8 +279,13 @@ def test_facts_tell_apart_what_the_records_depend_on(tmp_path: Path) -> None:
     first = facts()
     assert facts(early_exit_threshold=0.5) == first  # a second calibration is not another run
     assert facts(str(tmp_path / "pair" / "large" / "..")) == first
+    with HubStub() as hub:
+        hub.add_repo("org/pair", {"config.json": b"{}"})
+        with hub.connected(tmp_path / "cache"):
+            of_hub = facts("org/pair")
+        assert of_hub["weights"] == hub.repos["org/pair"].branches["main"]
     for changed, name in (
-        (facts("org/pair"), "model"),
+        (of_hub, "model"),
         (facts(limit=9), "max_new_tokens"),
         (facts(content="y"), "data_sha256"),
         (facts(tensors=b"y"), "weights"),
