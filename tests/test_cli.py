@@ -47,6 +47,21 @@ class TestRun:
         assert "of 320 visual tokens from layer" in lines["kept"]
         assert all(f"{part} " in lines["timings"] for part in ("guidance", "large", "total"))
 
+    def test_nothing_is_said_beside_the_answer(self, example, tmp_path):
+        """No deprecation of a dependency, and none that transformers would print once for a process."""
+        command = [
+            sys.executable,
+            "-m",
+            "transformers_sgl",
+            "run",
+            example,
+            QUESTION,
+            "--show",
+            str(tmp_path / "o.png"),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stderr == ""
+
     def test_json_says_the_same_for_a_program(self, capsys, example):
         code, out, _ = run(capsys, example, QUESTION, "--json", "--retention", "0.25", "--prune-layer", "1")
         report = json.loads(out)
