@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.utils import logging
 
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
-from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE
+from transformers_sgl.storage.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE
 
 DEFAULT_PRESET = "balanced"
 METHOD = "https://arxiv.org/abs/2412.03324"

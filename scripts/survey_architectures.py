@@ -33,8 +33,8 @@ from transformers_sgl.architectures import (
     key_sources,
 )
 from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.tokens.layouts import LAYOUTS, PLACELESS
 from transformers_sgl.transformers_interface import processor_name, server_model_tables
-from transformers_sgl.visual_token_boxes import LAYOUTS, PLACELESS
 
 # The processors of types that transformers itself names none for; their checkpoints do.
 PROCESSORS = {

@@ -461,7 +461,7 @@ def test_a_text_only_prompt_never_exits(pair: SGLForConditionalGeneration, monke
 
 def test_the_pair_needs_no_tokenizer_for_models_of_one_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers are found where the models came from, and asked for once."""
-    from transformers_sgl import vocabulary
+    from transformers_sgl.tokens import vocabulary
 
     pair, calls = tiny_pair(), []
     pair.save_pretrained(tmp_path)

@@ -26,8 +26,8 @@ FIRST_IMPORTS = [
     "import transformers_sgl; import transformers.pipelines.base",
     "import transformers_sgl; import transformers.quantizers",
     "import transformers_sgl.configuration_sgl",
-    "import transformers_sgl.importance_transfer",
-    "import transformers_sgl.vocabulary",
+    "import transformers_sgl.tokens.importance_transfer",
+    "import transformers_sgl.tokens.vocabulary",
     "from transformers import AutoConfig; import transformers_sgl",
     "from transformers import AutoModel, AutoProcessor; import transformers_sgl",
 ]
@@ -105,13 +105,13 @@ def test_whichever_import_comes_first_the_auto_classes_know_the_pair() -> None:
 def test_a_registration_that_fails_says_so() -> None:
     code = """
 import sys, traceback, transformers_sgl
-sys.modules["transformers_sgl.checkpoints"] = None
+sys.modules["transformers_sgl.storage.checkpoints"] = None
 try:
     from transformers import AutoConfig
 except ImportError:
     print(traceback.format_exc())
 """
-    assert "import of transformers_sgl.checkpoints halted" in run(code)
+    assert "import of transformers_sgl.storage.checkpoints halted" in run(code)
 
 
 def test_public_names() -> None:

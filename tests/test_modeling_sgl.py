@@ -19,7 +19,7 @@ from transformers import (
 
 import transformers_sgl
 from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLGenerationConfig
-from transformers_sgl.saving import staged
+from transformers_sgl.storage.saving import staged
 
 pytestmark = pytest.mark.mechanics
 

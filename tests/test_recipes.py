@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLProcessor
-from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_CODE
+from transformers_sgl.storage.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_CODE
 
 pytestmark = pytest.mark.mechanics  # what loads where is also a matter of transformers' version
 
@@ -365,7 +365,7 @@ def test_processors_that_cut_images_differently_are_paired_where_it_is_known_how
     ]
     for load in ways:
         assert load().importance_transfer == "resampling"
-    monkeypatch.setattr("transformers_sgl.visual_token_boxes.LAYOUTS", {})
+    monkeypatch.setattr("transformers_sgl.tokens.boxes.LAYOUTS", {})
     for load in ways:
         with pytest.raises(ValueError, match=r"The large model's processor does not fit the other one, .* InternVL"):
             load()

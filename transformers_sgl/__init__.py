@@ -13,22 +13,22 @@ from transformers_sgl.registration import register_when_imported
 from transformers_sgl.versions import warn_if_untested
 
 if TYPE_CHECKING:
-    from transformers_sgl.attention_recorder import AttentionRecorder
     from transformers_sgl.configuration_sgl import SGLConfig
-    from transformers_sgl.draft_verification import DraftVerifier
     from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
     from transformers_sgl.generation_sgl import SGLGenerateOutput
-    from transformers_sgl.importance_process import (
+    from transformers_sgl.hooks.attention_recorder import AttentionRecorder
+    from transformers_sgl.hooks.draft_verifier import DraftVerifier
+    from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
+    from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
+    from transformers_sgl.processing_sgl import SGLProcessor
+    from transformers_sgl.tokens.importance_process import (
         AttentionMassProcessor,
         ImportanceProcessor,
         ImportanceProcessorList,
         MinimumPerImageProcessor,
         RetentionRatioProcessor,
     )
-    from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
-    from transformers_sgl.processing_sgl import SGLProcessor
-    from transformers_sgl.visual_token_pruner import VisualTokenPruner
-    from transformers_sgl.visual_tokens import VisualTokens
+    from transformers_sgl.tokens.visual_tokens import VisualTokens
 
 __all__ = [
     "PRESETS",
@@ -53,20 +53,20 @@ __version__ = "0.1.0"
 # Which file defines a public name: what the imports above say to type checkers, said to Python.
 _DEFINED_IN = {
     "PRESETS": "generation_config_sgl",
-    "AttentionMassProcessor": "importance_process",
-    "AttentionRecorder": "attention_recorder",
-    "DraftVerifier": "draft_verification",
-    "ImportanceProcessor": "importance_process",
-    "ImportanceProcessorList": "importance_process",
-    "MinimumPerImageProcessor": "importance_process",
-    "RetentionRatioProcessor": "importance_process",
+    "AttentionMassProcessor": "tokens.importance_process",
+    "AttentionRecorder": "hooks.attention_recorder",
+    "DraftVerifier": "hooks.draft_verifier",
+    "ImportanceProcessor": "tokens.importance_process",
+    "ImportanceProcessorList": "tokens.importance_process",
+    "MinimumPerImageProcessor": "tokens.importance_process",
+    "RetentionRatioProcessor": "tokens.importance_process",
     "SGLConfig": "configuration_sgl",
     "SGLForConditionalGeneration": "modeling_sgl",
     "SGLGenerateOutput": "generation_sgl",
     "SGLGenerationConfig": "generation_config_sgl",
     "SGLProcessor": "processing_sgl",
-    "VisualTokenPruner": "visual_token_pruner",
-    "VisualTokens": "visual_tokens",
+    "VisualTokenPruner": "hooks.visual_token_pruner",
+    "VisualTokens": "tokens.visual_tokens",
 }
 
 

@@ -1,6 +1,6 @@
 """What this package must know about a transformers architecture.
 
-Floor 0: where a model keeps its decoder layers, which ids stand for visual tokens, and what is peculiar about it. An
+Where a model keeps its decoder layers, which ids stand for visual tokens, and what is peculiar about it. An
 architecture is an entry in a table; nothing outside this file asks for a model's type.
 """
 

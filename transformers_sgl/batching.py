@@ -1,6 +1,6 @@
 """A batch's samples: padded on the left, picked out, and put together again.
 
-Floor 0: pure tensors. Samples that exit early leave the batch before the large model runs; whoever called `generate`,
+Pure tensors. Samples that exit early leave the batch before the large model runs; whoever called `generate`,
 and whoever listens to its stream, gets the whole batch all the same.
 """
 

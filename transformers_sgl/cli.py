@@ -295,7 +295,7 @@ def _as_text(report: dict[str, Any]) -> str:
 def _overlay(image: Image, processor: Any, output: Any) -> Image:
     import torch
 
-    from transformers_sgl.visualization import importance_overlay, token_boxes
+    from transformers_sgl.explanation.panels import importance_overlay, token_boxes
 
     if output.importance is None:
         raise ValueError("There is no overlay: with these settings nothing is pruned, so nothing was ranked.")
@@ -350,8 +350,8 @@ def _visualize(arguments: argparse.Namespace) -> None:
     model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
 
     # 2. Both models answer and are watched; then everything is written.
-    from transformers_sgl.explanation import explain
-    from transformers_sgl.explanation_page import save_pages
+    from transformers_sgl.explanation.explain import explain
+    from transformers_sgl.explanation.page import save_pages
 
     explanation = explain(
         model,

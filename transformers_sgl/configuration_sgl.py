@@ -1,6 +1,6 @@
 """The configuration of a pair: one large and one small vision-language model.
 
-Floor 0: knows what a pair consists of, and nothing about how it runs.
+Knows what a pair consists of, and nothing about how it runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from transformers_sgl.checkpoints import PARTS, check_recipe
+from transformers_sgl.storage.checkpoints import PARTS, check_recipe
 from transformers_sgl.transformers_interface import changed_settings
 
 __all__ = ["PARTS", "SGLConfig"]

@@ -1,6 +1,6 @@
 """Guided generation for a stock large model: `large.generate(custom_generate="me/sgl-generate", small_model=small)`.
 
-Floor 4, beside the model class, which it does without. A repository's `custom_generate/generate.py` calls
+A repository's `custom_generate/generate.py` calls
 [`generate_with_small_model`], which transformers hands the call as it was made.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
-from transformers_sgl.importance_process import ImportanceProcessor
-from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
+from transformers_sgl.tokens.importance_process import ImportanceProcessor
+from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["generate_with_small_model"]
 

@@ -1,6 +1,6 @@
 """The settings of guided generation, as an extension of transformers' `GenerationConfig`.
 
-Floor 0: knows what can be set and what is legal. The paper's three settings are here as presets.
+Knows what can be set and what is legal. The paper's three settings are here as presets.
 """
 
 from __future__ import annotations

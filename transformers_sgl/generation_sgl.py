@@ -1,6 +1,6 @@
 """The story of one `generate` call.
 
-Floor 3. Read [`generate`] from top to bottom: it is the method. Each step is one call into the file that knows it.
+Read [`generate`] from top to bottom: it is the method. Each step is one call into the file that knows it.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ from transformers_sgl.batching import (
     row_owners,
     select_samples,
 )
-from transformers_sgl.draft_verification import DraftVerifier
-from transformers_sgl.early_exit import exits_early
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
 from transformers_sgl.guidance import Guidance, guide, visual_tokens_of
-from transformers_sgl.importance_process import (
+from transformers_sgl.hooks.draft_verifier import DraftVerifier
+from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
+from transformers_sgl.tokens.early_exit import exits_early
+from transformers_sgl.tokens.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
     MinimumPerImageProcessor,
     RetentionRatioProcessor,
 )
-from transformers_sgl.importance_transfer import ImportanceTransfer, split_boxes
+from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
+from transformers_sgl.tokens.visual_tokens import VisualTokens
+from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import (
     CACHE_NAMES,
     CacheUnderBothNames,
@@ -53,9 +56,6 @@ from transformers_sgl.transformers_interface import (
     with_installed_cache_name,
 )
 from transformers_sgl.versions import names_versions
-from transformers_sgl.visual_token_pruner import VisualTokenPruner
-from transformers_sgl.visual_tokens import VisualTokens
-from transformers_sgl.vocabulary import Vocabularies
 
 __all__ = ["SGLGenerateOutput", "generate", "read_arguments"]
 

@@ -1,6 +1,6 @@
 """Running the small model: its answer is the draft, its attention the importance of the visual tokens.
 
-Floor 2. One `generate` call of the small model gives the draft, the importance and the confidence. The consistency
+One `generate` call of the small model gives the draft, the importance and the confidence. The consistency
 costs one more pass of the model, which reads the prompt a second time with most visual tokens dropped; what the vision
 encoder saw is remembered, so it does not run again.
 """
@@ -24,16 +24,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from transformers_sgl import early_exit
 from transformers_sgl.architectures import attention_modules, check_supported, visual_token_ids
-from transformers_sgl.attention_recorder import AttentionRecorder
 from transformers_sgl.batching import append_tokens
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.hook_context import HookContext
-from transformers_sgl.importance_process import ImportanceProcessorList, RetentionRatioProcessor
+from transformers_sgl.hooks.attention_recorder import AttentionRecorder
+from transformers_sgl.hooks.context import HookContext
+from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
+from transformers_sgl.tokens import early_exit
+from transformers_sgl.tokens.importance_process import ImportanceProcessorList, RetentionRatioProcessor
+from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import cache_name, extended_inputs
-from transformers_sgl.visual_token_pruner import VisualTokenPruner
-from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = ["Guidance", "guide", "guiding_layers", "visual_tokens_of"]
 

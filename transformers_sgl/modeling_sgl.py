@@ -1,6 +1,6 @@
 """The pair as one transformers model: load, save, delegate.
 
-Floor 4. How guided generation runs is told in `generation_sgl`; here it only gets its door.
+How guided generation runs is told in `generation_sgl`; here it only gets its door.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from transformers_sgl.architectures import check_supported
-from transformers_sgl.checkpoints import (
+from transformers_sgl.configuration_sgl import SGLConfig
+from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.storage.checkpoints import (
     HUB_KWARGS,
     PARTS,
     Checkpoint,
@@ -40,19 +43,16 @@ from transformers_sgl.checkpoints import (
     read_config,
     split_kwargs,
 )
-from transformers_sgl.configuration_sgl import SGLConfig
-from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
-from transformers_sgl.importance_process import ImportanceProcessor, ImportanceProcessorList
-from transformers_sgl.importance_transfer import BOX_INPUTS, importance_transfer
-from transformers_sgl.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.storage.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
+from transformers_sgl.tokens.importance_transfer import BOX_INPUTS, importance_transfer
+from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers
 from transformers_sgl.transformers_interface import (
     AnyAttention,
     attention_name,
     loaded_prequantized,
     with_installed_cache_name,
 )
-from transformers_sgl.vocabulary import Vocabularies, load_tokenizers
 
 __all__ = ["SGLForConditionalGeneration"]
 

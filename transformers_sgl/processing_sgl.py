@@ -1,7 +1,4 @@
-"""The pair's processor: one call prepares the inputs of both models.
-
-Floor 4.
-"""
+"""The pair's processor: one call prepares the inputs of both models."""
 
 from __future__ import annotations
 
@@ -18,7 +15,8 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
 from transformers.utils import logging
 
-from transformers_sgl.checkpoints import (
+from transformers_sgl.configuration_sgl import SGLConfig
+from transformers_sgl.storage.checkpoints import (
     HUB_KWARGS,
     PARTS,
     Checkpoint,
@@ -30,10 +28,10 @@ from transformers_sgl.checkpoints import (
     read_config,
     split_kwargs,
 )
-from transformers_sgl.configuration_sgl import SGLConfig
-from transformers_sgl.importance_resampling import pad_boxes
-from transformers_sgl.importance_transfer import BOX_INPUTS
-from transformers_sgl.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.storage.saving import PROCESSOR_AUTO_MAP, staged, write_remote_code
+from transformers_sgl.tokens.boxes import has_boxes, visual_token_boxes
+from transformers_sgl.tokens.importance_resampling import pad_boxes
+from transformers_sgl.tokens.importance_transfer import BOX_INPUTS
 from transformers_sgl.transformers_interface import (
     AUTO_MARKER,
     count_image_tokens,
@@ -42,7 +40,6 @@ from transformers_sgl.transformers_interface import (
     load_image,
     tells_image_tokens,
 )
-from transformers_sgl.visual_token_boxes import has_boxes, visual_token_boxes
 
 __all__ = ["SGLProcessor"]
 

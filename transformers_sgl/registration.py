@@ -1,6 +1,6 @@
 """Tells transformers' Auto classes of the model type "sgl", at no cost to whoever does not use them.
 
-Floor 0: names the files that define a pair's classes, and imports none of them by itself.
+Names the files that define a pair's classes, and imports none of them by itself.
 
 transformers imports its Auto classes where they are first used. Each is told right after that, or at once if it has
 been imported already, so the order of imports does not matter. Importing the model's class there, in the middle of

@@ -1,6 +1,6 @@
 """A pair behind transformers' own OpenAI-compatible server.
 
-Floor 5. The server is `transformers serve`, with its options and endpoints. Here it learns two things: what a pair is,
+The server is `transformers serve`, with its options and endpoints. Here it learns two things: what a pair is,
 and to answer a request that cannot be carried out with a sentence instead of an internal error.
 """
 

@@ -1,6 +1,6 @@
 """Which versions of its main dependencies this package was tested with.
 
-Floor 0. Inside these ranges every promise is tested. Outside them the package goes on, says so once when it is
+Inside these ranges every promise is tested. Outside them the package goes on, says so once when it is
 imported, and again in every error.
 """
 

@@ -27,8 +27,8 @@ from transformers_sgl.architectures import (
 )
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.guidance import visual_tokens_of
+from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
-from transformers_sgl.vocabulary import Vocabularies
 
 from . import TINY, VOCAB_SIZE, Inputs, tiny_batch, tiny_model, tiny_samples
 

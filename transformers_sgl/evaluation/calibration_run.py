@@ -19,12 +19,12 @@ from typing import Any
 from tqdm import tqdm
 
 from transformers_sgl import __version__
-from transformers_sgl.early_exit import NEVER_EXIT
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.evaluation.metrics import choice_accuracy, exact_match
 from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = ["Record", "run_facts", "run_samples"]

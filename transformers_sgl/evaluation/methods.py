@@ -24,19 +24,19 @@ from PIL import Image
 from torch import Tensor
 
 from transformers_sgl.architectures import decoder, decoder_layers
-from transformers_sgl.attention_recorder import AttentionRecorder
-from transformers_sgl.early_exit import NEVER_EXIT
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import visual_tokens_of
-from transformers_sgl.importance_process import (
+from transformers_sgl.hooks.attention_recorder import AttentionRecorder
+from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
+from transformers_sgl.tokens.early_exit import NEVER_EXIT
+from transformers_sgl.tokens.importance_process import (
     ImportanceProcessorList,
     MinimumPerImageProcessor,
     RetentionRatioProcessor,
 )
+from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import count_image_tokens, tells_image_tokens
-from transformers_sgl.visual_token_pruner import VisualTokenPruner
-from transformers_sgl.visual_tokens import VisualTokens
 
 __all__ = [
     "METHODS",

@@ -1,6 +1,6 @@
 """What this package relies on in transformers beyond its documented API.
 
-Floor 0. When a new release of transformers breaks this package, the place to mend is here: no other file imports an
+When a new release of transformers breaks this package, the place to mend is here: no other file imports an
 undocumented module of transformers or names one of its private attributes. Each entry says what it assumes and what
 breaks without it. Where it does not say since when, it holds in every supported version.
 `tests/test_transformers_interface.py` has a check for each entry.

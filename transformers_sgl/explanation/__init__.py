@@ -1,0 +1,1 @@
+"""What both models saw and wrote for one question, as a page."""

@@ -1,0 +1,1 @@
+"""Everything that touches a stock model, inside a `with`."""

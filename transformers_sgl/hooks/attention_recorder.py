@@ -1,0 +1,411 @@
+"""Capturing the attention that visual tokens receive, beside the model's own attention kernel.
+
+While an [`AttentionRecorder`] is active, the decoder's attention function is its own (`sdpa`,
+`flash_attention_2`, `eager`, ...) wrapped in `_recording_attention`, which computes, next to the kernel's output, only
+those rows of the attention matrix that matter: the queries after the last visual token. Each layer's rows are summed
+to `(batch, num_visual_tokens)` and dropped. That is done for the prompt on arrival, and for the generated tokens all
+at once in the end: a decoding step only remembers its query, because the cache keeps the keys anyway. Layers without
+attention, which mix their tokens by a linear recurrence or a convolution, tell nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from transformers_sgl.architectures import (
+    AttentionPattern,
+    attention_implementation,
+    attention_modules,
+    attention_pattern,
+    decoder,
+)
+from transformers_sgl.hooks.attention_rows import AttentionScores, received_attention
+from transformers_sgl.hooks.context import HookContext
+from transformers_sgl.tokens.visual_tokens import VisualTokens
+from transformers_sgl.transformers_interface import (
+    attention_function,
+    attention_name,
+    cache_of,
+    held_keys,
+    register_attention,
+    set_attention_name,
+)
+
+__all__ = ["AttentionRecorder"]
+
+_PREFIX = "sgl_recording_"
+# Who listens to an attention module. Attention functions are told nothing but the module that called them.
+_LISTENERS: WeakKeyDictionary[nn.Module, tuple[AttentionRecorder, ...]] = WeakKeyDictionary()
+
+
+class AttentionRecorder(HookContext):
+    """Sums the attention that each visual token receives while a model reads and writes (paper, section 3.2).
+
+    The importance of visual token `v` is the sum over all layers and heads of the attention that it gets from the
+    prompt tokens after the last visual token, and from the generated tokens, in float32 and per sample:
+    `A[v] = sum_layers sum_heads (sum_q attn[q, v] + sum_g attn[g, v])`.
+
+    It works on any supported transformers model, alone, and does not slow its attention kernel down. Queries that are
+    padding, or that follow a sample's end of sequence while the rest of its batch goes on, do not count. Until the end
+    of the `with`, the keys in the model's cache are kept.
+
+    Args:
+        model (`PreTrainedModel`): The model to watch.
+        visual_tokens (`VisualTokens`): Where the visual tokens stand in the prompts that it will be given.
+        queries (`str`, *optional*, defaults to `"both"`): Whose attention to record: that of the `"prompt"`, of its
+            `"last"` token alone, of the `"generated"` tokens, or of `"both"`, prompt and generated.
+        layers (collection of `int`, *optional*): The decoder layers to record; all by default.
+
+    Raises:
+        ValueError: If the model's architecture or attention implementation cannot be recorded, or none of `layers` has
+            attention; while running, if the model is given other prompts than `visual_tokens` describes, several
+            beams, or a static cache.
+
+    Example:
+        ```python
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> from transformers_sgl import AttentionRecorder, VisualTokens
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> folder = embedded_pair() / "small"
+        >>> small = AutoModelForImageTextToText.from_pretrained(folder)
+        >>> processor = AutoProcessor.from_pretrained(folder)
+        >>> chat = [{"role": "user", "content": [
+        ...     {"type": "image", "path": str(embedded_pair() / "example.png")},
+        ...     {"type": "text", "text": "describe the red triangle."},
+        ... ]}]
+        >>> inputs = processor.apply_chat_template(
+        ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ... )
+        >>> visual_tokens = VisualTokens.from_input_ids(inputs["input_ids"], small.config.image_token_id)
+        >>> with AttentionRecorder(small, visual_tokens) as recorder:
+        ...     _ = small.generate(**inputs, max_new_tokens=4)
+        >>> recorder.importance.shape
+        torch.Size([1, 320])
+
+        ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        visual_tokens: VisualTokens,
+        queries: Literal["prompt", "last", "generated", "both"] = "both",
+        layers: Collection[int] | None = None,
+    ) -> None:
+        self.model = model
+        self.visual_tokens = visual_tokens
+        self.queries = queries
+        self._decoder = decoder(model)
+        self._index = {
+            module: index for index, module in attention_modules(model).items() if layers is None or index in layers
+        }
+        self._patterns = {module: attention_pattern(model, index) for module, index in self._index.items()}
+        self._sees_all = {module for module, pattern in self._patterns.items() if pattern == AttentionPattern()}
+        if not self._patterns:
+            raise ValueError(
+                f"`layers` is {layers!r}, but the decoder layers with attention are "
+                f"{sorted(attention_modules(model))}: name some of them."
+            )
+        attention_implementation(model)  # raises if it cannot be recorded
+
+        zeros = torch.zeros(visual_tokens.positions.shape, dtype=torch.float32, device=visual_tokens.positions.device)
+        self.prompt_importance: Tensor = zeros  # (batch, num_visual_tokens)
+        self._generated_importance: Tensor = zeros.clone()  # (batch, num_visual_tokens)
+
+        # Prompt queries that count: after the sample's last visual token, and not padding. (batch, prompt_length)
+        after = torch.arange(visual_tokens.prompt_length, device=zeros.device) > visual_tokens.last_position[:, None]
+        self._prompt_queries = after & visual_tokens.prompt_mask & visual_tokens.valid.any(dim=1, keepdim=True)
+        if queries == "last":
+            behind = self._prompt_queries.flip(1).cumsum(dim=1).flip(1)
+            self._prompt_queries = self._prompt_queries & (behind == 1)
+        # Prompt rows before this one count in no sample and are never computed.
+        self._unfinished = visual_tokens.valid.any(dim=1)  # (batch,): samples whose generated tokens still count
+        self._counted: list[Tensor] = []  # the same at each generated token, (batch, 1 or more)
+        self._waiting: dict[nn.Module, _WaitingQueries] = {}  # generated tokens that are not recorded yet
+        ends = visual_tokens.last_position[self._unfinished]
+        self._first_row = int(ends.min()) + 1 if ends.numel() else visual_tokens.prompt_length
+        self._end_ids = torch.tensor(_end_of_sequence_ids(model), device=zeros.device)
+        self._num_seen = 0  # tokens in the forward passes so far, the current one included
+        self._num_recorded = 0  # tokens in the passes before the current one
+        self._first = self._end = 0  # positions of the current pass's tokens
+        self._num_layers = 0  # layers of the current pass that have been recorded
+        self._cache: Cache | None = None  # of the current pass
+
+    @property
+    def generated_importance(self) -> Tensor:
+        """The generated tokens' part of the importance so far: `(batch, num_visual_tokens)` in float32."""
+        for module in list(self._waiting):
+            self._record_waiting(module)
+        return self._generated_importance
+
+    @property
+    def importance(self) -> Tensor:
+        """What has been recorded so far: `(batch, num_visual_tokens)` in float32, 0 where a sample has fewer."""
+        return self.prompt_importance + self.generated_importance
+
+    def finish(self, finished: Tensor) -> None:
+        """Stops counting samples that have finished otherwise than by their model's own end of sequence.
+
+        Args:
+            finished (`Tensor` of shape `(batch,)`): `True` where the tokens from here on do not count.
+        """
+        self._unfinished = self._unfinished & ~finished.to(self._unfinished.device)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Records what still waits, and removes the hooks."""
+        try:
+            if kind is None:
+                _ = self.generated_importance
+        finally:
+            super().__exit__(kind, error, traceback)
+
+    def _register(self, stack: ExitStack) -> None:
+        stack.callback(self._restore_attention)  # comes last, after nobody listens any more
+        stack.callback(self._waiting.clear)
+        stack.callback(self.model.register_forward_pre_hook(self._note_ends, with_kwargs=True).remove)
+        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
+        stack.callback(self._decoder.register_forward_hook(self._finish_pass).remove)
+        for module in self._patterns:
+            stack.callback(_listen(module, self))
+        config = self._decoder.config
+        set_attention_name(config, _recording_implementation(attention_name(config)))
+
+    def _restore_attention(self) -> None:
+        """Puts the model's own attention function back, unless another recorder still needs the recording one."""
+        if not any(_LISTENERS.get(module) for module in self._patterns):
+            config = self._decoder.config
+            set_attention_name(config, attention_name(config).removeprefix(_PREFIX))
+
+    def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Model pre-hook: a sample that reads an end-of-sequence token has finished, whatever it is fed after."""
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is not None and self._num_seen > 0:
+            newest = input_ids[:, -1].to(self._end_ids.device)
+            self._unfinished = self._unfinished & ~torch.isin(newest, self._end_ids)
+
+    def _start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decoder pre-hook: which tokens of the whole sequence this pass reads."""
+        inputs = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+        if inputs is None:
+            raise ValueError("Attention cannot be recorded of a decoder that is called without its inputs.")
+        self._cache = cache_of(kwargs)
+        self._first = 0 if self._cache is None else int(self._cache.get_seq_length())
+        self._end = self._first + inputs.shape[1]
+        self._num_recorded = self._num_seen
+        self._num_layers = 0
+        self._check(inputs.shape[0])
+        num_generated = self._end - max(self._num_recorded, self.visual_tokens.prompt_length)
+        if num_generated > 0:
+            self._counted.append(self._unfinished[:, None].expand(-1, num_generated))
+        self._num_seen = self._end
+
+    def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Decoder hook: what nobody recorded must not pass for unimportant."""
+        if self._num_layers == 0:
+            raise ValueError(
+                "The model's attention implementation was changed while it was being recorded, or is not one of "
+                "transformers' attention functions: change it before, and give each model a configuration object of "
+                "its own."
+            )
+
+    def record(self, module: nn.Module, query: Tensor, key: Tensor, scores: Callable[[], AttentionScores]) -> None:
+        """Adds one layer's attention on the visual tokens; called by the attention function.
+
+        Args:
+            module (`nn.Module`): The layer's attention.
+            query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The last queries of this pass, rotated.
+            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The last keys, rotated.
+            scores (`Callable`): Returns an `AttentionScores`: how queries and keys become attention.
+        """
+        end, first_query = self._end, self._end - query.shape[2]  # positions in the whole sequence
+        if key.shape[2] > end:
+            raise ValueError(
+                f"The cache holds {key.shape[2]} tokens, but only {end} have been seen: attention cannot be recorded "
+                "with a static cache or a prompt that is continued, so leave `cache_implementation` unset and start "
+                "with the whole prompt."
+            )
+        pattern = self._patterns[module]
+        if key.shape[2] < end and key.shape[2] < min(end, pattern.window or pattern.chunk or end):
+            raise ValueError(
+                "Attention cannot be recorded while tokens are pruned: let the recorder and the pruner follow each "
+                "other, not enclose each other."
+            )
+        self._num_layers += 1
+
+        # Without a cache every pass repeats the tokens of the last one: they have been counted.
+        new = max(first_query, self._num_recorded)
+        start, stop = max(new, self._first_row), min(end, self.visual_tokens.prompt_length)
+        if start < stop and self.queries != "generated":
+            rows = query[:, :, start - first_query : stop - first_query]
+            counted = self._prompt_queries[:, start:stop]
+            self.prompt_importance += self._received(rows, key, scores(), counted, stop, end)
+        start = max(new, self.visual_tokens.prompt_length)
+        if start < end and self.queries not in ("prompt", "last"):
+            rows = query if start == first_query else query[:, :, start - first_query :]
+            waiting = self._waiting.get(module)
+            if not self._can_wait(module, key):
+                self._record_waiting(module)
+                counted = self._unfinished[:, None].expand(-1, end - start)
+                self._generated_importance += self._received(rows, key, scores(), counted, end, end)
+            elif waiting is not None and waiting.end == start:
+                waiting.queries.append(rows)
+                waiting.key, waiting.scores, waiting.end = key, scores, end
+            else:
+                self._record_waiting(module)
+                self._waiting[module] = _WaitingQueries(start, [rows], key, scores, end)
+
+    def _can_wait(self, module: nn.Module, key: Tensor) -> bool:
+        """Whether queries may be recorded later: no key before them is lost, and the cache holds the keys itself."""
+        return module in self._sees_all and held_keys(self._cache, self._index[module]) is key
+
+    def _record_waiting(self, module: nn.Module) -> None:
+        """Adds the attention of the queries that wait in a layer."""
+        waiting = self._waiting.pop(module, None)
+        if waiting is not None:
+            start, end = (each - self.visual_tokens.prompt_length for each in (waiting.start, waiting.end))
+            counted = torch.cat(self._counted, dim=1)[:, start:end]
+            self._generated_importance += self._received(
+                torch.cat(waiting.queries, dim=2),
+                waiting.key,
+                waiting.scores().of_last(end - start),
+                counted,
+                waiting.end,
+                waiting.end,
+            )
+
+    def _received(
+        self, query: Tensor, key: Tensor, scores: AttentionScores, counted: Tensor, query_end: int, key_end: int
+    ) -> Tensor:
+        """What the visual tokens get from some query rows; `(batch, num_visual_tokens)`.
+
+        The two ends are the positions after the last query and the last key.
+        """
+        tokens = self.visual_tokens.to(key.device)
+        # A sliding window has lost the first keys; and they get no attention.
+        columns = tokens.positions - (key_end - key.shape[2])
+        seen = tokens.valid & (columns >= 0)
+        per_key = received_attention(query, key, scores, key_end - query_end, counted.to(key.device))
+        per_token = per_key.gather(1, columns.clamp(min=0)) * seen
+        return per_token.to(self.prompt_importance.device)
+
+    def _check(self, batch_size: int) -> None:
+        """Raises if the forward pass does not continue the prompts that the visual tokens belong to."""
+        tokens = self.visual_tokens
+        if batch_size != tokens.batch_size:
+            raise ValueError(
+                f"The model runs on a batch of {batch_size}, but the visual tokens belong to {tokens.batch_size} "
+                "prompts: record one sequence per prompt (num_beams=1, num_return_sequences=1)."
+            )
+        if self._first > self._num_recorded:
+            raise ValueError(
+                f"The cache holds {self._first} tokens, but only {self._num_recorded} have been seen: attention "
+                "cannot be recorded with a static cache or a prompt that is continued, so leave "
+                "`cache_implementation` unset and start with the whole prompt."
+            )
+        if self._end < tokens.prompt_length or (self._first == 0 and self._end <= self._num_recorded):
+            raise ValueError(
+                f"The model reads {self._end} tokens, but the prompts have {tokens.prompt_length} and may be read "
+                "only once: pass the prompts that the visual tokens were found in, whole, and use a new recorder for "
+                "each call."
+            )
+
+
+@dataclass
+class _WaitingQueries:
+    """The queries of the generated tokens of one layer, which follow each other, and what they ask.
+
+    Attributes:
+        start (`int`): The position of the first.
+        queries (`list` of `Tensor` of shape `(batch, heads, 1 or more, head_dim)`): The queries, rotated.
+        key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys up to the last query.
+        scores (`Callable`): Returns how they become attention.
+        end (`int`): The position after the last.
+    """
+
+    start: int
+    queries: list[Tensor]
+    key: Tensor
+    scores: Callable[[], AttentionScores]
+    end: int
+
+
+def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None]:
+    """Adds a listener to an attention module, and returns how it is removed."""
+    _LISTENERS[module] = (*_LISTENERS.get(module, ()), recorder)
+
+    def stop() -> None:
+        left = tuple(each for each in _LISTENERS.get(module, ()) if each is not recorder)
+        if left:
+            _LISTENERS[module] = left
+        else:
+            _LISTENERS.pop(module, None)
+
+    return stop
+
+
+def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
+    """The ids after which a sample has finished; without an end of sequence, the padding that follows it."""
+    settings = getattr(model, "generation_config", None)
+    for name in ("eos_token_id", "pad_token_id"):
+        ids = getattr(settings, name, None)
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []
+
+
+def _recording_implementation(implementation: str) -> str:
+    """The name of the attention function that does the same and records; registered with transformers when new."""
+    if implementation.startswith(_PREFIX):  # recorders may be nested: one wrapper serves them all
+        return implementation
+    name = _PREFIX + implementation
+    register_attention(name, functools.partial(_recording_attention, implementation), like=implementation)
+    return name
+
+
+def _recording_attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function `implementation` of transformers, which also tells the recorders what it is given."""
+    forward = attention_function(implementation, module)
+    listeners = _LISTENERS.get(module, ())
+    if listeners:
+        if kwargs.get("position_bias") is not None:
+            raise ValueError(
+                "Attention cannot be recorded, because this model adds a bias for positions to it: use a small model "
+                "with plain softmax attention."
+            )
+        scores = functools.partial(AttentionScores, module, query.shape[-1], attention_mask, implementation, kwargs)
+        for recorder in listeners:
+            recorder.record(module, query, key, scores)
+    if implementation in ("sdpa", "eager"):
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+    # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
+    config: Any = module.config
+    recording_implementation = attention_name(config)
+    set_attention_name(config, implementation)
+    try:
+        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+    finally:
+        set_attention_name(config, recording_implementation)

@@ -1,0 +1,124 @@
+"""Some rows of an attention matrix, computed from the arguments of an attention function.
+
+The whole matrix is never there: rows are made in blocks, and summed.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AttentionScores", "received_attention"]
+
+# How many rows of attention to hold at a time. So many that a block is about as large as the layer's own queries are,
+# whose heads are as wide: whatever the length of the prompt, the model holds several tensors of that size itself.
+_MAX_BLOCK_ROWS = 128
+
+
+class AttentionScores:
+    """How a layer's queries and keys become attention, told by the arguments of its attention function.
+
+    Which keys a query may attend to is told by the mask: `None` means all before it, `(batch, key_length)` those of
+    them that are not padding (flash attention), `(batch or 1, heads or 1, query_length, key_length)` is the whole
+    matrix, boolean (sdpa) or additive (eager).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        head_dim: int,
+        attention_mask: Tensor | None,
+        implementation: str,
+        arguments: dict[str, Any],
+    ) -> None:
+        self.attention_mask = attention_mask
+        scaling = arguments.get("scaling")
+        self.scaling = head_dim**-0.5 if scaling is None else scaling
+        self.softcap = arguments.get("softcap")
+        self.sinks = arguments.get("s_aux")  # (heads,): the logit of attending to nothing
+        is_causal = arguments.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        self.is_causal = attention_mask.dim() == 2 if attention_mask is not None else is_causal
+        # Only flash attention is told of a sliding window; the others find it in their masks.
+        self.window = arguments.get("sliding_window") if "flash" in implementation else None
+
+    def of_last(self, num: int) -> AttentionScores:
+        """The same for the last `num` queries of several decoding steps, to whose last these arguments belong."""
+        together = copy(self)
+        if self.attention_mask is not None and self.attention_mask.dim() == 4:
+            together.attention_mask = self.attention_mask[:, :, -1:]
+        together.is_causal = self.is_causal or num > 1
+        return together
+
+    def __call__(self, query: Tensor, key: Tensor, behind: int = 0) -> Tensor:
+        """The attention of queries that follow each other.
+
+        Args:
+            query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
+            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The keys.
+            behind (`int`, defaults to 0): How many of the keys, and of the mask's rows, come after the last query.
+
+        Returns:
+            `Tensor` of shape `(batch, heads, rows, key_length)`: The attention, in float32.
+        """
+        batch_size, num_heads, num_rows, width = query.shape
+        # The heads that share a key ask it together, so no key has to be repeated.
+        grouped = (query * self.scaling).reshape(batch_size, key.shape[1], -1, width)
+        scores = torch.matmul(grouped, key.transpose(-1, -2)).view(batch_size, num_heads, num_rows, key.shape[2])
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        self._mask(scores, behind)
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1, dtype=torch.float32)
+        sinks = self.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+
+    def _mask(self, scores: Tensor, behind: int) -> None:
+        """Takes the keys that may not be seen out of `(batch, heads, rows, key_length)`, in place."""
+        mask, (num_rows, num_keys) = self.attention_mask, scores.shape[2:]
+        # The lowest number instead of minus infinity: a padding query, which sees nothing at all, must not be NaN.
+        lowest = torch.finfo(scores.dtype).min
+        first = num_keys - behind - num_rows  # the first query's own key
+        if self.is_causal and first + 1 < num_keys:
+            later = torch.ones(num_rows, num_keys - first - 1, dtype=torch.bool, device=scores.device).triu()
+            scores[..., first + 1 :].masked_fill_(later, lowest)
+        if self.window is not None and (mask is None or mask.dim() == 2):
+            position = torch.arange(num_keys, device=scores.device)
+            own = position[first : first + num_rows, None]
+            scores.masked_fill_(position <= own - self.window, lowest)
+        if mask is None:
+            return
+        if mask.dim() == 2:
+            scores.masked_fill_(~mask.bool()[:, None, None, :], lowest)
+            return
+        if mask.shape[2] > 1:
+            mask = mask[:, :, mask.shape[2] - behind - num_rows : mask.shape[2] - behind]
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, lowest)
+        else:
+            scores.add_(mask).clamp_(min=lowest)
+
+
+def received_attention(query: Tensor, key: Tensor, scores: AttentionScores, behind: int, weights: Tensor) -> Tensor:
+    """The attention that every key gets from queries that follow each other, summed over heads and queries.
+
+    Args:
+        query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
+        key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys.
+        scores (`AttentionScores`): How they become attention.
+        behind (`int`): How many keys come after the last query.
+        weights (`Tensor` of shape `(batch, rows)`): `True` for the rows that count in a sample.
+
+    Returns:
+        `Tensor` of shape `(batch, key_length)`: The sums in float32.
+    """
+    received = torch.zeros(query.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
+    num_rows = query.shape[2]
+    for start in range(0, num_rows, _MAX_BLOCK_ROWS):
+        stop = min(start + _MAX_BLOCK_ROWS, num_rows)
+        attention = scores(query[:, :, start:stop], key, behind + num_rows - stop)
+        received += attention.mul_(weights[:, None, start:stop, None]).sum(dim=(1, 2))
+    return received

@@ -1,0 +1,68 @@
+"""Hooks that live in a `with` and are gone after it.
+
+Whatever this package changes about a model, it changes inside such a context.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TypeVar
+
+from transformers_sgl.versions import name_versions
+
+__all__ = ["HookContext"]
+
+_Context = TypeVar("_Context", bound="HookContext")
+
+
+class HookContext(ABC):
+    """A context manager that registers hooks and takes them back: on return, on an exception, when nested.
+
+    Example:
+        ```python
+        >>> from torch import nn
+        >>> from transformers_sgl.hooks.context import HookContext
+
+        >>> class Quiet(HookContext):
+        ...     def __init__(self, module):
+        ...         self.module = module
+        ...
+        ...     def _register(self, stack):
+        ...         hook = self.module.register_forward_hook(lambda module, args, output: output * 0)
+        ...         stack.callback(hook.remove)
+
+        >>> module = nn.Identity()
+        >>> with Quiet(module):
+        ...     len(module._forward_hooks)
+        1
+        >>> len(module._forward_hooks)
+        0
+
+        ```
+    """
+
+    _undo: ExitStack | None = None
+
+    @abstractmethod
+    def _register(self, stack: ExitStack) -> None:
+        """Registers the hooks; `stack` is told, step by step, how to undo each."""
+
+    def __enter__(self: _Context) -> _Context:
+        """Registers the hooks; if one cannot be registered, none stays."""
+        if self._undo is not None:
+            raise ValueError(f"This {type(self).__name__} is already active: use a new one for each `with`.")
+        with ExitStack() as stack:
+            self._register(stack)
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Removes the hooks; an error that leaves the block says whether untested versions may be its cause."""
+        name_versions(error)
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()

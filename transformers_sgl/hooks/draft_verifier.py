@@ -1,0 +1,275 @@
+"""Running the large model on prompt and draft.
+
+Stock `generate` asks its model for the next token's logits, step by step. Here it asks a view of the large
+model, which reads the prompt *and* the draft at the first call and so knows the logits of every step in which the
+answer follows the draft. Those it hands out without running the model again. Where a token is chosen that is not the
+draft's, the cache is cut back to what is right, and the model runs as ever; what is left of the draft goes along with
+the next token where that may save a step.
+
+Logits processors, stopping criteria, streamers and the choice of tokens stay with `generate`, which does not notice:
+so the draft changes how often the model runs, and not what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+
+from transformers_sgl.architectures import check_supported, visual_token_ids
+from transformers_sgl.batching import append_tokens
+from transformers_sgl.transformers_interface import cache_of, can_be_cut_back, next_token_output, view_of
+
+__all__ = ["DraftVerifier"]
+
+
+class DraftVerifier:
+    """Lets a model check a draft in its prefill and go on behind what it agrees with.
+
+    Greedy search only: with sampling, beams, a static cache, or where attentions or hidden states are asked for, the
+    model writes as if there were no draft. A batch goes on together: up to the first token at which one of its samples
+    that have not finished leaves its draft.
+
+    The output is the model's own, token for token, within the limits of its arithmetic: reading several tokens in one
+    pass rounds otherwise than reading them one by one, which can turn a tie, as in any assisted generation.
+
+    Args:
+        model (`PreTrainedModel`): The model; it is not changed.
+        draft (`Tensor` of shape `(batch, draft_length)`): Drafts in the model's vocabulary, without the prompts.
+        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft, its end of sequence
+            included, `False` for the padding behind it.
+
+    Attributes:
+        num_forward_passes (`int`): How often the model has run.
+        num_accepted (`Tensor` of shape `(batch,)`, *optional*): How many tokens of each draft were confirmed; `None`
+            where the draft was not used.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModelForImageTextToText
+        >>> from transformers_sgl import DraftVerifier
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> large = AutoModelForImageTextToText.from_pretrained(embedded_pair() / "large")
+        >>> prompt = torch.arange(20, 32)[None]  # any twelve tokens
+        >>> answer = large.generate(input_ids=prompt, max_new_tokens=8)
+        >>> draft = answer[:, 12:]
+        >>> verifier = DraftVerifier(large, draft, torch.ones_like(draft).bool())
+        >>> torch.equal(verifier.generate(input_ids=prompt, max_new_tokens=8), answer), verifier.num_forward_passes
+        (True, 1)
+
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel, draft: Tensor | None = None, draft_mask: Tensor | None = None) -> None:
+        if (draft is None) != (draft_mask is None) or (
+            draft is not None and draft_mask is not None and (draft.dim() != 2 or draft.shape != draft_mask.shape)
+        ):
+            raise ValueError(
+                "`draft` and `draft_mask` must both have the shape (batch, draft_length), but they have "
+                f"{None if draft is None else tuple(draft.shape)} and "
+                f"{None if draft_mask is None else tuple(draft_mask.shape)}."
+            )
+        self.num_forward_passes = 0
+        self.num_accepted: Tensor | None = None
+        self._model = model
+        self._draft = draft
+        self._draft_mask = draft_mask
+        self._run: _Run | None = None
+
+    def generate(self, **kwargs: Any) -> Any:
+        """Stock `generate` of the model, with the draft.
+
+        Args:
+            **kwargs: Arguments of the model's `generate`.
+
+        Returns:
+            `ModelOutput` or `Tensor`: As from the model's `generate`.
+        """
+        # A repository's `custom_generate` lies on the model itself, bound to it and not to its view.
+        return type(self._model).generate(view_of(self._model, self), **kwargs)
+
+    def run_loop(
+        self,
+        view: Any,
+        loop: Callable[..., Any],
+        input_ids: Tensor,
+        stopping_criteria: StoppingCriteriaList,
+        **kwargs: Any,
+    ) -> Any:
+        """Takes the place of the model's decoding loop for greedy search and sampling, in order to run it.
+
+        Args:
+            view (`PreTrainedModel`): The view of the model.
+            loop (`Callable`): The decoding loop.
+            input_ids (`Tensor` of shape `(batch, prompt_length)`): The prompts.
+            stopping_criteria (`StoppingCriteriaList`): The prepared criteria.
+            **kwargs: The loop's other arguments.
+
+        Returns:
+            `ModelOutput` or `Tensor`: What the loop returns.
+        """
+        config, past = kwargs["generation_config"], cache_of(kwargs)
+        if past is not None and past.is_compileable:
+            # What is compiled stays on the model: it must be compiled from the model, not from a view of it.
+            output = loop(self._model, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            self.num_forward_passes += sequences.shape[1] - input_ids.shape[1]
+            return output
+        if self._draft is None or self._draft_mask is None or not _can_verify(self._draft, input_ids, **kwargs):
+            return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+        eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
+        never_read = [*visual_token_ids(self._model.config), *(int(token) for ids in eos for token in ids.reshape(-1))]
+        max_new_tokens = config.max_length - input_ids.shape[1]
+        self._run = run = _Run(self._draft, self._draft_mask, past, never_read, max_new_tokens)
+        try:
+            criteria = _WatchedCriteria(stopping_criteria, run.note)
+            output = loop(view, input_ids=input_ids, stopping_criteria=criteria, **kwargs)
+            run.cut_back(run.num_chosen - 1)
+            self.num_accepted = run.num_accepted
+        finally:
+            self._run = None
+        return output
+
+    def run_pass(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Takes the place of a call of the model, in order to make it, or not.
+
+        Args:
+            forward (`Callable`): The call of the model.
+            extend (`Callable`): The model's own way to lengthen its inputs by new tokens.
+            inputs (`dict`): The arguments of the call.
+
+        Returns:
+            `ModelOutput`: Whose last logits are those of the next token.
+        """
+        run = self._run
+        if run is None:
+            self.num_forward_passes += 1
+            return forward(**inputs)
+        if not run.knows_next():
+            self.num_forward_passes += 1
+            run.cut_back(run.num_chosen - 1)
+            draft = run.rest()
+            if draft.shape[1]:
+                token_type = check_supported(self._model.config).answer_token_type
+                inputs = append_tokens(inputs, draft, extend, token_type)
+                inputs["logits_to_keep"] = draft.shape[1] + 1
+            run.learn(forward(**inputs).logits, draft.shape[1])
+        return run.next_output()
+
+
+def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> bool:
+    """Whether a decoding loop with these arguments asks for nothing that only a pass of its own can give."""
+    past = cache_of(kwargs)
+    return (
+        not generation_config.do_sample
+        and draft.shape[0] == input_ids.shape[0]
+        and isinstance(past, DynamicCache)
+        and past.get_seq_length() == 0
+        and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
+        and kwargs.get("logits_to_keep") == 1
+        and not (generation_config.output_attentions or generation_config.output_hidden_states)
+        and generation_config.guidance_scale in (None, 1)
+        and generation_config.prefill_chunk_size is None
+        and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
+    )
+
+
+class _Run:
+    """One batch of answers that is being written along its drafts.
+
+    Step `k` chooses the answers' token `k`. A pass that reads the answers up to their token `k - 1`, and the drafts
+    behind that, knows the logits of step `k` and of the steps after it, for as long as the answers follow the drafts.
+    """
+
+    def __init__(
+        self, draft: Tensor, draft_mask: Tensor, past: DynamicCache, never_read: list[int], max_new_tokens: int
+    ) -> None:
+        self.num_chosen = 0  # tokens of the answers
+        self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
+        self._past = past
+        # The bookkeeping of single tokens stays on the CPU, where `generate` looks at every one of them anyway.
+        self._draft, self._draft_mask = draft.cpu(), draft_mask.cpu()
+        # What is read of it: no end of sequence, which nothing follows, and no placeholder, behind which the model
+        # would look for an image.
+        is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor(never_read))
+        harmless = next(token for token in range(len(never_read) + 1) if token not in never_read)
+        self._to_read = self._draft.masked_fill(~is_read, harmless)
+        # How far each draft is worth reading: up to there, and no answer's last token is ever read.
+        ends = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
+        self._readable = ends.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
+        self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
+        self._follows = True  # whether every sample's newest token is what is read at its place
+        self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
+        self._first_step = 0
+        self._num_read = 0  # the answers' columns in the cache, be they right or not
+
+    def note(self, tokens: Tensor, finished: Tensor) -> None:
+        """A token was chosen for every sample, `(batch,)`; some have finished with it, `(batch,)`."""
+        step = self.num_chosen
+        self.num_chosen += 1
+        if step >= self._draft.shape[1]:  # nothing is left to compare with, so nobody has to wait for the device
+            self._follows = False
+            return
+        tokens = tokens.cpu()
+        # Once the drafts are no longer read along, an equal token is a coincidence that saves nothing.
+        if step == 0 or self._knew_more():
+            agrees = (tokens == self._draft[:, step]) & self._draft_mask[:, step]
+            self.num_accepted += agrees & self._unfinished
+        self._unfinished = self._unfinished & ~finished.cpu()
+        self._follows = bool(((tokens == self._to_read[:, step]) | ~self._unfinished).all())
+
+    def knows_next(self) -> bool:
+        """Whether the logits of the next step are known already."""
+        known = 0 if self._logits is None else self._logits.shape[1]
+        return self._follows and self.num_chosen - self._first_step < known
+
+    def next_output(self) -> Any:
+        """The logits of the next step."""
+        assert self._logits is not None
+        step = self.num_chosen - self._first_step
+        return next_token_output(self._logits[:, step : step + 1], self._past)
+
+    def rest(self) -> Tensor:
+        """What of the drafts the next pass shall read; `(batch, columns)`.
+
+        A pass that saved no step shows that a draft does not fit here. Then nothing is read along, until every sample
+        that has not finished has come to a token of its draft again.
+        """
+        fits = self._follows or self.num_chosen - self._first_step > 1
+        end = int(self._readable[self._unfinished].max()) if fits else 0
+        return self._to_read[:, self.num_chosen : end]
+
+    def learn(self, logits: Tensor, num_draft_tokens: int) -> None:
+        """A pass was made; its logits have the shape `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
+        self._logits = logits[:, -1 - num_draft_tokens :]
+        self._first_step = self.num_chosen
+        self._num_read = self.num_chosen + num_draft_tokens
+
+    def cut_back(self, length: int) -> None:
+        """Removes from the cache what lies behind the answers' first `length` tokens."""
+        excess = self._num_read - max(length, 0)
+        if excess > 0:
+            self._past.crop(-excess)
+            self._num_read -= excess
+
+    def _knew_more(self) -> bool:
+        """Whether the last pass read more than the answers."""
+        return self._logits is not None and self._logits.shape[1] > 1
+
+
+class _WatchedCriteria(StoppingCriteriaList):
+    """The stopping criteria of a loop, whose verdicts somebody else hears, too."""
+
+    def __init__(self, criteria: StoppingCriteriaList, note: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__(criteria)
+        self._note = note
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        finished = super().__call__(input_ids, scores, **kwargs)
+        self._note(input_ids[:, -1], finished)
+        return finished

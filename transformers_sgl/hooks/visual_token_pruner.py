@@ -1,0 +1,263 @@
+"""Dropping visual tokens in the middle of a decoder.
+
+The layers below `prune_layer` run on the whole prompt; the layers from there on see only the kept tokens,
+and so their caches are shorter. Everything is done by forward pre-hooks that change what a layer is handed:
+
+    hidden states        gathered once, at `prune_layer`
+    rotary embeddings    gathered at every layer from there on, because the model's own loop hands each layer the
+                         originals, as are all other arguments with one row per token; kept tokens keep their original
+                         positions
+    position ids         gathered, or withheld from flash attention, which looks for gaps in them and would take a
+                         pruned prompt for several packed ones
+    attention mask       in the prefill, the rows and columns of the kept tokens, so that whatever pattern the mask
+                         has survives; while decoding, made anew from the tokens' original positions
+
+In a batch the kept tokens of each sample are aligned to the right, so that the last column is the last token of
+every sample, whatever was padded or dropped; the columns in front that only fill up are masked.
+
+A layer with a sliding window looks as far back as it would have in the whole prompt. A layer that mixes its tokens by
+a linear recurrence or a convolution is handed the kept tokens as if the others had never been there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache, partial
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from transformers_sgl.architectures import (
+    AttentionPattern,
+    attention_implementation,
+    attention_modules,
+    attention_pattern,
+    check_prunable,
+    check_supported,
+    decoder,
+    decoder_layers,
+    key_sources,
+)
+from transformers_sgl.generation_config_sgl import resolve_prune_layer
+from transformers_sgl.hooks.context import HookContext
+from transformers_sgl.hooks.kept_tokens import Cut, KeptTokens
+from transformers_sgl.transformers_interface import PER_TOKEN_ARGUMENTS, cache_of, needs_position_ids
+
+__all__ = ["VisualTokenPruner"]
+
+
+class VisualTokenPruner(HookContext):
+    """Lets a model's upper decoder layers see only some of the prompt's tokens (paper, section 3.2).
+
+    It works on any supported transformers model, alone, for `generate` and for `forward` (without `labels`, because
+    the logits are those of the kept tokens), with greedy search, sampling and beams, with a dynamic cache or none, and
+    with padding on either side. Inside the `with`, the model takes exactly the prompts that `keep_mask` describes.
+    Outside it, the model is what it was.
+
+    Args:
+        model (`PreTrainedModel`): The model to prune.
+        keep_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens to keep, `False` for dropped
+            tokens and for padding; see [`VisualTokens.prompt_keep_mask`]. Or a function that returns it, asked when
+            the prefill reaches `prune_layer`, so that the layers below can have a say.
+        prune_layer (`int` or `float`, defaults to 9/48): The first decoder layer that sees fewer tokens: an index, or
+            a fraction of the depth in `[0, 1)`.
+
+    Raises:
+        ValueError: If the model cannot be pruned, the layer does not exist or a prompt would keep no token; while
+            running, if the model is given other prompts, a static cache or an attention mask that cannot be cut.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers import AutoModelForImageTextToText
+        >>> from transformers_sgl import VisualTokenPruner
+        >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.transformers_interface import cache_of
+
+        >>> large = AutoModelForImageTextToText.from_pretrained(embedded_pair() / "large")
+        >>> prompt = torch.arange(20, 32)[None]  # any twelve tokens
+        >>> keep = torch.ones(1, 12, dtype=torch.bool)
+        >>> keep[:, 4:8] = False
+        >>> with VisualTokenPruner(large, keep, prune_layer=2):
+        ...     cache = cache_of(large(prompt))
+        >>> [layer.get_seq_length() for layer in cache.layers[:4]]
+        [12, 12, 8, 8]
+
+        ```
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, keep_mask: Tensor | Callable[[], Tensor], prune_layer: int | float = 9 / 48
+    ) -> None:
+        architecture = check_supported(model.config)
+        layers = list(decoder_layers(model))
+        self.prune_layer = resolve_prune_layer(prune_layer, len(layers))
+        check_prunable(model.config, self.prune_layer)
+        self._model = model
+        self._decoder = decoder(model)
+        self._per_token = {**PER_TOKEN_ARGUMENTS, **architecture.per_token_arguments}
+        self._key_sources = key_sources(model.config)
+        self._deepstack = architecture.deepstack
+        self._implementation = attention_implementation(model)
+        attention = attention_modules(model)
+        if "flash" in self._implementation and any(needs_position_ids(module) for module in attention.values()):
+            raise ValueError(
+                f"This {model.config.model_type!r} model's attention reads the positions of its tokens, and flash "
+                "attention would take the gaps in them for the borders of several prompts: load the large model with "
+                "'sdpa' or 'eager'."
+            )
+        # Where attention is, what a token sees there; elsewhere `None`.
+        self._patterns = {
+            layer: attention_pattern(model, index) if index in attention else None
+            for index, layer in enumerate(layers)
+            if index >= self.prune_layer
+        }
+        self._index = {layer: index for index, layer in enumerate(layers)}
+        self._attention_indices = sorted(attention)
+        self._choose = keep_mask if callable(keep_mask) else None
+        self._kept = None if callable(keep_mask) else KeptTokens.from_mask(keep_mask)
+        # Of the forward pass that is running:
+        self._start_cut: Callable[[KeptTokens], Cut] | None = None
+        self._cuts: dict[torch.device, Cut] = {}  # by device
+        self._added: dict[int, Tensor] = {}  # what deepstack adds to the inputs of pruned layers
+        self._positions_given = True
+
+    def _register(self, stack: ExitStack) -> None:
+        stack.callback(self._cuts.clear)
+        stack.callback(self._added.clear)
+        stack.callback(setattr, self, "_start_cut", None)
+        if self.prune_layer == 0:
+            hook = self._model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
+        for layer in self._patterns:
+            stack.callback(layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True).remove)
+
+    def _note_positions(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Model pre-hook: whether the model was told its positions, or has to count them."""
+        self._positions_given = kwargs.get("position_ids") is not None
+
+    def _start_pass(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Decoder pre-hook: what the decoder does by itself must fit a shorter prompt."""
+        kwargs = dict(kwargs)
+        inputs: Any = kwargs.get("inputs_embeds")
+        if inputs is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+        past = self._past_length(cache_of(kwargs))
+        self._cuts.clear()
+        self._start_cut = partial(KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
+        if self._kept is not None and self.prune_layer == 0 and past and not self._positions_given:
+            # The model counts from the cache of the first layer, which is short of the dropped tokens.
+            position_ids = kwargs.get("position_ids")
+            kwargs["position_ids"] = (
+                self._cut(inputs.device).positions if position_ids is None else position_ids + self._kept.num_dropped
+            )
+        self._added.clear()
+        if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
+            places, added = (kwargs[name] for name in self._deepstack)
+            # Either layers are named before which something is added, or something is added behind the first layers.
+            # The model goes on to add what comes before the tokens are dropped; the rest is ours.
+            if isinstance(added, dict):
+                kwargs[self._deepstack[1]] = {
+                    index: each for index, each in added.items() if index <= self.prune_layer
+                }
+            else:
+                kwargs[self._deepstack[1]] = added[: self.prune_layer]
+                added = dict(enumerate(added, start=1))
+            for index, each in added.items():
+                if index > self.prune_layer:
+                    whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
+                    whole[places.reshape(inputs.shape[:2])] = each
+                    self._added[index] = whole
+        if self._choose is None:  # what does not fit is found before the lower layers have run
+            self._cut(inputs.device)
+        return args, kwargs
+
+    def _cut(self, device: torch.device) -> Cut:
+        """What this pass must be cut down to; with a device map each device gets its own copy of the indices, once."""
+        if not self._cuts:
+            assert self._start_cut is not None
+            if self._kept is None:
+                assert self._choose is not None
+                self._kept = KeptTokens.from_mask(self._choose())
+            self._cuts[device] = self._start_cut(self._kept)
+        cut = self._cuts.get(device) or next(iter(self._cuts.values()))
+        if device != cut.device:
+            cut = self._cuts.setdefault(device, replace(cut, device=device, memo={}))
+        return cut
+
+    def _prune_layer_inputs(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Layer pre-hook: hands a layer the kept tokens only."""
+        kwargs = {**dict(zip(_parameter_names(layer.__class__.forward), args, strict=False)), **kwargs}
+        hidden_states = kwargs.pop("hidden_states")
+        cut = self._cut(hidden_states.device)
+        if self._index[layer] == self.prune_layer:
+            hidden_states = cut.rows_of(hidden_states)
+        if self._index[layer] in self._added:
+            hidden_states = hidden_states + cut.rows_of(self._added[self._index[layer]]).to(hidden_states)
+
+        num_queries = hidden_states.shape[-2]  # fewer where the model itself goes on with the last tokens only
+        if "flash" in self._implementation:
+            kwargs["position_ids"] = None
+        for name, axis in self._per_token.items():
+            whole = kwargs.get(name)
+            if whole is not None and not cut.past:  # while decoding, every token stays
+                rows = partial(cut.last_rows_of, num=num_queries, axis=axis)
+                kwargs[name] = cut.once((name, num_queries), whole, partial(_map_tensors, rows, whole))
+        mask, pattern = kwargs.get("attention_mask"), self._patterns[layer]
+        if pattern is None:
+            kwargs["attention_mask"] = cut.padding_mask()
+        else:
+            num_keys = self._num_keys(cache_of(kwargs), layer, num_queries, cut)
+            form = (pattern, num_queries, num_keys, self._implementation, hidden_states.dtype)
+            kwargs["attention_mask"] = cut.once(form, mask, partial(cut.mask, mask, *form))
+        return (hidden_states,), kwargs
+
+    def _past_length(self, cache: Cache | None) -> int:
+        """How many tokens of the whole sequence lie before this pass, to judge by the cache."""
+        if cache is None:
+            return 0
+        if cache.is_compileable:
+            raise ValueError(
+                "Pruning makes the caches of the layers differ in length, which a static cache cannot hold: leave "
+                "`cache_implementation` unset, or set it to 'dynamic'."
+            )
+        index = self._attention_indices[0]
+        length = int(cache.get_seq_length(index))
+        if length == 0 or index < self.prune_layer or self._kept is None:
+            return length
+        return length + self._kept.num_dropped
+
+    def _num_keys(self, cache: Cache | None, layer: nn.Module, num_queries: int, cut: Cut) -> int:
+        """How many keys the layer's attention will have before it, its own included."""
+        index = self._index[layer]
+        source = self._key_sources.get(index, index)
+        if cache is None:
+            return cut.key_positions.shape[1]
+        if source == index:
+            return int(cache.get_mask_sizes(num_queries, index)[0])
+        # The lower layer has run, so its cache holds this pass's tokens already.
+        length = int(cache.get_seq_length(source))
+        window = (self._patterns[layer] or AttentionPattern()).window
+        return length if window is None else min(length, cut.end - cut.past + window - 1)
+
+
+def _map_tensors(function: Any, value: Any) -> Any:
+    """Applies a function to a tensor, or to each of several."""
+    return function(value) if isinstance(value, Tensor) else type(value)(function(each) for each in value)
+
+
+@cache
+def _parameter_names(forward: Any) -> list[str]:
+    """The names of the positional arguments of a method."""
+    parameters = list(signature(forward).parameters.values())[1:]
+    return [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]

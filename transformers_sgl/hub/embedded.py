@@ -1,0 +1,41 @@
+"""The pair of tiny models that is shipped with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+__all__ = ["embedded_pair"]
+
+
+def embedded_pair() -> Path:
+    """Returns the folder of the pair of tiny models that is shipped with the package.
+
+    The bundle `sgl-tiny` holds a large and a small vision-language model, both trained from scratch on drawn
+    shapes and small enough for one CPU core. It needs no download, so tests, examples and a first try run anywhere.
+
+    Returns:
+        `Path`: The folder, which `from_pretrained` of the model and of the processor reads like any checkpoint.
+
+    Raises:
+        OSError: If the bundle is not there, because the installation is incomplete.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> embedded_pair().name
+        'sgl-tiny'
+
+        ```
+    """
+    package = Path(str(files("transformers_sgl")))
+    # An installed package carries the bundle inside; in a source tree, editable or not, it lies beside the package.
+    for parent in (package, package.parent):
+        bundle = parent / "model_cards" / "sgl-tiny"
+        if (bundle / "config.json").is_file():
+            return bundle
+    raise OSError(
+        f"The embedded pair is missing: there is no model_cards/sgl-tiny with a config.json in {package} or beside "
+        "it. Reinstall transformers_sgl, or name a pair of your own."
+    )

@@ -1,0 +1,1 @@
+"""Where checkpoints are, and saving whole or not at all."""

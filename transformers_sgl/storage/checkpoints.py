@@ -1,0 +1,334 @@
+"""Where the two models of a pair are: in a bundle's folders, or wherever a recipe names them.
+
+Knows folders, Hub repositories and what a recipe may say, and loads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from transformers_sgl.transformers_interface import newest_commit
+
+__all__ = [
+    "HUB_KWARGS",
+    "PARTS",
+    "RECIPE_OPTIONS",
+    "Checkpoint",
+    "check_recipe",
+    "first_sentence",
+    "hub_kwargs",
+    "locate",
+    "locate_parts",
+    "pinned",
+    "read_config",
+    "split_kwargs",
+]
+
+# The two models of a pair, by the names that its folders, arguments and inputs have.
+PARTS = ("large", "small")
+
+# Where a checkpoint is to be found; the same for the pair and for its models.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+# What a recipe may say about loading a model. It is a list, and not whatever `from_pretrained` takes, because a recipe
+# may come from anybody: none of these runs foreign code, reads pickles, or touches this machine's files.
+RECIPE_OPTIONS = (
+    "attn_implementation",
+    "device_map",
+    "dtype",
+    "max_memory",
+    "name_or_path",
+    "quantization_config",
+    "revision",
+    "subfolder",
+    "variant",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model of a pair, in the words of `from_pretrained`.
+
+    Attributes:
+        path (`str`): A folder or a Hub repository: the first argument.
+        where (`dict`): The keyword arguments that say where in it, which revision, and how to get there. They fit a
+            model, a tokenizer and a processor alike, and may hold the user's token, so they are not shown.
+        options (`dict`): The keyword arguments that say how the model is to be loaded.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.storage.checkpoints import Checkpoint
+
+        >>> print(Checkpoint("org/name", {"revision": "v1", "token": "secret"}))
+        'org/name' (revision 'v1')
+
+        ```
+    """
+
+    path: str
+    where: dict[str, Any] = field(default_factory=dict, repr=False)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        known = [f"{name} {self.where[name]!r}" for name in ("subfolder", "revision") if self.where.get(name)]
+        return f"{self.path!r} ({', '.join(known)})" if known else repr(self.path)
+
+
+def check_recipe(parts: Mapping[str, Any]) -> None:
+    """Raises unless a recipe's two entries say what can be followed, and nothing else.
+
+    Args:
+        parts (`Mapping`): What the recipe's `config.json` says under `large` and `small`.
+
+    Raises:
+        ValueError: If a model is missing or has no name, or an option may not stand in a recipe.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.storage.checkpoints import check_recipe
+
+        >>> check_recipe({"large": {"name_or_path": "org/large", "dtype": "bfloat16"}, "small": {}})
+        Traceback (most recent call last):
+        ValueError: The recipe's `small` names no checkpoint: give it a `name_or_path`, a Hub repository or a folder.
+
+        ```
+    """
+    missing = [name for name in PARTS if parts.get(name) is None]
+    if missing:
+        other = next(name for name in PARTS if name not in missing)
+        raise ValueError(f"A recipe names two models, but `{missing[0]}` is missing: name it beside `{other}`.")
+    for name in PARTS:
+        part = parts[name]
+        named = part.get("name_or_path") if isinstance(part, Mapping) else None
+        if not (isinstance(named, str) and named.strip()):
+            raise ValueError(
+                f"The recipe's `{name}` names no checkpoint: give it a `name_or_path`, a Hub repository or a folder."
+            )
+        unknown = sorted(set(part) - set(RECIPE_OPTIONS))
+        if unknown:
+            raise ValueError(
+                f"The recipe's `{name}` says {unknown[0]!r}, which is not for a recipe to say: keep to "
+                f"{', '.join(RECIPE_OPTIONS)}, and pass the rest to `from_pretrained`, for example as "
+                f"`{name}_{unknown[0]}`."
+            )
+        for option in ("revision", "subfolder", "variant", "attn_implementation"):
+            if not isinstance(part.get(option, ""), str | None):
+                raise ValueError(f"The recipe's `{name}` has the {option} {part[option]!r}: write a string, or null.")
+        if "/" in (part.get("attn_implementation") or ""):
+            raise ValueError(
+                f"The recipe's `{name}` asks for an attention kernel from the Hub, {part['attn_implementation']!r}, "
+                f"which is foreign code: pass it as `{name}_attn_implementation` if you trust it."
+            )
+
+
+def locate(path: str | os.PathLike[str], *folders: str | None) -> tuple[str, dict[str, str]]:
+    """Where a folder of a bundle is, in the words of `from_pretrained`.
+
+    Args:
+        path (`str` or `os.PathLike`): The bundle: a folder or a Hub repository.
+        *folders (`str`, *optional*): The folders that lead to the part that is wanted, from the bundle's root.
+
+    Returns:
+        `tuple` of `str` and `dict`: What to pass as the first argument, and the keyword arguments to pass with it.
+
+    Raises:
+        OSError: If the bundle is a folder and the part is not in it.
+    """
+    path, subfolder = os.fspath(path), "/".join(folder for folder in folders if folder)
+    if not os.path.isdir(path):
+        return path, {"subfolder": subfolder} if subfolder else {}
+    # A local folder is joined, because transformers does not look into subfolders of one for every file.
+    joined = os.path.join(path, subfolder) if subfolder else path
+    if not os.path.isdir(joined):
+        raise OSError(
+            f"There is no folder {subfolder!r} in {path!r}: a pair is a folder with `large/`, `small/` and a "
+            "`config.json`, as `save_pretrained` of a pair writes it."
+        )
+    return joined, {}
+
+
+def pinned(path: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The same place with the commit in place of a branch, so that everything read there belongs together.
+
+    Args:
+        path (`str`): A folder or a Hub repository.
+        where (`Mapping`): The keyword arguments that go with it.
+
+    Returns:
+        `dict`: The keyword arguments; unchanged for a folder, or where there is no `config.json`.
+
+    Raises:
+        OSError: If the repository or the revision cannot be found.
+    """
+    if os.path.isdir(path):
+        return dict(where)
+    commit = newest_commit(path, **where)
+    return {**where, "revision": commit} if commit else dict(where)
+
+
+def locate_parts(
+    path: str | os.PathLike[str],
+    root: str | None,
+    recipe: Mapping[str, Any] | None,
+    where: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Checkpoint]:
+    """Where the two models of a pair are.
+
+    Args:
+        path (`str` or `os.PathLike`): The bundle or the recipe: a folder or a Hub repository.
+        root (`str`, *optional*): The folder in it that holds the pair.
+        recipe (`Mapping`, *optional*): What the recipe says under `large` and `small`; `None` for a bundle.
+        where (`Mapping`): How to get at the bundle or the recipe: revision, token, cache.
+        own (`Mapping`): What the user said about where one model is, by its name; it wins.
+
+    Returns:
+        `dict`: The checkpoints by name. What is in the recipe's own repository has the recipe's revision, anything
+        else the one that the recipe names; nothing is looked up yet.
+
+    Raises:
+        OSError: If a folder is not there.
+        ValueError: If the recipe is not sound.
+    """
+    if recipe is not None:
+        check_recipe(recipe)
+    checkpoints = {}
+    for name in PARTS:
+        if recipe is None:
+            part, subfolder = locate(path, root, name)
+            checkpoints[name] = Checkpoint(part, {**where, **subfolder, **own[name]})
+            continue
+        options = {option: value for option, value in recipe[name].items() if value is not None}
+        part, inside = _named(name, os.fspath(path), root, options.pop("name_or_path"))
+        part, subfolder = locate(part, inside, options.pop("subfolder", None))
+        # The revision that the user asked for is the recipe's: of what it names, it holds for its own repository only.
+        place = {key: value for key, value in where.items() if key != "revision" or part == os.fspath(path)}
+        if "revision" in options:
+            place["revision"] = options.pop("revision")
+        if os.path.isdir(part):
+            place.pop("revision", None)
+        checkpoints[name] = Checkpoint(part, {**place, **subfolder, **own[name]}, options)
+    return checkpoints
+
+
+def hub_kwargs(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Those arguments that say where a checkpoint is to be found.
+
+    Args:
+        kwargs (`Mapping`): Arguments of `from_pretrained`.
+        *more (`str`): Names to take beside [`HUB_KWARGS`].
+
+    Returns:
+        `dict`: Those that were given.
+    """
+    return {name: kwargs[name] for name in (*HUB_KWARGS, *more) if kwargs.get(name) is not None}
+
+
+def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Splits loading arguments: `large_*` and `small_*` go to one model, the others to both.
+
+    Args:
+        kwargs (`Mapping`): Arguments of `from_pretrained` of a pair.
+
+    Returns:
+        `dict`: The arguments of each model by its name.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.storage.checkpoints import split_kwargs
+
+        >>> split_kwargs({"dtype": "auto", "small_dtype": "float32"})
+        {'large': {'dtype': 'auto'}, 'small': {'dtype': 'float32'}}
+
+        ```
+    """
+    prefixes = tuple(f"{name}_" for name in PARTS)
+    if kwargs.get("offload_folder") is not None:  # weights of one name in both models must not share a file
+        folder = kwargs["offload_folder"]
+        kwargs = {name: value for name, value in kwargs.items() if name != "offload_folder"}
+        kwargs = {**{f"{name}_offload_folder": os.path.join(folder, name) for name in PARTS}, **kwargs}
+    shared = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
+    return {
+        model: {
+            **shared,
+            **{name.removeprefix(prefix): value for name, value in kwargs.items() if name.startswith(prefix)},
+        }
+        for model, prefix in zip(PARTS, prefixes, strict=True)
+    }
+
+
+def first_sentence(error: Exception) -> str:
+    """The cause in an error of transformers, without the advice that follows it.
+
+    Args:
+        error (`Exception`): The error.
+
+    Returns:
+        `str`: Its first line, without a full stop.
+    """
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
+
+
+def read_config(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> dict[str, Any]:
+    """What the `config.json` of one of a pair's models says, read without running any code.
+
+    Args:
+        name (`str`): `"large"` or `"small"`.
+        checkpoint ([`Checkpoint`]): Where it is.
+        recipe (`str`, *optional*): The recipe that names it.
+
+    Returns:
+        `dict`: The configuration.
+
+    Raises:
+        OSError: If there is none.
+        ValueError: If it is that of a pair, which cannot be half of another.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(checkpoint.path, **checkpoint.where)
+    except OSError as error:
+        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+    if not config:
+        raise OSError(f"The {name} model cannot be loaded: there is no `config.json` in {checkpoint}.")
+    if config.get("model_type") == "sgl":
+        if recipe is not None and _same_place(recipe, checkpoint):
+            raise ValueError(f"The recipe {recipe!r} names itself as its {name} model: name a single model there.")
+        raise ValueError(
+            f"The {name} model {checkpoint} is itself a pair, and pairs do not nest: name a single model, such as one "
+            "of that pair's two."
+        )
+    return config
+
+
+def _named(part: str, path: str, root: str | None, name: str) -> tuple[str, str | None]:
+    """The folder or repository that a recipe means by a name, and the folder in it."""
+    is_relative = name in (".", "..") or name.startswith(("./", "../"))
+    if os.path.isabs(name) or (is_relative and os.path.isdir(path)):
+        folder = name if os.path.isabs(name) else os.path.normpath(os.path.join(path, root or "", name))
+        if not os.path.isdir(folder):
+            raise OSError(
+                f"The recipe {path!r} names {name!r} as its {part} model, but there is no folder {folder!r}: correct "
+                "the name, or put the model there."
+            )
+        return folder, None
+    if not is_relative:
+        return name, None
+    inside = posixpath.normpath(posixpath.join(root or "", name))
+    if inside.startswith(".."):
+        raise ValueError(
+            f"The recipe {path!r} names {name!r} as its {part} model, which lies outside its repository: name the "
+            "repository instead."
+        )
+    return path, None if inside == "." else inside
+
+
+def _same_place(recipe: str, checkpoint: Checkpoint) -> bool:
+    if os.path.isdir(recipe) and os.path.isdir(checkpoint.path):
+        return os.path.samefile(recipe, checkpoint.path)
+    return recipe == checkpoint.path

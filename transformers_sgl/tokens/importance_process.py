@@ -1,0 +1,267 @@
+"""From importance to a choice of visual tokens: the step before the large model's prefill.
+
+Pure tensors, modelled on transformers' `LogitsProcessor`. A processor takes the importance of every visual
+token and returns it changed; in the end every token whose importance is `-inf` is dropped. `+inf` protects a token:
+it stays whatever the processors after that decide, and counts within their budgets.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers_sgl.tokens.visual_tokens import VisualTokens
+
+__all__ = [
+    "AttentionMassProcessor",
+    "ImportanceProcessor",
+    "ImportanceProcessorList",
+    "MinimumPerImageProcessor",
+    "RetentionRatioProcessor",
+]
+
+DROPPED = float("-inf")
+PROTECTED = float("inf")
+
+
+class ImportanceProcessor(ABC):
+    """A step between the small model's attention and the large model's prefill.
+
+    Write your own by implementing `__call__`, and pass it to `generate(importance_processor=...)`.
+
+    Example:
+        ```python
+        >>> from transformers_sgl import ImportanceProcessor
+
+        >>> class EveryOther(ImportanceProcessor):
+        ...     def __call__(self, visual_tokens, importance):
+        ...         importance = importance.clone()
+        ...         importance[:, 1::2] = float("-inf")
+        ...         return importance
+
+        ```
+    """
+
+    @abstractmethod
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Changes the importance of visual tokens.
+
+        Args:
+            visual_tokens (`VisualTokens`): Where the tokens stand, and to which image each belongs.
+            importance (`Tensor` of shape `(batch, num_visual_tokens)`): Non-negative float32 importance; `-inf` for
+                dropped tokens and where a sample has fewer tokens than the batch's maximum, `+inf` for protected ones.
+
+        Returns:
+            `Tensor` of shape `(batch, num_visual_tokens)`: The new importance.
+        """
+
+
+class ImportanceProcessorList(list[ImportanceProcessor]):
+    """Processors that run one after the other.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl import ImportanceProcessorList, RetentionRatioProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 9, 5]]), token_ids=9)
+        >>> keep = ImportanceProcessorList([RetentionRatioProcessor(0.5)])
+        >>> keep.keep_mask(tokens, torch.tensor([[0.1, 0.4, 0.3, 0.2]])).tolist()
+        [[False, True, True, False]]
+
+        ```
+    """
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Runs every processor in turn; arguments and result as in [`ImportanceProcessor`].
+
+        Args:
+            visual_tokens (`VisualTokens`): Where the tokens stand.
+            importance (`Tensor` of shape `(batch, num_visual_tokens)`): Their importance.
+
+        Returns:
+            `Tensor` of shape `(batch, num_visual_tokens)`: The new importance.
+
+        Raises:
+            ValueError: If a processor changes the shape or returns NaN.
+        """
+        for processor in self:
+            shape = importance.shape
+            importance = processor(visual_tokens, importance)
+            name = type(processor).__name__
+            if not isinstance(importance, Tensor) or not importance.is_floating_point():
+                returned = f"{importance.dtype}" if isinstance(importance, Tensor) else type(importance).__name__
+                raise ValueError(
+                    f"{name} returned {returned} instead of a tensor of floating-point importance: return one value "
+                    "per visual token, and -inf to drop one."
+                )
+            if importance.shape != shape:
+                raise ValueError(
+                    f"{name} returned importance of shape {tuple(importance.shape)} instead of {tuple(shape)}: return "
+                    "one value per visual token, and -inf to drop one."
+                )
+            if importance.isnan().any():
+                raise ValueError(f"{name} returned NaN: return finite importance, or -inf to drop a token.")
+            # Places that only fill up must not use up the next processor's budget.
+            importance = importance.masked_fill(~visual_tokens.valid, DROPPED)
+        return importance
+
+    def keep_mask(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Which visual tokens are left after all processors.
+
+        Args:
+            visual_tokens (`VisualTokens`): Where the tokens stand.
+            importance (`Tensor` of shape `(batch, num_visual_tokens)`): Their importance, as the small model gave it.
+
+        Returns:
+            `Tensor` of shape `(batch, num_visual_tokens)`: `True` for tokens to keep, `False` for the others and
+            where a sample has fewer tokens than the batch's maximum.
+
+        Raises:
+            ValueError: If a sample that has visual tokens would keep none.
+        """
+        kept = self(visual_tokens, importance.masked_fill(~visual_tokens.valid, DROPPED)) > DROPPED
+        kept &= visual_tokens.valid
+        if (visual_tokens.valid.any(dim=1) & ~kept.any(dim=1)).any():
+            raise ValueError(
+                "The importance processors dropped every visual token of a sample: leave at least one above -inf."
+            )
+        return kept
+
+
+class RetentionRatioProcessor(ImportanceProcessor):
+    """Keeps a fixed fraction of each sample's visual tokens, the most important ones (paper, section 3.2).
+
+    Of `V` tokens, `max(1, floor(retention_ratio * V))` are kept; of equally important ones the earlier.
+
+    Args:
+        retention_ratio (`float`): The fraction kept, in `(0, 1]`.
+
+    Raises:
+        ValueError: If the ratio is out of range.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl import RetentionRatioProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 5]]), token_ids=9)
+        >>> RetentionRatioProcessor(0.4)(tokens, torch.tensor([[0.2, 0.7, 0.1]]))
+        tensor([[  -inf, 0.7000,   -inf]])
+
+        ```
+    """
+
+    def __init__(self, retention_ratio: float) -> None:
+        self.retention_ratio = _check_fraction("retention_ratio", retention_ratio)
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Drops all but the most important tokens; see [`ImportanceProcessor`]."""
+        counts = visual_tokens.counts
+        # In float64, so that the count is what `math.floor(retention_ratio * V)` says in plain Python.
+        budget = torch.floor(counts.double() * self.retention_ratio).long().clamp(min=1)  # (batch,)
+        budget = torch.maximum(budget, (importance == PROTECTED).sum(dim=1))
+        return importance.masked_fill(_rank(importance) >= budget[:, None], DROPPED)
+
+
+class AttentionMassProcessor(ImportanceProcessor):
+    """Keeps the fewest tokens that together hold a given share of the importance: a nucleus over the image.
+
+    The number kept then follows the picture: few tokens where the small model looks at one spot, many where it
+    looks everywhere.
+
+    Args:
+        attention_mass (`float`): The share of the sample's total importance to keep, in `(0, 1]`.
+
+    Raises:
+        ValueError: If the share is out of range.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl import AttentionMassProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 5]]), token_ids=9)
+        >>> AttentionMassProcessor(0.8)(tokens, torch.tensor([[1.0, 6.0, 3.0]]))
+        tensor([[-inf, 6., 3.]])
+
+        ```
+    """
+
+    def __init__(self, attention_mass: float) -> None:
+        self.attention_mass = _check_fraction("attention_mass", attention_mass)
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Drops the tokens outside the nucleus; see [`ImportanceProcessor`]."""
+        rank = _rank(importance)
+        mass = importance.masked_fill(importance.isinf(), 0.0).double()
+        in_order = torch.zeros_like(mass).scatter(1, rank, mass)  # descending importance
+        # A token is kept while the mass gathered before it still falls short of the share asked for.
+        before = in_order.cumsum(dim=1) - in_order
+        short = before < self.attention_mass * mass.sum(dim=1, keepdim=True)
+        short[:, :1] = True  # the most important token stays even where all importance is zero
+        keep = short.gather(1, rank) | (importance == PROTECTED)
+        return importance.masked_fill(~keep, DROPPED)
+
+
+class MinimumPerImageProcessor(ImportanceProcessor):
+    """Protects the most important tokens of every image, so that no image vanishes from a prompt with several.
+
+    Put it before the processors that drop: protected tokens count within their budgets.
+
+    Args:
+        min_tokens (`int`): How many tokens of each image to protect; all of them where an image has fewer.
+
+    Raises:
+        ValueError: If the number is not 1 or more.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl import MinimumPerImageProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 5, 9, 9]]), token_ids=9)
+        >>> MinimumPerImageProcessor(1)(tokens, torch.tensor([[0.5, 0.4, 0.0, 0.1]]))
+        tensor([[   inf, 0.4000, 0.0000,    inf]])
+
+        ```
+    """
+
+    def __init__(self, min_tokens: int) -> None:
+        if isinstance(min_tokens, bool) or not isinstance(min_tokens, int) or min_tokens < 1:
+            raise ValueError(f"`min_tokens` is {min_tokens!r}: pass a whole number of 1 or more.")
+        self.min_tokens = min_tokens
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Sets each image's most important tokens to `+inf`; see [`ImportanceProcessor`]."""
+        # In the order of images, and within each of descending importance, ...
+        order = importance.argsort(dim=1, descending=True, stable=True)
+        images, by_image = visual_tokens.image_index.gather(1, order).sort(dim=1, stable=True)
+        order = order.gather(1, by_image)
+        # ... a token's rank within its image is how far it stands behind the image's first.
+        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        opens = torch.ones_like(images, dtype=torch.bool)
+        opens[:, 1:] = images[:, 1:] != images[:, :-1]
+        rank = place - torch.where(opens, place, 0).cummax(dim=1).values
+        protect = torch.zeros_like(visual_tokens.valid).scatter(1, order, rank < self.min_tokens) & visual_tokens.valid
+        # A token dropped by an earlier processor stays dropped: protection is not resurrection.
+        return importance.masked_fill(protect & (importance > DROPPED), PROTECTED)
+
+
+def _rank(importance: Tensor) -> Tensor:
+    """The place of every token in descending importance, equal ones in order; shape `(batch, num_visual_tokens)`."""
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+
+
+def _check_fraction(name: str, value: float) -> float:
+    """Returns the value if it lies in `(0, 1]`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` is {value!r}: pass a number above 0 and up to 1.")
+    return value

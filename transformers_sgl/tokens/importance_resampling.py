@@ -1,0 +1,158 @@
+"""Carrying importance from one model's visual tokens to another's, over the image that both look at.
+
+Pure tensors. Two models of different families cut an image into different tokens. Each token knows its box on
+the original image (`visual_token_boxes.py`), so importance can be carried over by the areas that boxes share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["pad_boxes", "resample_importance"]
+
+# The largest block of overlaps to hold at a time, in elements: 16 MiB of float64.
+_MAX_BLOCK_ELEMENTS = 1 << 21
+# Boxes that share less of their area than this merely touch each other.
+_LEAST_SHARE = 1e-4
+
+
+def pad_boxes(boxes: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Joins the boxes of a batch of prompts.
+
+    Args:
+        boxes (sequence of sequences of `Tensor` of shape `(num_tokens, 4)`): For every prompt, for each of its
+            images, the boxes of the image's tokens: left, top, right, bottom.
+
+    Returns:
+        `Tensor` of shape `(batch, num_tokens, 5)`: Rows of image number within the prompt, left, top, right, bottom.
+        Where a prompt has fewer tokens than the batch's maximum it is filled up on the right with image number -1.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl.tokens.importance_resampling import pad_boxes
+
+        >>> whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+        >>> pad_boxes([[whole, whole], [whole]])[..., 0].tolist()
+        [[0.0, 1.0], [0.0, -1.0]]
+
+        ```
+    """
+    rows = []
+    for images in boxes:
+        numbered = [torch.nn.functional.pad(image, (1, 0), value=number) for number, image in enumerate(images)]
+        rows.append(torch.cat(numbered) if numbered else torch.zeros(0, 5))
+    num_tokens = max((row.shape[0] for row in rows), default=0)
+    padded = torch.zeros(len(rows), num_tokens, 5)
+    padded[..., 0] = -1
+    for sample, row in zip(padded, rows, strict=True):
+        sample[: row.shape[0]] = row
+    return padded
+
+
+def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Tensor) -> Tensor:
+    """Importance of one model's visual tokens as that of another's, weighted by the areas that their boxes share.
+
+    Each large token gets the mean importance per area over its box, and all of an image are scaled together so that
+    its total stays the same: a thumbnail's token, whose box is larger than a tile's, does not outrank it for that.
+    What belongs to no place (separators), or to a place that the large model does not see (cropped away), is spread
+    evenly over the large model's tokens of that image.
+
+    Args:
+        importance (`Tensor` of shape `(batch, num_small_tokens)`): The importance of the small model's tokens.
+        small_boxes (`Tensor` of shape `(batch, num_small_tokens, 5)`): Their boxes, as of [`pad_boxes`].
+        large_boxes (`Tensor` of shape `(batch, num_large_tokens, 5)`): The boxes of the large model's tokens.
+
+    Returns:
+        `Tensor` of shape `(batch, num_large_tokens)`: The importance of the large model's tokens; 0 where a sample
+        has fewer.
+
+    Raises:
+        ValueError: If the shapes do not fit each other, or the two models were shown different images.
+
+    Example:
+        ```python
+        >>> import torch
+        >>> from transformers_sgl.tokens.importance_resampling import pad_boxes, resample_importance
+
+        >>> halves = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])
+        >>> thirds = torch.tensor([[0.0, 0.0, 1 / 3, 1.0], [1 / 3, 0.0, 2 / 3, 1.0], [2 / 3, 0.0, 1.0, 1.0]])
+        >>> resampled = resample_importance(torch.tensor([[3.0, 0.0]]), pad_boxes([[halves]]), pad_boxes([[thirds]]))
+        >>> resampled.round(decimals=3).tolist()
+        [[2.0, 1.0, 0.0]]
+
+        ```
+    """
+    batch, num_small = importance.shape
+    if small_boxes.shape != (batch, num_small, 5) or large_boxes.shape[::2] != (batch, 5):
+        raise ValueError(
+            f"The importance has the shape {(batch, num_small)} and the boxes {tuple(small_boxes.shape)} and "
+            f"{tuple(large_boxes.shape)}, which do not fit each other: pass one box for each token, as `pad_boxes` "
+            "returns them for the same prompts."
+        )
+    # Apple's GPUs do not count in float64.
+    device = torch.device("cpu") if importance.device.type == "mps" else importance.device
+    small, large = small_boxes.to(device, torch.float64), large_boxes.to(device, torch.float64)
+    values = importance.to(device, torch.float64)
+    resampled = torch.zeros(large.shape[:2], dtype=torch.float64, device=device)
+    for sample in range(batch):
+        small_image, large_image = small[sample, :, 0], large[sample, :, 0]
+        numbers = _image_numbers(small_image)
+        if numbers != _image_numbers(large_image):
+            raise ValueError(
+                f"Prompt {sample} of the batch holds the images {numbers} for the small model and "
+                f"{_image_numbers(large_image)} for the large one, but importance is carried over image by image: "
+                "give both models the same images."
+            )
+        for number in numbers:
+            of_small, of_large = small_image == number, large_image == number
+            resampled[sample, of_large] = _resample_image(
+                values[sample, of_small], small[sample, of_small, 1:], large[sample, of_large, 1:]
+            )
+    return resampled.to(importance.device, importance.dtype)
+
+
+def _image_numbers(image: Tensor) -> list[int]:
+    """The numbers of the images that a prompt's tokens belong to, in ascending order."""
+    return [int(number) for number in image.unique().tolist() if number >= 0]
+
+
+def _resample_image(importance: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """One image's importance, `(num_small,)`, as that of the large model's tokens, `(num_large,)`."""
+    small_area, large_area = _area(small), _area(large)
+    received = torch.zeros_like(large_area)
+    placed = unplaced = importance.new_zeros(())
+    rows = max(1, _MAX_BLOCK_ELEMENTS // max(1, large.shape[0]))
+    for start in range(0, small.shape[0], rows):
+        block = slice(start, start + rows)
+        overlap = _overlap(small[block], large)  # (rows, num_large)
+        covered = overlap.sum(dim=1)
+        seen = covered > _LEAST_SHARE * small_area[block]
+        amount = importance[block] * seen
+        placed = placed + amount.sum()
+        unplaced = unplaced + (importance[block] * ~seen).sum()
+        per_area = amount / torch.where(seen, small_area[block], 1.0)
+        received += per_area @ overlap
+    received = received / torch.where(large_area > 0, large_area, 1.0)
+    total = received.sum()
+    received = received * (placed / torch.where(total != 0, total, 1.0))
+    return received + unplaced / large.shape[0]
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]).clamp(min=0) * (boxes[:, 3] - boxes[:, 1]).clamp(min=0)
+
+
+def _overlap(one: Tensor, other: Tensor) -> Tensor:
+    """The areas that two sets of boxes share; `(num_one, num_other)`."""
+    width, height = (
+        (
+            torch.minimum(one[:, None, axis + 2], other[None, :, axis + 2])
+            - torch.maximum(one[:, None, axis], other[None, :, axis])
+        ).clamp_(min=0)
+        for axis in (0, 1)
+    )
+    return width.mul_(height)
