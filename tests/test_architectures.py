@@ -30,10 +30,11 @@ from transformers_sgl.architectures import (
     check_supported,
     decoder,
     key_sources,
+    visual_tokens_of,
 )
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.generation_sgl import _row_owners
-from transformers_sgl.guidance import guide, visual_tokens_of
+from transformers_sgl.guidance import guide
 from transformers_sgl.transformers_interface import cache_name, cache_of, stock_fault
 from transformers_sgl.versions import untested
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import attention_name, is_attention, stock_fault
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "decoder_layers",
     "key_sources",
     "visual_token_ids",
+    "visual_tokens_of",
 ]
 
 
@@ -327,6 +329,21 @@ def visual_token_ids(config: PreTrainedConfig, modality: str = "") -> tuple[int,
     names = check_supported(config).visual_token_attributes
     ids = (getattr(config, name, None) for name in names if modality in name)
     return tuple(dict.fromkeys(each for each in ids if each is not None))
+
+
+def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality: str = "") -> VisualTokens:
+    """The visual tokens of a model's prompts.
+
+    Args:
+        config (`PreTrainedConfig`): The model's configuration.
+        inputs (`dict`): Its inputs: `input_ids` of shape `(batch, prompt_length)`, perhaps `attention_mask`.
+        modality (`str`, *optional*): Only those of an `"image"`, or of a `"video"`.
+
+    Returns:
+        `VisualTokens`: Their places.
+    """
+    ids, gap = visual_token_ids(config, modality), check_supported(config).image_gap
+    return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
+from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers, visual_tokens_of
 from transformers_sgl.batching import (
     WholeBatchStreamer,
     left_padded,
@@ -36,15 +36,13 @@ from transformers_sgl.batching import (
     select_samples,
 )
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import Guidance, guide, visual_tokens_of
+from transformers_sgl.guidance import Guidance, guide
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
-    MinimumPerImageProcessor,
-    RetentionRatioProcessor,
 )
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
 from transformers_sgl.tokens.visual_tokens import VisualTokens
@@ -350,10 +348,7 @@ def _processor_list(
             raise ValueError(
                 f"`importance_processor` is or holds {processor!r}: pass an ImportanceProcessor, or a list of them."
             )
-    if settings.retention_ratio < 1:
-        if settings.min_tokens_per_image > 0:
-            processors.append(MinimumPerImageProcessor(settings.min_tokens_per_image))
-        processors.append(RetentionRatioProcessor(settings.retention_ratio))
+    processors += ImportanceProcessorList.of_settings(settings.retention_ratio, settings.min_tokens_per_image)
     return processors
 
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from transformers_sgl.architectures import attention_modules, check_supported, visual_token_ids
+from transformers_sgl.architectures import attention_modules, check_supported
 from transformers_sgl.batching import append_tokens
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
@@ -35,7 +34,7 @@ from transformers_sgl.tokens.importance_process import ImportanceProcessorList, 
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import cache_name, extended_inputs
 
-__all__ = ["Guidance", "guide", "guiding_layers", "visual_tokens_of"]
+__all__ = ["Guidance", "guide", "guiding_layers"]
 
 
 @dataclass(frozen=True)
@@ -168,21 +167,6 @@ def guide(
         confidence,
         consistency,
     )
-
-
-def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality: str = "") -> VisualTokens:
-    """The visual tokens of a model's prompts.
-
-    Args:
-        config (`PreTrainedConfig`): The model's configuration.
-        inputs (`dict`): Its inputs: `input_ids` of shape `(batch, prompt_length)`, perhaps `attention_mask`.
-        modality (`str`, *optional*): Only those of an `"image"`, or of a `"video"`.
-
-    Returns:
-        `VisualTokens`: Their places.
-    """
-    ids, gap = visual_token_ids(config, modality), check_supported(config).image_gap
-    return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
 
 
 def guiding_layers(small: PreTrainedModel, settings: SGLGenerationConfig) -> list[int]:

@@ -24,9 +24,9 @@ from transformers_sgl.architectures import (
     decoder_layers,
     key_sources,
     visual_token_ids,
+    visual_tokens_of,
 )
 from transformers_sgl.generation_sgl import generate
-from transformers_sgl.guidance import visual_tokens_of
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
 

@@ -30,12 +30,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from transformers_sgl.architectures import decoder, visual_token_ids
+from transformers_sgl.architectures import decoder, visual_token_ids, visual_tokens_of
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.evaluation.cost import available_memory, flop_counter, measure_working_memory
 from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, take_turns
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
-from transformers_sgl.guidance import visual_tokens_of
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner

@@ -23,17 +23,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from transformers_sgl.architectures import decoder, decoder_layers
+from transformers_sgl.architectures import decoder, decoder_layers, visual_tokens_of
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
-from transformers_sgl.guidance import visual_tokens_of
+from transformers_sgl.generation_config_sgl import (
+    PRESETS,
+    SGLGenerationConfig,
+    average_retention,
+    resolve_prune_layer,
+)
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.tokens.importance_process import (
     ImportanceProcessorList,
-    MinimumPerImageProcessor,
-    RetentionRatioProcessor,
 )
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import count_image_tokens, tells_image_tokens
@@ -415,10 +417,9 @@ class Guide(Method):
         setting = self.setting(setting)
         inputs = pair.inputs(processor, batch.samples, batch.images)
         tokens = visual_tokens_of(large.config, inputs)
-        # As in the pair's own `generate`: no image vanishes.
-        choose = ImportanceProcessorList(
-            [MinimumPerImageProcessor(1), RetentionRatioProcessor(setting.retention_ratio)]
-        )
+        # As in the pair's own `generate`.
+        settings = SGLGenerationConfig().resolved(pair.model.generation_config)
+        choose = ImportanceProcessorList.of_settings(setting.retention_ratio, settings.min_tokens_per_image)
         kept: list[Tensor] = []
         with ExitStack() as stack:
             importance = stack.enter_context(self.rank(pair, batch, inputs, tokens, setting))

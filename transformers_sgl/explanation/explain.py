@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from transformers_sgl.architectures import decoder_layers
+from transformers_sgl.architectures import decoder_layers, visual_tokens_of
 from transformers_sgl.explanation.panels import TokenBoxes
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, average_retention
-from transformers_sgl.guidance import guiding_layers, visual_tokens_of
+from transformers_sgl.guidance import guiding_layers
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.processing_sgl import SGLProcessor
@@ -31,8 +31,6 @@ from transformers_sgl.tokens.boxes import video_token_boxes, visual_token_boxes
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.tokens.importance_process import (
     ImportanceProcessorList,
-    MinimumPerImageProcessor,
-    RetentionRatioProcessor,
 )
 from transformers_sgl.tokens.importance_transfer import split_boxes
 from transformers_sgl.tokens.visual_tokens import VisualTokens
@@ -411,9 +409,7 @@ def _guided_answer(
     settings: SGLGenerationConfig,
 ) -> GuidedAnswer:
     ratio = PRESETS[preset]["retention_ratio"]
-    processors = ImportanceProcessorList([RetentionRatioProcessor(ratio)])
-    if settings.min_tokens_per_image > 0:
-        processors.insert(0, MinimumPerImageProcessor(settings.min_tokens_per_image))
+    processors = ImportanceProcessorList.of_settings(ratio, settings.min_tokens_per_image)
     keep_mask = output.keep_mask[0].cpu().numpy()
     kept = float(keep_mask.sum()) / len(keep_mask)
     return GuidedAnswer(

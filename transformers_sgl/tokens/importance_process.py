@@ -76,6 +76,22 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
         ```
     """
 
+    @classmethod
+    def of_settings(cls, retention_ratio: float, min_tokens_per_image: int) -> ImportanceProcessorList:
+        """What the settings of these names ask for.
+
+        Args:
+            retention_ratio (`float`): The fraction of visual tokens to keep, in `(0, 1]`.
+            min_tokens_per_image (`int`): The fewest tokens of an image to keep, 0 or more.
+
+        Returns:
+            `ImportanceProcessorList`: The processors; none where every token is kept.
+        """
+        if retention_ratio >= 1:
+            return cls()
+        at_least = [MinimumPerImageProcessor(min_tokens_per_image)] if min_tokens_per_image > 0 else []
+        return cls([*at_least, RetentionRatioProcessor(retention_ratio)])
+
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Runs every processor in turn; arguments and result as in [`ImportanceProcessor`].
 
