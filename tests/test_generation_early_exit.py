@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput, SGLGenerationConfig
-from transformers_sgl.generation_sgl import _is_complete
+from transformers_sgl.answer_rules import AnswerRules
 from transformers_sgl.transformers_interface import cache_name, cache_of
 
 pytestmark = pytest.mark.mechanics
@@ -285,7 +285,8 @@ def test_a_draft_that_was_cut_off_is_no_answer(pair: SGLForConditionalGeneration
 def test_a_whole_answer_has_ended_or_is_cut_off_where_any_would_be() -> None:
     ended = torch.tensor([True, True, False, False, True, True])
     lengths = torch.tensor([3, 6, 5, 4, 1, 5])
-    assert _is_complete(ended, lengths, limits=(2, 5)).tolist() == [True, False, True, False, False, True]
+    rules = AnswerRules.of(SGLGenerationConfig(min_new_tokens=2, max_new_tokens=5), {}, None, {})
+    assert rules.is_complete(ended, lengths).tolist() == [True, False, True, False, False, True]
 
 
 def test_streams_are_the_same_on_either_path(pair: SGLForConditionalGeneration) -> None:

@@ -20,23 +20,21 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from transformers_sgl.answer_rules import AnswerRules
 from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers, visual_tokens_of
 from transformers_sgl.batching import (
     WholeBatchStreamer,
     left_padded,
     merge_answers,
-    pad_rows,
     row_owners,
     select_samples,
 )
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import Guidance, guide
+from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens.early_exit import exits_early
@@ -50,7 +48,6 @@ from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import (
     CACHE_NAMES,
     CacheUnderBothNames,
-    cache_of,
     with_installed_cache_name,
 )
 from transformers_sgl.versions import names_versions
@@ -63,15 +60,6 @@ _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokeniz
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 # Plain inputs that are an object of one model.
 _LARGE_ONLY = CACHE_NAMES
-# Caches whose layers may differ in length, and that can be cut back; "hybrid", as older checkpoints have it, means
-# nothing to transformers any more.
-_DYNAMIC_CACHES = (None, "dynamic", "offloaded", "hybrid")
-# What `generate` writes at the most where nobody said, as in transformers.
-_DEFAULT_MAX_NEW_TOKENS = 20
-# Settings that shape an answer, and so the draft, too: in any vocabulary, and where both models share one.
-_SHAPING_SETTINGS = ("max_time", "no_repeat_ngram_size", "repetition_penalty")
-_SHAPING_SETTINGS_BY_ID = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
-_SHAPING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
 
 
 @dataclass
@@ -181,11 +169,11 @@ def generate(
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
     processors = _processor_list(importance_processor, settings)
-    may_exit = settings.early_exit_threshold is not None and settings.early_exit_threshold <= 1
+    rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
     visual_tokens = _find_visual_tokens(large, large_inputs)
     if visual_tokens is not None:
         found["num_visual_tokens"] = visual_tokens.counts
-    is_guided = bool(processors) or may_exit or _can_use_draft(large_inputs, settings, generate_kwargs, vocabularies)
+    is_guided = bool(processors) or rules.may_exit or rules.can_use_draft(large_inputs)
     if not is_guided or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
         with _one_at_a_time(large):
             # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
@@ -196,12 +184,12 @@ def generate(
 
     # 2. Refuse what cannot be done, before anything has run.
     check_supported(small.config)
-    _check_guidable(large_inputs)
+    rules.check_guidable(large_inputs)
     if processors:
         check_prunable(large.config, prune_layer)
-        _check_prunable(large_inputs, settings, generate_kwargs)
-    if may_exit:
-        _check_exits(settings, generate_kwargs, vocabularies)
+        rules.check_prunable(large_inputs)
+    if rules.may_exit:
+        rules.check_exits()
     prompts = large_inputs["input_ids"]
     large_inputs, visual_tokens = _prepared(large, large_inputs)
     small_inputs, small_tokens = _prepared(small, small_inputs)
@@ -210,8 +198,7 @@ def generate(
         found["importance_transfer"] = transfer.kind
 
     # 3. The small model answers first: a draft, how far to trust it, and where it looked.
-    limits = _length_limits(settings, prompts.shape[1])
-    draft_settings = _draft_settings(settings, small, limits, vocabularies, generate_kwargs, may_exit)
+    draft_settings = rules.draft_settings(small.generation_config)
     with _one_at_a_time(small):
         guidance = guide(
             small,
@@ -219,8 +206,7 @@ def generate(
             small_tokens,
             settings,
             ranks=bool(processors),
-            scores=may_exit
-            or bool(settings.return_dict_in_generate if settings.score_draft is None else settings.score_draft),
+            scores=rules.scores_draft,
             **draft_settings,
         ).to(prompts.device)
     if guidance.importance is not None:
@@ -230,16 +216,18 @@ def generate(
     clock.lap("guidance_ms")
 
     # 4. Where the draft can be trusted, it is the answer.
-    draft, draft_mask = _in_large_vocabulary(guidance, settings, vocabularies)
-    complete = found["draft_complete"] = _is_complete(guidance.ended, draft_mask.sum(dim=1), limits)
+    draft, draft_mask = rules.in_large_vocabulary(
+        guidance.draft_sequences, guidance.draft_mask, guidance.ended_with_eos
+    )
+    complete = found["draft_complete"] = rules.is_complete(guidance.ended, draft_mask.sum(dim=1))
     exits = torch.zeros_like(complete)
-    if may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
+    if rules.may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
     found["exited_early"] = exits
     early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
     streamer = generate_kwargs.get("streamer")
     if streamer is not None and exits.any():
-        streamer = WholeBatchStreamer(streamer, prompts, early, exits, _pad_token_id(settings))
+        streamer = WholeBatchStreamer(streamer, prompts, early, exits, rules.pad_token_id)
         generate_kwargs["streamer"] = streamer
 
     # 5. The other samples go on as a smaller batch. The ranking becomes a choice of tokens, and the large model reads
@@ -250,7 +238,7 @@ def generate(
         if exits.any():
             large_inputs = select_samples(large_inputs, rest, _row_owners(large, large_inputs))
             large_inputs, visual_tokens = _prepared(large, large_inputs)
-            generate_kwargs["generation_config"] = _counting_new_tokens(generation_config, limits)
+            generate_kwargs["generation_config"] = rules.counting_new_tokens(generation_config)
         if settings.verify_draft is not False and vocabularies.shared is not None:
             verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
         with ExitStack() as stack:
@@ -273,7 +261,7 @@ def generate(
         found["num_draft_tokens_accepted"][rest] = verifier.num_accepted.to(rest.device)
 
     # 6. The whole batch again, with the prompts as they were passed.
-    answers = merge_answers(early, late, exits, _pad_token_id(settings))
+    answers = merge_answers(early, late, exits, rules.pad_token_id)
     prompts = prompts.repeat_interleave(answers.shape[0] // prompts.shape[0], dim=0)
     return _result(torch.cat([prompts, answers], dim=1), output, found, settings, clock)
 
@@ -352,91 +340,6 @@ def _processor_list(
     return processors
 
 
-def _is_greedy(settings: GenerationConfig) -> bool:
-    return not settings.do_sample and settings.num_beams in (None, 1) and settings.num_return_sequences in (None, 1)
-
-
-def _can_use_draft(
-    inputs: dict[str, Any],
-    settings: SGLGenerationConfig,
-    generate_kwargs: dict[str, Any],
-    vocabularies: Vocabularies,
-) -> bool:
-    """Whether the small model shall run even for its draft alone, and the large one can make use of it."""
-    return (
-        settings.verify_draft is True
-        and _is_greedy(settings)
-        and inputs.get("input_ids") is not None
-        and cache_of(inputs) is None
-        and settings.cache_implementation in _DYNAMIC_CACHES
-        and not any(generate_kwargs.get(name) for name in ("assistant_model", "custom_generate"))
-        and vocabularies.shared is not None
-    )
-
-
-def _check_guidable(inputs: dict[str, Any]) -> None:
-    """Raises if the small model cannot be asked about these inputs."""
-    cache = cache_of(inputs)
-    if inputs.get("input_ids") is None:
-        raise ValueError(
-            "The small model's guidance needs visual tokens, which are found by their ids, but there are no "
-            "`input_ids`: pass them, or set `retention_ratio=1.0` and no `early_exit_threshold` to run the large "
-            "model alone."
-        )
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"The small model's guidance starts with the prompt, but the cache already holds "
-            f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
-        )
-
-
-def _check_exits(settings: SGLGenerationConfig, generate_kwargs: dict[str, Any], vocabularies: Vocabularies) -> None:
-    """Raises if the small model's answer cannot stand for the large one's."""
-    cure = "or set `early_exit_threshold` above 1, which never exits."
-    if not _is_greedy(settings):
-        raise ValueError(
-            "An early exit returns the small model's one greedy answer, but sampling, beams or several answers were "
-            f"asked for: set do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
-        )
-    if vocabularies.shared is None:
-        raise ValueError(
-            "An early exit returns the small model's tokens, but nothing tells whether they mean the same to the "
-            f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
-        )
-    own = [name for name in _SHAPING_ARGUMENTS if generate_kwargs.get(name) is not None]
-    own += [name for name in _SHAPING_SETTINGS_BY_ID if getattr(settings, name) is not None]
-    if own and not vocabularies.shared:
-        raise ValueError(
-            f"An early exit cannot obey {', '.join(f'`{name}`' for name in own)}, because the small model writes in "
-            f"another vocabulary: leave it out, {cure}"
-        )
-
-
-def _check_prunable(
-    inputs: dict[str, Any], generation_config: SGLGenerationConfig, generate_kwargs: dict[str, Any]
-) -> None:
-    """Raises if a setting of stock `generate` does not go together with pruning."""
-    cure = "or set `retention_ratio=1.0` to run the large model unpruned."
-    cache = cache_of(inputs)
-    if generation_config.cache_implementation not in _DYNAMIC_CACHES or (cache is not None and cache.is_compileable):
-        raise ValueError(
-            "Pruning needs a cache whose layers may differ in length, which a "
-            f"{generation_config.cache_implementation or 'static'} cache cannot do: leave `cache_implementation` "
-            f"unset, {cure}"
-        )
-    assisted = generate_kwargs.get("assistant_model") is not None or generation_config.prompt_lookup_num_tokens
-    guided = (
-        generation_config.guidance_scale not in (None, 1) or generate_kwargs.get("negative_prompt_ids") is not None
-    )
-    for name, is_set in (
-        ("assisted decoding", assisted),
-        ("prefill_chunk_size", generation_config.prefill_chunk_size),
-        ("classifier-free guidance", guided),
-    ):
-        if is_set:
-            raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
-
-
 def _prepared(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], VisualTokens]:
     """A model's inputs, padded on the left, and where their visual tokens stand."""
     inputs = left_padded(inputs)
@@ -462,93 +365,6 @@ def _row_owners(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Ten
         sizes = inputs[kind].prod(dim=1) if kind in inputs else None
         owners[name] = row_owners(len(inputs[name]), weights, sizes)
     return owners
-
-
-def _length_limits(settings: GenerationConfig, prompt_length: int) -> tuple[int, int]:
-    """The fewest and the most tokens that an answer may have."""
-    at_least = max(settings.min_new_tokens or 0, (settings.min_length or 0) - prompt_length)
-    if settings.max_new_tokens is not None:
-        return at_least, settings.max_new_tokens
-    if settings.max_length is not None:
-        return at_least, max(1, settings.max_length - prompt_length)
-    return at_least, _DEFAULT_MAX_NEW_TOKENS
-
-
-def _counting_new_tokens(settings: SGLGenerationConfig, limits: tuple[int, int]) -> SGLGenerationConfig:
-    """The same settings for prompts of another length: limits that count the prompt would shift."""
-    settings = SGLGenerationConfig.from_generation_config(settings)
-    settings.update(min_new_tokens=limits[0] or None, max_new_tokens=limits[1], min_length=None, max_length=None)
-    return settings
-
-
-def _draft_settings(
-    settings: SGLGenerationConfig,
-    small: PreTrainedModel,
-    limits: tuple[int, int],
-    vocabularies: Vocabularies,
-    generate_kwargs: dict[str, Any],
-    may_exit: bool,
-) -> dict[str, Any]:
-    """What the draft must obey so that it can stand for an answer: arguments of the small model's `generate`."""
-    names = [*_SHAPING_SETTINGS, *(_SHAPING_SETTINGS_BY_ID if vocabularies.shared else ())]
-    shaping = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    shaping["max_new_tokens"] = settings.guidance_max_new_tokens or limits[1]
-    if limits[0] > 0:
-        shaping["min_new_tokens"] = min(limits[0], shaping["max_new_tokens"])
-    # The small model stops where the large one would, and where it was trained to.
-    eos = [*_eos_token_ids(small.generation_config), *(_eos_token_ids(settings) if vocabularies.shared else ())]
-    if eos:
-        shaping["eos_token_id"] = list(dict.fromkeys(eos))
-
-    criteria = StoppingCriteriaList()
-    if settings.stop_strings is not None:
-        tokenizer = generate_kwargs.get("tokenizer")
-        if tokenizer is None:
-            raise ValueError("`stop_strings` are found in the text: pass `tokenizer=processor.tokenizer` as well.")
-        if not vocabularies.shared and vocabularies.tokenizers is not None:
-            tokenizer = vocabularies.tokenizers[1]
-        criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
-    # The user's own objects may keep a state, so the draft has to obey them only where it may become the answer.
-    if may_exit:
-        criteria += generate_kwargs.get("stopping_criteria") or []
-        for name in ("logits_processor", "prefix_allowed_tokens_fn"):
-            if generate_kwargs.get(name) is not None:
-                shaping[name] = generate_kwargs[name]
-    return {**shaping, "stopping_criteria": criteria}
-
-
-def _in_large_vocabulary(
-    guidance: Guidance, settings: GenerationConfig, vocabularies: Vocabularies
-) -> tuple[Tensor, Tensor]:
-    """The drafts as the large model would have written them; `(batch, draft_length)` each, ids and mask."""
-    draft, mask = guidance.draft_sequences, guidance.draft_mask
-    eos = _eos_token_ids(settings)
-    if vocabularies.shared is False:
-        rows = vocabularies.to_large(draft, mask, guidance.ended_with_eos, eos[0] if eos else None)
-        ids, mask = (tensor.to(draft.device) for tensor in pad_rows(rows, _pad_token_id(settings)))
-        return ids, mask
-    draft = draft.masked_fill(~mask, _pad_token_id(settings))
-    if eos:  # whatever ended the small model's answer, it is the large one's end that follows it
-        last = (mask.sum(dim=1) - 1)[:, None]
-        foreign = guidance.ended_with_eos & ~torch.isin(draft.gather(1, last)[:, 0], draft.new_tensor(eos))
-        draft = draft.scatter(1, last, torch.where(foreign[:, None], eos[0], draft.gather(1, last)))
-    return draft, mask
-
-
-def _is_complete(ended: Tensor, lengths: Tensor, limits: tuple[int, int]) -> Tensor:
-    """Which drafts are whole answers; `(batch,)`."""
-    # One that was cut off is whole only where the large model's answer would be cut off, too.
-    return torch.where(ended, lengths <= limits[1], lengths == limits[1]) & (lengths >= limits[0])
-
-
-def _eos_token_ids(settings: GenerationConfig) -> list[int]:
-    ids = settings.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def _pad_token_id(settings: GenerationConfig) -> int:
-    """What `generate` fills up finished answers with."""
-    return settings.pad_token_id if settings.pad_token_id is not None else [*_eos_token_ids(settings), 0][0]
 
 
 def _scatter(values: Tensor, chosen: Tensor, width: int) -> Tensor:

@@ -1,0 +1,304 @@
+"""What an answer has to obey, whichever model writes it: limits, ends and padding; and what is refused.
+
+A draft that may become the answer obeys what the large model's own answer would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+
+from transformers_sgl.batching import pad_rows
+from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.tokens.vocabulary import Vocabularies
+from transformers_sgl.transformers_interface import cache_of
+
+__all__ = ["AnswerRules"]
+
+# Caches whose layers may differ in length, and that can be cut back; "hybrid", as older checkpoints have it, means
+# nothing to transformers any more.
+_DYNAMIC_CACHES = (None, "dynamic", "offloaded", "hybrid")
+# What `generate` writes at the most where nobody said, as in transformers.
+_DEFAULT_MAX_NEW_TOKENS = 20
+# Settings that shape an answer, and so the draft, too: in any vocabulary, and where both models share one.
+_SHAPING_SETTINGS = ("max_time", "no_repeat_ngram_size", "repetition_penalty")
+_SHAPING_SETTINGS_BY_ID = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
+_SHAPING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
+
+
+@dataclass(frozen=True)
+class AnswerRules:
+    """The rules of one `generate` call.
+
+    Attributes:
+        settings ([`SGLGenerationConfig`]): The resolved settings.
+        arguments (`Mapping`): The arguments of `generate` that are neither settings nor model inputs.
+        vocabularies (`Vocabularies`): Whether the small model's tokens mean the same to the large one.
+        min_new_tokens (`int`): The fewest tokens of an answer.
+        max_new_tokens (`int`): The most tokens of an answer.
+    """
+
+    settings: SGLGenerationConfig
+    arguments: Mapping[str, Any]
+    vocabularies: Vocabularies
+    min_new_tokens: int
+    max_new_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        settings: SGLGenerationConfig,
+        arguments: Mapping[str, Any],
+        vocabularies: Vocabularies,
+        inputs: Mapping[str, Any],
+    ) -> AnswerRules:
+        """The rules that settings and arguments make for these prompts.
+
+        Args:
+            settings ([`SGLGenerationConfig`]): The resolved settings.
+            arguments (`Mapping`): Further arguments of `generate`.
+            vocabularies (`Vocabularies`): What is known about the models' tokenizers.
+            inputs (`Mapping`): The large model's inputs, perhaps with `input_ids` of shape
+                `(batch, prompt_length)`.
+
+        Returns:
+            `AnswerRules`: The rules.
+        """
+        input_ids = inputs.get("input_ids")
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        at_least = max(settings.min_new_tokens or 0, (settings.min_length or 0) - prompt_length)
+        if settings.max_new_tokens is not None:
+            at_most = settings.max_new_tokens
+        elif settings.max_length is not None:
+            at_most = max(1, settings.max_length - prompt_length)
+        else:
+            at_most = _DEFAULT_MAX_NEW_TOKENS
+        return cls(settings, arguments, vocabularies, at_least, at_most)
+
+    @property
+    def may_exit(self) -> bool:
+        """Whether the small model's answer may be returned."""
+        threshold = self.settings.early_exit_threshold
+        return threshold is not None and threshold <= 1
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether one answer is written, and of every token the most probable."""
+        settings = self.settings
+        return (
+            not settings.do_sample and settings.num_beams in (None, 1) and settings.num_return_sequences in (None, 1)
+        )
+
+    @property
+    def scores_draft(self) -> bool:
+        """Whether the small model's answer is scored."""
+        wanted = self.settings.score_draft
+        return self.may_exit or bool(self.settings.return_dict_in_generate if wanted is None else wanted)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end the large model's answer."""
+        return _ids(self.settings.eos_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What `generate` fills up finished answers with."""
+        padding: int | None = self.settings.pad_token_id
+        return padding if padding is not None else [*self.eos_token_ids, 0][0]
+
+    def can_use_draft(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the small model shall run even for its draft alone, and the large one can make use of it.
+
+        Args:
+            inputs (`Mapping`): The large model's inputs.
+
+        Returns:
+            `bool`: Whether it shall.
+        """
+        return (
+            self.settings.verify_draft is True
+            and self.is_greedy
+            and inputs.get("input_ids") is not None
+            and cache_of(inputs) is None
+            and self.settings.cache_implementation in _DYNAMIC_CACHES
+            and not any(self.arguments.get(name) for name in ("assistant_model", "custom_generate"))
+            and self.vocabularies.shared is not None
+        )
+
+    def check_guidable(self, inputs: Mapping[str, Any]) -> None:
+        """Raises if the small model cannot be asked about these inputs.
+
+        Args:
+            inputs (`Mapping`): The large model's inputs.
+
+        Raises:
+            ValueError: If there are no `input_ids`, or a cache that already holds tokens.
+        """
+        cache = cache_of(inputs)
+        if inputs.get("input_ids") is None:
+            raise ValueError(
+                "The small model's guidance needs visual tokens, which are found by their ids, but there are no "
+                "`input_ids`: pass them, or set `retention_ratio=1.0` and no `early_exit_threshold` to run the large "
+                "model alone."
+            )
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"The small model's guidance starts with the prompt, but the cache already holds "
+                f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
+            )
+
+    def check_exits(self) -> None:
+        """Raises if the small model's answer cannot stand for the large one's.
+
+        Raises:
+            ValueError: With what cannot be obeyed, and the cure.
+        """
+        cure = "or set `early_exit_threshold` above 1, which never exits."
+        if not self.is_greedy:
+            raise ValueError(
+                "An early exit returns the small model's one greedy answer, but sampling, beams or several answers "
+                f"were asked for: set do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
+            )
+        if self.vocabularies.shared is None:
+            raise ValueError(
+                "An early exit returns the small model's tokens, but nothing tells whether they mean the same to the "
+                f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
+            )
+        own = [name for name in _SHAPING_ARGUMENTS if self.arguments.get(name) is not None]
+        own += [name for name in _SHAPING_SETTINGS_BY_ID if getattr(self.settings, name) is not None]
+        if own and not self.vocabularies.shared:
+            raise ValueError(
+                f"An early exit cannot obey {', '.join(f'`{name}`' for name in own)}, because the small model writes "
+                f"in another vocabulary: leave it out, {cure}"
+            )
+
+    def check_prunable(self, inputs: Mapping[str, Any]) -> None:
+        """Raises if a setting of stock `generate` does not go together with pruning.
+
+        Args:
+            inputs (`Mapping`): The large model's inputs.
+
+        Raises:
+            ValueError: With the setting, and the cure.
+        """
+        settings = self.settings
+        cure = "or set `retention_ratio=1.0` to run the large model unpruned."
+        cache = cache_of(inputs)
+        if settings.cache_implementation not in _DYNAMIC_CACHES or (cache is not None and cache.is_compileable):
+            raise ValueError(
+                "Pruning needs a cache whose layers may differ in length, which a "
+                f"{settings.cache_implementation or 'static'} cache cannot do: leave `cache_implementation` unset, "
+                f"{cure}"
+            )
+        assisted = self.arguments.get("assistant_model") is not None or settings.prompt_lookup_num_tokens
+        guided = settings.guidance_scale not in (None, 1) or self.arguments.get("negative_prompt_ids") is not None
+        for name, is_set in (
+            ("assisted decoding", assisted),
+            ("prefill_chunk_size", settings.prefill_chunk_size),
+            ("classifier-free guidance", guided),
+        ):
+            if is_set:
+                raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
+
+    def draft_settings(self, small: GenerationConfig) -> dict[str, Any]:
+        """What the draft must obey so that it can stand for an answer: arguments of the small model's `generate`.
+
+        Args:
+            small (`GenerationConfig`): The small model's own settings.
+
+        Returns:
+            `dict`: The arguments, `stopping_criteria` among them.
+
+        Raises:
+            ValueError: If stop strings are wanted, but there is no tokenizer to find them with.
+        """
+        settings, shared = self.settings, self.vocabularies.shared
+        names = [*_SHAPING_SETTINGS, *(_SHAPING_SETTINGS_BY_ID if shared else ())]
+        shaping = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+        shaping["max_new_tokens"] = settings.guidance_max_new_tokens or self.max_new_tokens
+        if self.min_new_tokens > 0:
+            shaping["min_new_tokens"] = min(self.min_new_tokens, shaping["max_new_tokens"])
+        # The small model stops where the large one would, and where it was trained to.
+        eos = [*_ids(small.eos_token_id), *(self.eos_token_ids if shared else ())]
+        if eos:
+            shaping["eos_token_id"] = list(dict.fromkeys(eos))
+
+        criteria = StoppingCriteriaList()
+        if settings.stop_strings is not None:
+            tokenizer = self.arguments.get("tokenizer")
+            if tokenizer is None:
+                raise ValueError("`stop_strings` are found in the text: pass `tokenizer=processor.tokenizer` as well.")
+            if not shared and self.vocabularies.tokenizers is not None:
+                tokenizer = self.vocabularies.tokenizers[1]
+            criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
+        # The user's own objects may keep a state, so the draft has to obey them only where it may become the answer.
+        if self.may_exit:
+            criteria += self.arguments.get("stopping_criteria") or []
+            for name in ("logits_processor", "prefix_allowed_tokens_fn"):
+                if self.arguments.get(name) is not None:
+                    shaping[name] = self.arguments[name]
+        return {**shaping, "stopping_criteria": criteria}
+
+    def in_large_vocabulary(self, draft: Tensor, mask: Tensor, ended_with_eos: Tensor) -> tuple[Tensor, Tensor]:
+        """The drafts as the large model would have written them.
+
+        Args:
+            draft (`Tensor` of shape `(batch, draft_length)`): The drafts in the small model's vocabulary.
+            mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
+            ended_with_eos (`Tensor` of shape `(batch,)`): `True` where a draft ends with an end of sequence.
+
+        Returns:
+            `tuple` of two `Tensor` of shape `(batch, large_draft_length)`: The ids and their mask.
+        """
+        eos = self.eos_token_ids
+        if self.vocabularies.shared is False:
+            rows = self.vocabularies.to_large(draft, mask, ended_with_eos, eos[0] if eos else None)
+            ids, mask = (tensor.to(draft.device) for tensor in pad_rows(rows, self.pad_token_id))
+            return ids, mask
+        draft = draft.masked_fill(~mask, self.pad_token_id)
+        if eos:  # whatever ended the small model's answer, it is the large one's end that follows it
+            last = (mask.sum(dim=1) - 1)[:, None]
+            foreign = ended_with_eos & ~torch.isin(draft.gather(1, last)[:, 0], draft.new_tensor(eos))
+            draft = draft.scatter(1, last, torch.where(foreign[:, None], eos[0], draft.gather(1, last)))
+        return draft, mask
+
+    def is_complete(self, ended: Tensor, lengths: Tensor) -> Tensor:
+        """Which drafts are whole answers.
+
+        Args:
+            ended (`Tensor` of shape `(batch,)`): `True` where a draft came to its end.
+            lengths (`Tensor` of shape `(batch,)`): How many tokens it has.
+
+        Returns:
+            `Tensor` of shape `(batch,)`: `True` for whole answers. One that was cut off is whole only where the large
+            model's answer would be cut off, too.
+        """
+        fits = torch.where(ended, lengths <= self.max_new_tokens, lengths == self.max_new_tokens)
+        return fits & (lengths >= self.min_new_tokens)
+
+    def counting_new_tokens(self, generation_config: SGLGenerationConfig) -> SGLGenerationConfig:
+        """The same settings for prompts of another length: limits that count the prompt would shift.
+
+        Args:
+            generation_config ([`SGLGenerationConfig`]): The settings; they are not changed.
+
+        Returns:
+            [`SGLGenerationConfig`]: A copy whose limits count new tokens.
+        """
+        settings = SGLGenerationConfig.from_generation_config(generation_config)
+        settings.update(
+            min_new_tokens=self.min_new_tokens or None,
+            max_new_tokens=self.max_new_tokens,
+            min_length=None,
+            max_length=None,
+        )
+        return settings
+
+
+def _ids(eos_token_id: int | list[int] | None) -> list[int]:
+    return [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
