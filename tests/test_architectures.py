@@ -33,8 +33,8 @@ from transformers_sgl.architectures import (
     visual_tokens_of,
 )
 from transformers_sgl.custom_generate import generate_with_small_model
-from transformers_sgl.generation_sgl import _row_owners
 from transformers_sgl.guidance import guide
+from transformers_sgl.prompt import Prompt
 from transformers_sgl.transformers_interface import cache_name, cache_of, stock_fault
 from transformers_sgl.versions import untested
 
@@ -104,7 +104,7 @@ def test_images_and_videos_of_one_batch_find_their_prompts(name: str) -> None:
         video["second_per_grid_ts"] = torch.ones(1)
     samples = [images[0], video, images[1]]
     batch = tiny_batch(name, samples)
-    owners = _row_owners(tiny_model(name), batch)
+    owners = Prompt.of(tiny_model(name).config, batch).row_owners()
     assert owners.keys() == batch.keys() & ARCHITECTURES[name].inputs.keys()
     for key, owner in owners.items():
         wanted = [number for number, sample in enumerate(samples) for _ in sample.get(key, ())]

@@ -25,25 +25,22 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from transformers_sgl.answer_rules import AnswerRules
-from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers, visual_tokens_of
+from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
 from transformers_sgl.batching import (
     WholeBatchStreamer,
-    left_padded,
     merge_answers,
-    row_owners,
-    select_samples,
 )
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
+from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import (
     ImportanceProcessor,
     ImportanceProcessorList,
 )
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
-from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import (
     CACHE_NAMES,
@@ -170,11 +167,11 @@ def generate(
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
     processors = _processor_list(importance_processor, settings)
     rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
-    visual_tokens = _find_visual_tokens(large, large_inputs)
-    if visual_tokens is not None:
-        found["num_visual_tokens"] = visual_tokens.counts
+    prompt = _find_prompt(large, large_inputs)
+    if prompt is not None:
+        found["num_visual_tokens"] = prompt.visual_tokens.counts
     is_guided = bool(processors) or rules.may_exit or rules.can_use_draft(large_inputs)
-    if not is_guided or (visual_tokens is not None and visual_tokens.num_visual_tokens == 0):
+    if not is_guided or (prompt is not None and prompt.visual_tokens.num_visual_tokens == 0):
         with _one_at_a_time(large):
             # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
             output = type(large).generate(large, **large_inputs, **generate_kwargs)
@@ -191,10 +188,12 @@ def generate(
     if rules.may_exit:
         rules.check_exits()
     prompts = large_inputs["input_ids"]
-    large_inputs, visual_tokens = _prepared(large, large_inputs)
-    small_inputs, small_tokens = _prepared(small, small_inputs)
+    prompt = prompt or Prompt.of(large.config, large_inputs)
+    small_prompt = Prompt.of(small.config, small_inputs)
     if processors:
-        transfer = ImportanceTransfer.between(large.config, small.config, visual_tokens, small_tokens, boxes)
+        transfer = ImportanceTransfer.between(
+            large.config, small.config, prompt.visual_tokens, small_prompt.visual_tokens, boxes
+        )
         found["importance_transfer"] = transfer.kind
 
     # 3. The small model answers first: a draft, how far to trust it, and where it looked.
@@ -202,8 +201,8 @@ def generate(
     with _one_at_a_time(small):
         guidance = guide(
             small,
-            small_inputs,
-            small_tokens,
+            small_prompt.inputs,
+            small_prompt.visual_tokens,
             settings,
             ranks=bool(processors),
             scores=rules.scores_draft,
@@ -236,22 +235,22 @@ def generate(
     verifier = DraftVerifier(large)
     if rest.any():
         if exits.any():
-            large_inputs = select_samples(large_inputs, rest, _row_owners(large, large_inputs))
-            large_inputs, visual_tokens = _prepared(large, large_inputs)
+            prompt = prompt.select(rest)
             generate_kwargs["generation_config"] = rules.counting_new_tokens(generation_config)
         if settings.verify_draft is not False and vocabularies.shared is not None:
             verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
         with ExitStack() as stack:
             stack.enter_context(_one_at_a_time(large))
+            visual_tokens = prompt.visual_tokens
             if guidance.importance is not None and visual_tokens.num_visual_tokens > 0:
                 importance = guidance.importance[rest, : visual_tokens.num_visual_tokens]
                 keep_mask = processors.keep_mask(visual_tokens, importance)
                 stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
                 found["prune_layer"] = prune_layer
                 found["keep_mask"] = _scatter(keep_mask, rest, guidance.importance.shape[1])
-            output = verifier.generate(**large_inputs, **generate_kwargs)
+            output = verifier.generate(**prompt.inputs, **generate_kwargs)
         sequences = output if isinstance(output, Tensor) else output["sequences"]
-        late = sequences[:, large_inputs["input_ids"].shape[1] :]
+        late = sequences[:, prompt.inputs["input_ids"].shape[1] :]
         clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
@@ -318,12 +317,12 @@ def _split(inputs: dict[str, Any], shares_tensors: bool) -> tuple[dict[str, Any]
     return plain, {**shared, **own}
 
 
-def _find_visual_tokens(model: PreTrainedModel, inputs: dict[str, Any]) -> VisualTokens | None:
-    """The visual tokens of a model's prompts; `None` where only a part of them, or only embeddings, were passed."""
+def _find_prompt(model: PreTrainedModel, inputs: dict[str, Any]) -> Prompt | None:
+    """A model's prompts; `None` where only a part of them, or only embeddings, were passed."""
     input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
         return None
-    return visual_tokens_of(model.config, inputs)
+    return Prompt.of(model.config, inputs)
 
 
 def _processor_list(
@@ -338,33 +337,6 @@ def _processor_list(
             )
     processors += ImportanceProcessorList.of_settings(settings.retention_ratio, settings.min_tokens_per_image)
     return processors
-
-
-def _prepared(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], VisualTokens]:
-    """A model's inputs, padded on the left, and where their visual tokens stand."""
-    inputs = left_padded(inputs)
-    return inputs, visual_tokens_of(model.config, inputs)
-
-
-def _row_owners(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Which sample each row of the image inputs belongs to; inputs with one row per sample are left out."""
-    owners = {}
-    for name, kind in check_supported(model.config).inputs.items():
-        if kind == "sample" or inputs.get(name) is None:
-            continue
-        if kind == "batch":
-            raise ValueError(
-                f"Some prompts of this batch exit early, but nothing tells to which prompts the rows of `{name}` "
-                "belong: pass such prompts one at a time, or without `early_exit_threshold`."
-            )
-        tokens = visual_tokens_of(model.config, inputs, "video" if "video" in name or kind == "video" else "image")
-        if not tokens.counts.any():  # some models write videos with the placeholders of images
-            tokens = visual_tokens_of(model.config, inputs)
-        of_images = kind in ("image", "video")
-        weights = tokens.image_index.amax(dim=1) + 1 if of_images else tokens.counts
-        sizes = inputs[kind].prod(dim=1) if kind in inputs else None
-        owners[name] = row_owners(len(inputs[name]), weights, sizes)
-    return owners
 
 
 def _scatter(values: Tensor, chosen: Tensor, width: int) -> Tensor:

@@ -1,0 +1,89 @@
+"""A model's inputs together with the places of their visual tokens, found once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from transformers_sgl.architectures import check_supported, visual_tokens_of
+from transformers_sgl.batching import left_padded, row_owners, select_samples
+from transformers_sgl.tokens.visual_tokens import VisualTokens
+
+__all__ = ["Prompt"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts, padded on the left.
+
+    Attributes:
+        config (`PreTrainedConfig`): The configuration of the model that reads them.
+        inputs (`dict`): The model's inputs, with `input_ids` of shape `(batch, prompt_length)`.
+        visual_tokens (`VisualTokens`): Where the visual tokens stand in them.
+    """
+
+    config: PreTrainedConfig
+    inputs: dict[str, Any]
+    visual_tokens: VisualTokens
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, inputs: dict[str, Any]) -> Prompt:
+        """The prompts in a model's inputs, whatever their padding side.
+
+        Args:
+            config (`PreTrainedConfig`): The model's configuration.
+            inputs (`dict`): Its inputs, with `input_ids` of shape `(batch, prompt_length)`; they are not changed.
+
+        Returns:
+            `Prompt`: The prompts.
+
+        Raises:
+            ValueError: If the architecture is not supported, or `attention_mask` has another shape.
+        """
+        inputs = left_padded(inputs)
+        return cls(config, inputs, visual_tokens_of(config, inputs))
+
+    def select(self, chosen: Tensor) -> Prompt:
+        """Some of the prompts, without the padding that only the others needed.
+
+        Args:
+            chosen (`Tensor` of shape `(batch,)`): `True` for those that are wanted.
+
+        Returns:
+            `Prompt`: They, in their order.
+
+        Raises:
+            ValueError: If an input cannot be divided.
+        """
+        return Prompt.of(self.config, select_samples(self.inputs, chosen, self.row_owners()))
+
+    def row_owners(self) -> dict[str, Tensor]:
+        """Which prompt each row of the image inputs belongs to; inputs with one row per prompt are left out.
+
+        Returns:
+            `dict` from `str` to `Tensor` of shape `(num_rows,)`: The prompts' indices.
+
+        Raises:
+            ValueError: If nothing tells to which prompts the rows of an input belong.
+        """
+        owners = {}
+        for name, kind in check_supported(self.config).inputs.items():
+            if kind == "sample" or self.inputs.get(name) is None:
+                continue
+            if kind == "batch":
+                raise ValueError(
+                    f"Some prompts of this batch exit early, but nothing tells to which prompts the rows of `{name}` "
+                    "belong: pass such prompts one at a time, or without `early_exit_threshold`."
+                )
+            modality = "video" if "video" in name or kind == "video" else "image"
+            tokens = visual_tokens_of(self.config, self.inputs, modality)
+            if not tokens.counts.any():  # some models write videos with the placeholders of images
+                tokens = self.visual_tokens
+            of_images = kind in ("image", "video")
+            weights = tokens.image_index.amax(dim=1) + 1 if of_images else tokens.counts
+            sizes = self.inputs[kind].prod(dim=1) if kind in self.inputs else None
+            owners[name] = row_owners(len(self.inputs[name]), weights, sizes)
+        return owners
