@@ -327,3 +327,10 @@ def test_resolving_checks_the_layer_itself(value):
 def test_stock_validation_still_works():
     with pytest.raises(ValueError, match="max_new_tokens"):
         SGLGenerationConfig(max_new_tokens=-1)
+
+
+def test_a_setting_that_is_misspelt_is_refused() -> None:
+    with pytest.raises(ValueError, match="There is no setting `retentoin_ratio`: did you mean `retention_ratio`?"):
+        SGLGenerationConfig(retentoin_ratio=0.2)
+    # Others may have settings of their own.
+    assert SGLGenerationConfig(my_own_setting=3).my_own_setting == 3

@@ -10,6 +10,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import (
+    PRESETS,
     AttentionMassProcessor,
     AttentionRecorder,
     ImportanceProcessor,
@@ -473,3 +474,28 @@ def test_the_cache_of_older_checkpoints_is_no_obstacle() -> None:
         model.generation_config.cache_implementation = "hybrid"
     settings = {**GREEDY, "retention_ratio": 0.3, "prune_layer": 1}
     assert torch.equal(older.generate(**prompts(), **settings), plain.generate(**prompts(), **settings))
+
+
+def test_a_preset_stands_for_its_settings_and_single_ones_win() -> None:
+    pair = SGLForConditionalGeneration(large=tiny_internvl(num_layers=6), small=tiny_internvl(seed=1))
+    ask = {**prompts(), **GREEDY, "return_dict_in_generate": True}
+    for asked, wanted in (
+        ({"preset": "fast"}, PRESETS["fast"]),
+        ({"preset": "quality", "prune_layer": 1}, {**PRESETS["quality"], "prune_layer": 1}),
+        ({"preset": None}, {}),
+    ):
+        found, expected = pair.generate(**ask, **asked), pair.generate(**ask, **wanted)
+        assert found.prune_layer == expected.prune_layer
+        assert torch.equal(found.keep_mask, expected.keep_mask)
+    with pytest.raises(ValueError, match="There is no preset 'faster': choose one of"):
+        pair.generate(**ask, preset="faster")
+
+
+def test_an_output_is_printed_on_a_few_lines() -> None:
+    pair = SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(seed=1))
+    text = repr(pair.generate(**prompts(), **GREEDY, return_dict_in_generate=True, output_scores=True))
+    assert text.startswith("SGLGenerateOutput(sequences=int64[3, ")
+    assert "keep_mask=bool[3, 32]" in text
+    assert "scores=<tuple>" in text
+    assert "timings={guidance_ms: " in text
+    assert len(text) < 1000

@@ -1,5 +1,6 @@
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,12 +14,13 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     InternVLForConditionalGeneration,
     MllamaConfig,
 )
 
 import transformers_sgl
-from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLGenerationConfig
+from transformers_sgl import SGLConfig, SGLForConditionalGeneration, SGLGenerationConfig, SGLProcessor
 from transformers_sgl.storage.saving import staged
 
 pytestmark = pytest.mark.mechanics
@@ -239,3 +241,37 @@ def test_config_json_tells_both_architectures_and_no_paths(bundle: Path) -> None
     config = json.loads((bundle / "config.json").read_text())
     assert (config["model_type"], config["large_config"]["model_type"]) == ("sgl", "internvl")
     assert str(bundle.parent) not in (bundle / "config.json").read_text()
+
+
+def test_a_pair_of_two_checkpoints_is_saved_with_their_processors(embedded_pair_path: Path, tmp_path: Path) -> None:
+    pair = SGLForConditionalGeneration.from_large_small_pretrained(
+        embedded_pair_path / "large", embedded_pair_path / "small"
+    )
+    pair.save_pretrained(tmp_path)
+    saved, wanted = AutoProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(embedded_pair_path)
+    for name in ("large_processor", "small_processor"):
+        assert getattr(saved, name).to_dict() == getattr(wanted, name).to_dict()
+    # Who has saved other processors there keeps them.
+    config = tmp_path / "large" / "processor_config.json"
+    config.write_text(config.read_text().replace('"image_seq_length": 64', '"image_seq_length": 81'))
+    pair.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).large_processor.image_seq_length == 81
+
+
+def test_a_bundle_without_processors_names_the_cure(bundle: Path) -> None:
+    assert not (bundle / "processor_config.json").exists()
+    with pytest.raises(OSError, match=r"There is no processor in .*large'?: save both with `SGLProcessor\.from_large"):
+        SGLProcessor.from_pretrained(bundle)
+
+
+def test_a_small_model_that_is_the_larger_one_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    large, small = tiny_internvl(num_layers=3), tiny_internvl(num_layers=2)
+    logger = logging.getLogger("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "propagate", True)
+        SGLForConditionalGeneration(large=large, small=small)
+        assert not caplog.messages
+        SGLForConditionalGeneration(large=small, small=large)
+    (message,) = set(caplog.messages)
+    assert message.startswith("The small model has ")
+    assert message.endswith("so swap them if they are swapped.")

@@ -5,6 +5,7 @@ Knows what can be set and what is legal. The paper's three settings are here as 
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -140,6 +141,10 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         # Set before `super().__init__`, which ends by calling `validate`.
         for field in self.extra_defaults():
             setattr(self, field, kwargs.pop(field, None))
+        for name in kwargs:  # stock settings may have any name; a slip of the pen must not pass for one
+            meant = get_close_matches(name, self.extra_defaults(), n=1, cutoff=0.85)
+            if meant:
+                raise ValueError(f"There is no setting `{name}`: did you mean `{meant[0]}`?")
         super().__init__(**kwargs)
 
     @classmethod

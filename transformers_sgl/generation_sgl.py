@@ -30,7 +30,7 @@ from transformers_sgl.batching import (
     WholeBatchStreamer,
     merge_answers,
 )
-from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
+from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
@@ -59,7 +59,7 @@ _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 _LARGE_ONLY = CACHE_NAMES
 
 
-@dataclass
+@dataclass(repr=False)
 class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     """What guided generation returns with `return_dict_in_generate=True`: stock `generate`'s output, and more.
 
@@ -119,6 +119,10 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     timings: dict[str, float] | None = None
     sequences_scores: Tensor | None = None
     beam_indices: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """The shapes of tensors instead of their values, which would fill pages."""
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in self.items())})"
 
 
 @names_versions()
@@ -273,13 +277,18 @@ def read_arguments(
     Args:
         inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
         generation_config (`GenerationConfig`, *optional*): Settings; they are not changed.
-        kwargs (`dict`): The keyword arguments.
+        kwargs (`dict`): The keyword arguments; a `preset` stands for its settings, and single ones win over it.
 
     Returns:
         `tuple` of [`SGLGenerationConfig`], `dict` and `dict`: The settings, the model inputs, and the arguments of
         stock `generate` that are neither.
     """
     settings = SGLGenerationConfig.from_generation_config(generation_config)
+    preset = kwargs.get("preset")
+    if preset is not None:
+        SGLGenerationConfig.from_preset(preset)  # raises if there is none of that name
+        kwargs = {**PRESETS[preset], **kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name != "preset"}
     model_inputs = with_installed_cache_name(settings.update(**kwargs))
     generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
     if "tokenizer" in generate_kwargs:
@@ -337,6 +346,15 @@ def _processor_list(
             )
     processors += ImportanceProcessorList.of_settings(settings.retention_ratio, settings.min_tokens_per_image)
     return processors
+
+
+def _shown(value: Any) -> str:
+    """A field of an output as it is printed."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {number:.1f}' for name, number in value.items())}}}"
+    return repr(value) if isinstance(value, int | str) else f"<{type(value).__name__}>"
 
 
 def _scatter(values: Tensor, chosen: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.utils import ModelOutput, logging
 
@@ -60,6 +62,7 @@ __all__ = ["SGLForConditionalGeneration"]
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _MARKER_OF_A_FINISHED_SAVE = "config.json"
+_PROCESSOR_CONFIG = "processor_config.json"
 # What of a model's loading is part of what it is, and so of a recipe that is written down.
 _RECORDED_OPTIONS = ("dtype", "quantization_config", "variant")
 
@@ -127,6 +130,12 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
             )
         for model in (large, small):
             check_supported(model.config)
+        if small.num_parameters() > large.num_parameters():
+            logger.warning(
+                f"The small model has {small.num_parameters():,} parameters, the large one only "
+                f"{large.num_parameters():,}: guidance then costs more than it saves, so swap them if they are "
+                "swapped."
+            )
         config = SGLConfig() if config is None else config
         config.large_config, config.small_config = large.config, small.config
         super().__init__(config)
@@ -290,7 +299,8 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
         """Saves the pair as a bundle: both checkpoints in `large/` and `small/`, the pair's settings beside them.
 
         Where it fails, the folder is what it was before. `config.json` is put in place last, so that a save that was
-        cut off is not mistaken for a bundle.
+        cut off is not mistaken for a bundle. The processors of the checkpoints that the models came from are saved,
+        too, unless the folder has a pair's processors already.
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder; made if it does not exist.
@@ -312,8 +322,24 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
                 # transformers cannot take back the conversions of a checkpoint that was quantised when it was loaded.
                 own = {"save_original_format": False} if loaded_prequantized(model) else {}
                 model.save_pretrained(staging / name, **{**own, **kwargs})
+            if not (folder / _PROCESSOR_CONFIG).exists():
+                self._write_processors(staging)
             config = copy.deepcopy(self.config)
             self._write_beside_weights(staging, config)
+
+    def _write_processors(self, folder: Path) -> None:
+        """Saves the processors of both models' checkpoints, or neither."""
+        processors = {}
+        for name in PARTS:
+            if name in self._checkpoints:
+                checkpoint = self._checkpoints[name]
+                with contextlib.suppress(OSError, ValueError):  # a checkpoint may come without one
+                    processors[name] = AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.where)
+        # Without a processor of its own, a checkpoint gives its tokenizer.
+        if all(isinstance(processors.get(name), ProcessorMixin) for name in PARTS):
+            for name, processor in processors.items():
+                processor.save_pretrained(folder / name)
+            _write_processor_config(folder)
 
     def save_recipe(self, save_directory: str | os.PathLike[str]) -> None:
         """Saves the pair as a recipe: the names of both checkpoints, their commits, and the pair's settings.
@@ -355,9 +381,7 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
                 )
         recipe = {name: _as_recipe(self._checkpoints[name]) for name in PARTS}
         with staged(Path(save_directory), _MARKER_OF_A_FINISHED_SAVE) as staging:
-            processor = {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SGLProcessor"}
-            text = json.dumps(processor, indent=2, sort_keys=True) + "\n"
-            (staging / "processor_config.json").write_text(text, encoding="utf-8")
+            _write_processor_config(staging)
             self._write_beside_weights(staging, SGLConfig(**recipe))
 
     @classmethod
@@ -393,6 +417,21 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
         own = {name: kwargs[name] for name in kwargs if not name.startswith("small_") and name not in BOX_INPUTS}
         return self.large(*args, **with_installed_cache_name(own))
 
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        return_dict_in_generate: Literal[True],
+        **kwargs: Any,
+    ) -> SGLGenerateOutput: ...
+
+    @overload
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> SGLGenerateOutput | Tensor: ...
+
     @torch.no_grad()
     def generate(
         self,
@@ -415,8 +454,8 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
                 large model's; both are read from the checkpoints if not given.
             **kwargs: Model inputs (`input_ids`, `attention_mask`, `pixel_values`, ..., and `small_*` for the small
                 model's own, and `visual_token_boxes` and `small_visual_token_boxes` where the processor makes them),
-                settings (`retention_ratio=0.2`, `max_new_tokens=64`, ...) and arguments of stock `generate`
-                (`streamer`, `logits_processor`, ...).
+                settings (`preset="fast"`, `retention_ratio=0.2`, `max_new_tokens=64`, ...) and arguments of stock
+                `generate` (`streamer`, `logits_processor`, ...).
 
         Returns:
             `Tensor` of shape `(batch, prompt_length + answer_length)`: Prompts and answers; with
@@ -507,6 +546,13 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
     def get_output_embeddings(self) -> nn.Module:
         """The large model's language modelling head."""
         return self.large.get_output_embeddings()
+
+
+def _write_processor_config(folder: Path) -> None:
+    """Says which class reads a pair's processors."""
+    processor = {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SGLProcessor"}
+    text = json.dumps(processor, indent=2, sort_keys=True) + "\n"
+    (folder / _PROCESSOR_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _in_folder(path: str | os.PathLike[str], where: dict[str, Any]) -> tuple[str, dict[str, Any]]:

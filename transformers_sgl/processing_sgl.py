@@ -358,10 +358,23 @@ def _load(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> Process
     options = {option: value for option, value in options.items() if option not in (*HUB_KWARGS, "subfolder")}
     try:
         return AutoProcessor.from_pretrained(checkpoint.path, **{**options, **checkpoint.where})
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if os.path.isdir(checkpoint.path) and not _has_processor(Path(checkpoint.path)):
+            raise OSError(
+                f"There is no processor in {checkpoint}: save both with "
+                "`SGLProcessor.from_large_small_pretrained(large, small).save_pretrained(pair)`."
+            ) from error
+        if isinstance(error, ValueError):
+            raise
         raise OSError(
             f"The {name} model's processor {checkpoint} cannot be loaded: {first_sentence(error)}."
         ) from error
+
+
+def _has_processor(folder: Path) -> bool:
+    return any(
+        (folder / file).is_file() for file in (_CONFIG_FILE, "preprocessor_config.json", "tokenizer_config.json")
+    )
 
 
 def _cuts_alike(large: ProcessorMixin, small: ProcessorMixin) -> bool:
