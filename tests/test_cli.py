@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
-from transformers_sgl.evaluation import Scenes
+from transformers_sgl.evaluation import Scenes, calibration
 from transformers_sgl.evaluation.calibration_run import _inputs
 from transformers_sgl.evaluation.data import read_samples
 from transformers_sgl.hub import embedded_pair
@@ -437,6 +438,24 @@ class TestCalibrate:
         again = json.loads(capsys.readouterr().out)
         assert (again["seed"], again["num_held_out"]) == (3, 10)
         assert batches == []
+
+    def test_a_promise_that_is_not_kept_is_not_put_into_the_pair(
+        self, calibrated, data, capsys, monkeypatch, tmp_path
+    ):
+        pair, out, _ = calibrated
+        out = shutil.copytree(out, tmp_path / "out")
+        before, found = (pair / "generation_config.json").read_bytes(), calibration.calibrate
+        monkeypatch.setattr(
+            calibration,
+            "calibrate",
+            lambda *arguments, **options: replace(found(*arguments, **options), promise_held=False, threshold=0.123),
+        )
+        assert main(["calibrate", str(pair), "--data", str(data), "--out", str(out), *CALIBRATION]) == 0
+        printed = capsys.readouterr().out
+        assert "promise NOT kept" in printed
+        assert printed.rstrip().endswith("the pair's own settings stay as they were: give more data, or promise less")
+        assert (pair / "generation_config.json").read_bytes() == before
+        assert json.loads((out / "calibration.json").read_text())["threshold"] == 0.123
 
     def test_another_run_is_refused_and_nothing_is_touched(self, calibrated, data, capsys):
         pair, out, _ = calibrated

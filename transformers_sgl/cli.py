@@ -546,7 +546,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     # 3. The threshold, and what it gives. The pair's own settings are the last thing that is written.
     measurement = measurement_record(arguments.seed, model.device)
     report = calibration.calibrate(records, images, promise, **split, measurement=measurement)
-    written = calibration.write_results(report, arguments.out, model.generation_config, pair)
+    # A threshold that the held-out half contradicts is reported, and not put into the pair.
+    written = calibration.write_results(
+        report, arguments.out, model.generation_config, pair if report.promise_held else None
+    )
     print(
         json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
         if arguments.json
@@ -581,6 +584,8 @@ def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
         f"large calls  {report.large_call_rate}",
         f"written      {', '.join(map(str, written))}",
     ]
+    if not report.promise_held:
+        lines.append("             the pair's own settings stay as they were: give more data, or promise less")
     if report.kept_right is not None:
         lines.insert(5, f"kept right   {report.kept_right} of the large model's right answers")
     return "\n".join(lines)
