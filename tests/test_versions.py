@@ -121,6 +121,7 @@ def test_inside_nothing_is_said(recwarn: pytest.WarningsRecorder) -> None:
 
 def in_process(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "2000"}
+    environment.pop("PYTEST_ADDOPTS", None)
     return subprocess.run([sys.executable, *code.split("\0")], env=environment, capture_output=True, text=True)
 
 
@@ -186,20 +187,8 @@ def test_a_reliance_that_no_longer_holds_is_named(
     file: str, old: str, new: str, reliances: set[str], tmp_path: Path
 ) -> None:
     folder = altered(tmp_path, file, old, new)
-    arguments = [
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-rf",
-        "--tb=no",
-        "-k",
-        "test_reliance",
-    ]
-    result = in_process("\0".join([*arguments, str(ROOT / "tests" / "test_transformers_interface.py")]), folder)
+    test = ROOT / "tests" / "test_transformers_interface.py"
+    result = in_process(f"-m\0pytest\0-q\0-p\0no:cacheprovider\0-rf\0--tb=no\0-k\0test_reliance\0{test}", folder)
     named = re.findall(
         r"^FAILED \S+ - Failed: transformers [\d.]+ no longer has what `(\w+)` relies on\. Assumes .+\.",
         result.stdout,
