@@ -38,10 +38,10 @@ from transformers_sgl import (
     SGLForConditionalGeneration,
     SGLGenerateOutput,
     SGLGenerationConfig,
-    vocabulary,
 )
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.hub import embedded_pair
+from transformers_sgl.tokens import vocabulary
 from transformers_sgl.transformers_interface import CACHE_NAMES
 
 pytestmark = pytest.mark.mechanics

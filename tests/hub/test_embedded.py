@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from transformers_sgl import hub
+from transformers_sgl.hub import embedded, embedded_pair
 
 
 def test_embedded_pair_is_a_bundle_of_two_models(embedded_pair_path):
@@ -13,6 +13,6 @@ def test_embedded_pair_is_a_bundle_of_two_models(embedded_pair_path):
 
 
 def test_a_missing_bundle_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr(embedded, "files", lambda package: tmp_path / package)
     with pytest.raises(OSError, match="Reinstall transformers_sgl"):
-        hub.embedded_pair()
+        embedded_pair()

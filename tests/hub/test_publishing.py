@@ -11,9 +11,9 @@ import pytest
 from hub_stub import HubStub
 from huggingface_hub import HfApi
 
-from transformers_sgl import SGLProcessor, validation
+from transformers_sgl import SGLProcessor
 from transformers_sgl.cli import main
-from transformers_sgl.hub import publish
+from transformers_sgl.hub import publish, validation
 from transformers_sgl.hub.validation import validate
 
 REPO = "me/pair"

@@ -253,7 +253,7 @@ def test_every_known_processor_pairs_with_one_of_another_family(name: str, neste
         images = pictures([[(80, 48)], [(80, 48)]])
     for large, small in ((built, other), (other, built)):
         processor = SGLProcessor(large, small)
-        place = processing_sgl.placeholder_of(large)
+        place = processing_sgl._placeholder(large)
         texts = [place * len(few) for few in images]
 
         inputs = processor(

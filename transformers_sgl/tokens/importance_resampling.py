@@ -1,7 +1,7 @@
 """Carrying importance from one model's visual tokens to another's, over the image that both look at.
 
 Pure tensors. Two models of different families cut an image into different tokens. Each token knows its box on
-the original image (`visual_token_boxes.py`), so importance can be carried over by the areas that boxes share.
+the original image (`boxes.py`), so importance can be carried over by the areas that boxes share.
 """
 
 from __future__ import annotations
