@@ -26,7 +26,7 @@ import torch
 from transformers_sgl.cli import main as transformers_sgl
 from transformers_sgl.evaluation.benchmark_report import make_tables
 from transformers_sgl.evaluation.benchmark_run import find_parts
-from transformers_sgl.evaluation.records import write_atomically
+from transformers_sgl.storage.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 PAIR = ["--large", "internvl-26b", "--small", "internvl-2b", "--image-size", "896x1344"]

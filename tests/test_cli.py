@@ -530,7 +530,7 @@ class TestCalibrate:
     def test_what_can_be_wrong_is_said_before_models_load(
         self, data, tmp_path, capsys, monkeypatch, arguments, message
     ):
-        monkeypatch.setattr("transformers_sgl.cli._load_pair", None)
+        monkeypatch.setattr("transformers_sgl.opening.open_pair", None)
         out = tmp_path / "out"
         code = main(["calibrate", "org/pair", "--data", str(data), "--out", str(out), *arguments])
         captured = capsys.readouterr()
@@ -565,10 +565,10 @@ def count_batches(monkeypatch, stop_after: int | None = None) -> list[int]:
 
 
 def test_ctrl_c_is_one_sentence(capsys, example, monkeypatch):
-    def stopped(*arguments):
+    def stopped(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers_sgl.cli._load_pair", stopped)
+    monkeypatch.setattr("transformers_sgl.opening.open_pair", stopped)
     assert run(capsys, example, QUESTION) == (130, "", "transformers-sgl: Stopped.\n")
 
 

@@ -8,11 +8,10 @@ former. What a user got wrong leaves as one sentence on standard error and exit 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,62 +184,10 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load_pair(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import logging
-
     from transformers_sgl.hub import embedded_pair
+    from transformers_sgl.opening import open_pair
 
-    if device != "auto":
-        _check_device(torch, device)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-
-    source = _find_pair(name or str(embedded_pair()))
-    with _said_of_pair(source):
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device)
-    return model, processor
-
-
-def _find_pair(name: str, **hub_kwargs: Any) -> str:
-    """The same name in the words of `from_pretrained`, if there is a pair."""
-    from transformers import AutoConfig
-
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise OSError(f"{str(path)!r} is not a saved pair: it is not a folder with a config.json.")
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or name.startswith(".")):
-        raise OSError(f"There is no folder {name!r}: name a saved pair, or a repository such as org/name.")
-    source = str(path) if path.exists() else name
-    with _said_of_pair(source):
-        config = AutoConfig.from_pretrained(source, **hub_kwargs)
-    if config.model_type != "sgl":
-        raise ValueError(
-            f"{source!r} is a single model of type {config.model_type!r}, not a pair: join it with a smaller one "
-            "by SGLForConditionalGeneration.from_large_small_pretrained and save that."
-        )
-    return source
-
-
-@contextlib.contextmanager
-def _said_of_pair(source: str) -> Iterator[None]:
-    """Names the pair that cannot be loaded."""
-    try:
-        yield
-    except OSError as error:
-        # transformers goes on with advice about its hub; the first sentence is the cause
-        cause = str(error).strip().split("\n")[0].rstrip(".")
-        raise OSError(f"No pair can be loaded from {source!r}: {cause}.") from error
-
-
-def _check_device(torch: Any, name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"There is no kind of device {name!r}: name one such as cpu or cuda:0.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"There is no device {name!r} on this machine: torch finds {torch.cuda.device_count()}.")
+    return open_pair(name or embedded_pair(), dtype=dtype, device=device)
 
 
 def _report(model: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
@@ -517,6 +464,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     from transformers_sgl.evaluation.data import read_samples
     from transformers_sgl.evaluation.records import measurement_record
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+    from transformers_sgl.storage.files import check_writable_folder
 
     # 1. What can be wrong is looked at before the models are loaded.
     if arguments.keep_accuracy is not None:
@@ -531,7 +479,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     calibration.check_packages()
     pair = Path(arguments.model) if Path(arguments.model).is_dir() else None
     for folder in (arguments.out, pair):
-        _check_writable_folder(folder)
+        check_writable_folder(folder)
     samples = read_samples(arguments.data)
     images = [sample.image_id for sample in samples]
     split = {"confidence": arguments.confidence, "held_out": arguments.held_out, "seed": arguments.seed}
@@ -555,19 +503,6 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         if arguments.json
         else _calibration_as_text(report, written)
     )
-
-
-def _check_writable_folder(path: Path | None) -> None:
-    """Raises unless files can be written into the folder, which may be made for that."""
-    if path is None:
-        return
-    if path.exists() and not path.is_dir():
-        raise OSError(f"{str(path)!r} is a file, but a folder is needed: give another name.")
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(
-            f"Nothing can be written into {str(path)!r}: change its permissions, or copy it or name another."
-        )
 
 
 def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
@@ -657,6 +592,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from transformers_sgl.evaluation.methods import METHODS, SGL, Pair, find_method
     from transformers_sgl.evaluation.records import check_claim
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+    from transformers_sgl.storage.files import check_writable_folder
 
     # 1. What can be wrong is looked at before the models are loaded.
     SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
@@ -666,7 +602,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise ValueError(f"`seed` is {arguments.seed}: pass a whole number of 0 or more.")
     check_packages("An evaluation", "evaluate")
-    _check_writable_folder(arguments.out)
+    check_writable_folder(arguments.out)
     methods = {name: find_method(name) for name in (arguments.methods or ",".join(METHODS)).split(",")}
     retentions = evaluation_run.read_retentions(arguments.retention)
     columns = _columns(arguments.columns)
@@ -801,8 +737,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     import torch
 
     from transformers_sgl.evaluation import benchmark_report, benchmark_run
-    from transformers_sgl.evaluation.records import write_atomically
     from transformers_sgl.hub import embedded_pair
+    from transformers_sgl.opening import check_device
+    from transformers_sgl.storage.files import check_writable_folder, write_atomically
 
     # 1. What can be wrong is looked at before a model is made.
     if find_spec("matplotlib") is None:
@@ -810,7 +747,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(torch, device)
+    check_device(device)
     on_gpu = torch.device(device).type == "cuda"
     shrink = arguments.shrink if arguments.shrink is not None else 1 if on_gpu else 8
     names = ["large", "small", "prompt_tokens", "answer_tokens", "batch_size"]
@@ -824,7 +761,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     )
     benchmark_run.check_settings(settings)
     parts = benchmark_run.find_parts(arguments.parts)
-    _check_writable_folder(arguments.out)
+    check_writable_folder(arguments.out)
 
     # 2. Part after part; what an earlier call has measured is not measured again.
     def announce(part: str) -> None:
@@ -871,6 +808,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from transformers_sgl.transformers_interface import server_class
 
     server_class()  # raises if the server's packages are missing, before the file below imports them
+    from transformers_sgl.opening import find_pair, naming_pair
     from transformers_sgl.serving import serve
 
     name, at, revision = arguments.model.partition("@")
@@ -879,8 +817,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             f"The server takes what follows the @ in {arguments.model!r} for a revision: go into the folder and "
             "serve '.', or rename it."
         )
-    _find_pair(name, **({"revision": revision} if at else {}))
-    with _said_of_pair(name):
+    find_pair(name, **({"revision": revision} if at else {}))
+    with naming_pair(name):
         serve(arguments.model, arguments.arguments)
 
 

@@ -16,7 +16,7 @@ from transformers_sgl import SGLGenerationConfig
 from transformers_sgl.evaluation import Scenes, calibration_run
 from transformers_sgl.evaluation.calibration_run import Record, run_facts, run_samples
 from transformers_sgl.evaluation.data import Sample, read_samples
-from transformers_sgl.evaluation.records import write_atomically
+from transformers_sgl.storage.files import write_atomically
 
 
 @pytest.fixture

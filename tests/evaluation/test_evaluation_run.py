@@ -465,7 +465,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise AssertionError("the models were loaded")
 
-    monkeypatch.setattr("transformers_sgl.cli._load_pair", fail)
+    monkeypatch.setattr("transformers_sgl.opening.open_pair", fail)
 
 
 @pytest.mark.usefixtures("no_models")
@@ -546,7 +546,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(
     def stopped(*arguments: Any, **kwargs: Any) -> None:
         run(tmp_path / "out", runs_of(one=Fake(stop_before=9)))
 
-    monkeypatch.setattr("transformers_sgl.cli._load_pair", stopped)
+    monkeypatch.setattr("transformers_sgl.opening.open_pair", stopped)
     data = write_data(tmp_path / "test.jsonl", "test", 1)
     arguments = ["evaluate", "pair", "--data", str(data), "--methods", "large", "--out", str(tmp_path / "out")]
     assert main(arguments) == 130

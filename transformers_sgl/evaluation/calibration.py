@@ -32,8 +32,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from transformers_sgl.evaluation.calibration_run import Record
-from transformers_sgl.evaluation.records import write_atomically
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.storage.files import write_atomically
 
 __all__ = [
     "CalibrationReport",

@@ -22,7 +22,8 @@ import torch
 from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.evaluation_run import Result, Run
-from transformers_sgl.evaluation.records import measurement_record, write_atomically
+from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.storage.files import write_atomically
 
 __all__ = [
     "PairedScores",

@@ -32,8 +32,9 @@ from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import SGP, Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import metric
-from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines, write_atomically
+from transformers_sgl.evaluation.records import claim, fingerprint, not_a_record, read_lines
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.storage.files import write_atomically
 from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = [

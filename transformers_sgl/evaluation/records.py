@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import transformers
 
+from transformers_sgl.storage.files import write_atomically
+
 __all__ = [
     "check_claim",
     "claim",
@@ -25,7 +27,6 @@ __all__ = [
     "measurement_record",
     "not_a_record",
     "read_lines",
-    "write_atomically",
 ]
 
 _FINGERPRINT_BYTES = 2**20
@@ -175,27 +176,6 @@ def fingerprint(folder: Path) -> str:
             file.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(file.read())
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that nobody, whatever happens, ever sees half of it.
-
-    Args:
-        path (`Path`): The file; replaced if it exists.
-        text (`str`): What it shall hold.
-
-    Raises:
-        OSError: If it cannot be written; the old file is then still there.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _processor_name() -> str:

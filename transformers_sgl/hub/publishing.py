@@ -21,6 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.configuration_sgl import PARTS
 from transformers_sgl.hub.validation import is_function, kind_of, named_folder, published_files, validate
+from transformers_sgl.storage.checkpoints import first_sentence
 
 __all__ = ["Publication", "PublishedFile", "publish"]
 
@@ -274,8 +275,7 @@ def _one_sentence(repo_id: str, left_behind: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, _TransportError) as error:
-        cause = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise OSError(
-            f"Nothing was published to {repo_id!r}: {cause}. Check the network, the name and your login "
-            f"(`hf auth login`).{left_behind}"
+            f"Nothing was published to {repo_id!r}: {first_sentence(error)}. Check the network, the name and "
+            f"your login (`hf auth login`).{left_behind}"
         ) from error

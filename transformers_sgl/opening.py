@@ -1,0 +1,103 @@
+"""Opens a saved pair by name: its model and its processor, checked before anything large is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
+from transformers_sgl.processing_sgl import SGLProcessor
+from transformers_sgl.storage.checkpoints import first_sentence
+
+__all__ = ["check_device", "find_pair", "naming_pair", "open_pair"]
+
+
+def open_pair(
+    name: str | Path, *, dtype: str = "auto", device: str = "auto"
+) -> tuple[SGLForConditionalGeneration, SGLProcessor]:
+    """Loads a saved pair and its processor.
+
+    Args:
+        name (`str` or `Path`): A folder, or a Hub repository such as `org/name`.
+        dtype (`str`, defaults to `"auto"`): The type of the weights; `"auto"` is the type they were saved in.
+        device (`str`, defaults to `"auto"`): Such as `"cpu"` or `"cuda:0"`; `"auto"` uses what the machine has.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        OSError: If there is no pair of that name, or it cannot be loaded.
+        ValueError: If it is a single model, or there is no such device.
+    """
+    if device != "auto":
+        check_device(device)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    source = find_pair(name)
+    with naming_pair(source):
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device)
+    return model, processor
+
+
+def find_pair(name: str | Path, **hub_kwargs: Any) -> str:
+    """Checks that there is a pair, without loading its weights.
+
+    Args:
+        name (`str` or `Path`): A folder, or a Hub repository such as `org/name`.
+        hub_kwargs: Passed to `AutoConfig.from_pretrained`, such as `revision`.
+
+    Returns:
+        `str`: The name as `from_pretrained` takes it.
+
+    Raises:
+        OSError: If there is no pair of that name.
+        ValueError: If it is a single model.
+    """
+    name, path = str(name), Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise OSError(f"{str(path)!r} is not a saved pair: it is not a folder with a config.json.")
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or name.startswith(".")):
+        raise OSError(f"There is no folder {name!r}: name a saved pair, or a repository such as org/name.")
+    source = str(path) if path.exists() else name
+    with naming_pair(source):
+        config = AutoConfig.from_pretrained(source, **hub_kwargs)
+    if config.model_type != "sgl":
+        raise ValueError(
+            f"{source!r} is a single model of type {config.model_type!r}, not a pair: join it with a smaller one "
+            "by SGLForConditionalGeneration.from_large_small_pretrained and save that."
+        )
+    return source
+
+
+@contextmanager
+def naming_pair(source: str) -> Iterator[None]:
+    """Names the pair in the error when it cannot be loaded."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"No pair can be loaded from {source!r}: {first_sentence(error)}.") from error
+
+
+def check_device(name: str) -> None:
+    """Checks that torch finds a device.
+
+    Args:
+        name (`str`): Such as `"cpu"` or `"cuda:0"`.
+
+    Raises:
+        ValueError: If there is no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"There is no kind of device {name!r}: name one such as cpu or cuda:0.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no device {name!r} on this machine: torch finds {torch.cuda.device_count()}.")
