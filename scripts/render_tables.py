@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from build_model_cards import PAPER_SCORES
+
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 
 RESULTS = "benchmarks"  # the folder of the JSON files, from the repository's root
@@ -38,8 +40,6 @@ PLACE = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<
 SOURCES = re.compile(r"(?P<start><!-- sources -->\n)(?P<body>.*?)(?P<end><!-- end sources -->)", re.DOTALL)
 NOT_MEASURED = "*Not measured yet.*\n"
 PAPER_NUM_LAYERS = 48  # decoder layers of the paper's large model, InternVL2-26B
-# Mean score over 11 benchmarks, in percent of the unpruned 26B model's (tables of arXiv 2412.03324).
-PAPER_SCORES = {"quality": "100.1", "balanced": "98.4", "fast": "89.6"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
         share = _average_retention(name)
         accuracies = [cell(table, "**guided** (`sgp`)", share) for table in sets.values()]
         time = cell("speed-end-to-end", f"guided, {share}", 1)
-        rows.append([f'`"{name}"`', share, PAPER_SCORES[name], *accuracies, time])
+        rows.append([f'`"{name}"`', share, f"{PAPER_SCORES[name]:.1f}", *accuracies, time])
     unpruned = " and ".join(cell(table, "large model alone", 1) for table in sets.values())
     columns = ["preset", "average retention", "score in the paper", *(f"accuracy, {name}" for name in sets), "time"]
     caption = (
