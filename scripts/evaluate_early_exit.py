@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from evaluate_tiny_pair import (
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from transformers_sgl.clock import now_ms
 from transformers_sgl.evaluation.calibration import KeepAccuracy, LargeCallBudget, Promise, calibrate
 from transformers_sgl.evaluation.calibration_run import Record
 from transformers_sgl.evaluation.records import measurement_record
@@ -151,11 +151,9 @@ def time_routes(evaluation: Evaluation, samples: Sequence[Sample], title: str, r
         times: dict[str, list[float]] = {name: [] for name in routes}
         for _ in range(rounds):
             for name, route in routes.items():
-                synchronize(model.device)
-                start = time.perf_counter()
+                start = now_ms(model.device)
                 output = route(inputs)
-                synchronize(model.device)
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(now_ms(model.device) - start)
                 if name == "scored":
                     scores = float(output.confidence), float(output.consistency)
         for name in routes:
@@ -172,11 +170,6 @@ def relative_seconds(times: Answers, score: str, threshold: float) -> float:
     scoring = times["scored"] - times["unscored"] if score == "confidence" else 0.0
     spent = np.where(called, times["scored"], times["exit"]) - scoring
     return float(spent.mean() / times["alone"].mean())
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

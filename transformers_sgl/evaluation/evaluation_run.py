@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from transformers_sgl import __version__
+from transformers_sgl.clock import now_ms
 from transformers_sgl.evaluation.calibration import KeepAccuracy, allowed_failures
 from transformers_sgl.evaluation.calibration_run import Record
 from transformers_sgl.evaluation.cost import Cost, measure_cost
@@ -505,9 +505,9 @@ def _run_batch(
     # The order changes from batch to batch, so that no run always follows the same other.
     for place in np.random.default_rng(indices.start).permutation(len(runs)):
         run: Run = runs[place]
-        start = _now(pair.model.device)
+        start = now_ms(pair.model.device)
         answers = run.method.answer(pair, batch, run.setting)
-        seconds = (_now(pair.model.device) - start) / len(answers)
+        seconds = (now_ms(pair.model.device) - start) / 1000 / len(answers)
         for index, sample, answer in zip(indices, batch.samples, answers, strict=True):
             fields = asdict(answer)
             text = fields.pop("text")
@@ -521,12 +521,6 @@ def _run_batch(
 def _batch(samples: Sequence[Sample], indices: range) -> Batch:
     chosen = [samples[index] for index in indices]
     return Batch(chosen, indices, [sample.open_image() for sample in chosen])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _read_results(
