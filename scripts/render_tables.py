@@ -33,8 +33,8 @@ from build_model_cards import PAPER_SCORES
 
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 
-RESULTS = "benchmarks"  # the folder of the JSON files, from the repository's root
-PICTURES = (f"{RESULTS}/speed_large.png", f"{RESULTS}/speed_tokens.png", "model_cards/sgl-tiny/methods-*.png")
+RESULTS = "benchmarks/results"  # the folder of the JSON files, from the repository's root
+PICTURES = (f"{RESULTS}/*.png", "model_cards/sgl-tiny/methods-*.png")
 
 PLACE = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end table -->)", re.DOTALL)
 SOURCES = re.compile(r"(?P<start><!-- sources -->\n)(?P<body>.*?)(?P<end><!-- end sources -->)", re.DOTALL)

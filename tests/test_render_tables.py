@@ -21,7 +21,7 @@ def repository(tmp_path):
     results = tmp_path / render_tables.RESULTS
     results.mkdir(parents=True)
     (results / "speed.json").write_text(json.dumps(RECORD))
-    (results / "speed_large.png").write_bytes(b"picture")
+    (results / "speed.png").write_bytes(b"picture")
     (tmp_path / "model_cards" / "tiny").mkdir(parents=True)
     place = "before\n\n<!-- table: {} -->\nold\n<!-- end table -->\n\nafter\n"
     (tmp_path / "README.md").write_text(place.format("speed") + place.format("unknown"))
@@ -45,7 +45,7 @@ def test_a_page_names_the_machine_once(repository):
 
 def test_pictures_are_copied(repository):
     render_tables.main(["--root", str(repository)])
-    assert (repository / "docs" / "pictures" / "speed_large.png").read_bytes() == b"picture"
+    assert (repository / "docs" / "pictures" / "speed.png").read_bytes() == b"picture"
 
 
 def test_what_was_measured_of_the_presets():
@@ -91,7 +91,7 @@ def test_check_names_what_differs_and_writes_nothing(repository, capsys):
     assert (repository / "README.md").read_text() == before
     assert capsys.readouterr().out.splitlines() == [
         f"{name} differs from the results: run scripts/render_tables.py"
-        for name in ("README.md", "docs/speed.md", "model_cards/tiny/README.md", "docs/pictures/speed_large.png")
+        for name in ("README.md", "docs/speed.md", "model_cards/tiny/README.md", "docs/pictures/speed.png")
     ]
 
 
