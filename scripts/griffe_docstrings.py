@@ -28,7 +28,8 @@ class Docstrings(griffe.Extension):
 
 def _plain(words: str) -> str:
     words = re.sub(r", defaults to .*", "", words)  # the signature tells
-    return re.sub(r"[`*]|\[(?=`)|(?<=`)\]", "", words)
+    words = re.sub(r"[`*]|\[(?=`)|(?<=`)\]", "", words)
+    return words if "(" in words else re.sub(r", (?=.* or )", " or ", words)  # "str, Path or tuple"
 
 
 def _link(match: re.Match[str]) -> str:

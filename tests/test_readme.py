@@ -111,5 +111,3 @@ def test_links_of_the_readme_point_at_files():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", text):
         assert (ROOT / target).exists(), target
-
-
