@@ -63,7 +63,7 @@ def made_up(num_pictures: int = 1, size: tuple[int, int] = (60, 40), **changes) 
     num_tokens = 16 * num_pictures
     keep = np.arange(num_tokens) % 2 == 0
     guided = tuple(
-        GuidedAnswer(preset, 0.5, 1, retention, keep, ~keep if preset == "fast" else keep, f"answer {preset}")
+        GuidedAnswer(preset, 0.5, 1, retention, keep, ~keep if preset == "fast" else keep, f"answer {preset}", 2)
         for preset, retention in (("quality", 0.64), ("balanced", 0.35), ("fast", 0.09))
     )
     explanation = Explanation(
@@ -105,6 +105,28 @@ class TestHtml:
         ):
             assert said in text
 
+    def test_it_begins_with_the_models_the_map_the_answers_and_the_savings(self):
+        glance = html_page(made_up()).partition("<h2>")[0]
+        text = Page(glance + "</header></section></body></html>").text
+        for said in (
+            *("org/large-38B (internvl, 10 decoder layers)", "pair/small (qwen2_vl, 4 decoder layers)"),
+            *("Preset: balanced", "the small answer", "the large answer", "answer balanced"),
+            *("8 of 16 visual tokens", "35% of the visual tokens", "2 instead of 9", "Where the small model looked"),
+        ):
+            assert said in text
+        assert "answer fast" not in text
+        assert glance.count("<img") == 2
+
+    def test_the_pairs_own_preset_is_shown_first(self):
+        glance = html_page(made_up(preset="fast")).partition("<h2>")[0]
+        assert "Preset: fast" in glance
+        assert "answer fast" in glance
+
+    def test_passes_that_are_not_known_are_not_said(self):
+        explanation = made_up()
+        guided = tuple(replace(each, num_large_forward_passes=None) for each in explanation.guided)
+        assert "instead of" not in html_page(replace(explanation, guided=guided))
+
     def test_nothing_is_loaded_and_nothing_runs(self):
         text = html_page(made_up())
         page = Page(text)
@@ -122,20 +144,31 @@ class TestHtml:
         guided = tuple(replace(each, answer=evil) for each in explanation.guided)
         harmless = {tag for tag, _ in Page(html_page(explanation)).elements}
         page = Page(
-            html_page(replace(explanation, question=evil, large_answer=evil, small_answer=evil, guided=guided))
+            html_page(
+                replace(
+                    explanation,
+                    question=evil,
+                    large_answer=evil,
+                    small_answer=evil,
+                    guided=guided,
+                    large_name=evil,
+                    small_name=evil,
+                )
+            )
         )
         assert {tag for tag, _ in page.elements} == harmless
         assert len(page.all("img")) == len(Page(html_page(explanation)).all("img"))
-        # heading and title; both models; the guided answers in the list and below their pictures
-        assert page.text.count(evil) == 2 + 2 + 2 * 3
+        # heading and title; both names; three answers at a glance, five in the table, three below their pictures
+        assert page.text.count(evil) == 2 + 2 + 3 + 5 + 3
 
     def test_every_figure_is_described_once(self):
         page = Page(html_page(made_up(num_pictures=3)))
         alts = [image["alt"] for image in page.all("img")]
-        assert len(alts) == 3 * (3 + 3 + 3)
+        assert len(alts) == 3 * (2 + 3 + 3 + 3)
         described = [alt for alt in alts if alt]
-        assert len(described) == len(set(described)) == 9
-        assert described[0] == "The video that the question is about"
+        assert len(described) == len(set(described)) == 11
+        assert described[0].startswith("Where the small model looked: the strongest token is")
+        assert described[2] == "The video that the question is about"
 
     def test_a_description_tells_where_the_strongest_token_is(self):
         importance = np.zeros(16, dtype=np.float32)
@@ -153,8 +186,9 @@ class TestHtml:
         text = html_page(made_up())
         assert 'name="viewport" content="width=device-width' in text
         assert "prefers-color-scheme: dark" in text
+        assert "@media print" in text
         widths = re.findall(r'width="(\d+)" height="\d+" style="width: calc\(([\d.]+) \*', text)
-        assert len(widths) == 9
+        assert len(widths) == 11
         assert all(float(share) <= 1 for _, share in widths)
 
     def test_bars_are_as_long_as_what_they_stand_for(self):

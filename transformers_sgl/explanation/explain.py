@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -59,8 +61,8 @@ def explain(
     retention, greedy search, and that nothing exits early.
 
     Args:
-        pair (`str`, `Path` or `tuple`): A saved pair, which is opened once the other arguments are checked; or a model
-            and its processor.
+        pair (`str`, `Path` or `tuple`): A saved pair, opened once the other arguments are checked; or a model and its
+            processor.
         images (`PIL.Image.Image` or sequence of such): The image; several images; or the frames of a video.
         question (`str`): What to ask.
         is_video (`bool`, defaults to `False`): Whether `images` are the frames of one video.
@@ -91,10 +93,21 @@ def explain(
 
         ```
     """
-    # 1. What can be wrong is checked before anything large is loaded, and where the tokens lie before anything runs.
     images = [images] if isinstance(images, Image.Image) else list(images)
     settings = _settings(images, question, is_video, max_new_tokens)
     model, processor = pair if isinstance(pair, tuple) else open_pair(pair, dtype=dtype, device=device)
+    return _explain(model, processor, images, question, is_video, settings)
+
+
+def _explain(
+    model: SGLForConditionalGeneration,
+    processor: SGLProcessor,
+    images: list[Image.Image],
+    question: str,
+    is_video: bool,
+    settings: dict[str, Any],
+) -> Explanation:
+    # 1. Where the tokens lie is looked up first: what cannot be shown need not be computed.
     parts = processor.large_processor, processor.small_processor
     pictures, small_pictures = (_pictures(part, images, is_video) for part in parts)
     inputs = _inputs(model, processor, images, question, is_video)
@@ -103,16 +116,18 @@ def explain(
     _check_count(small_tokens, small_pictures)
     resolved = SGLGenerationConfig(**settings).resolved(model.generation_config)
 
-    # 2. The models answer.
+    # 2. The large model answers unguided, the small model guides, and the large model answers at every preset.
     unguided, oracle = _answer_unguided(model, inputs, tokens, settings)
     layers, layer_importance = _listen_to_layers(model, inputs, small_tokens, settings, resolved)
-    outputs = {
-        preset: model.generate(**inputs, **{**settings, **PRESETS[preset]}, return_dict_in_generate=True)
-        for preset in PRESETS
-    }
+    output: Any = None
+    guided = []
+    for preset in PRESETS:
+        output = model.generate(**inputs, **{**settings, **PRESETS[preset]}, return_dict_in_generate=True)
+        keep = ImportanceProcessorList.of_settings(PRESETS[preset]["retention_ratio"], resolved.min_tokens_per_image)
+        oracle_keep_mask = keep.keep_mask(tokens, oracle)[0].cpu().numpy()
+        guided.append(_guided_answer(preset, output, oracle_keep_mask, model, _answer(processor, output, inputs)))
 
     # 3. What that says.
-    output: Any = outputs["fast"]
     return Explanation(
         question=question,
         is_video=is_video,
@@ -125,10 +140,7 @@ def explain(
         layer_importance=layer_importance,
         large_answer=_answer(processor, unguided, inputs),
         small_answer=_text(processor.small_processor, output.draft_sequences[0]),
-        guided=tuple(
-            _guided_answer(preset, model, processor, output, inputs, tokens, oracle, resolved)
-            for preset, output in outputs.items()
-        ),
+        guided=tuple(guided),
         preset=_own_preset(model),
         confidence=float(output.confidence[0]),
         consistency=float(output.consistency[0]),
@@ -140,7 +152,8 @@ def explain(
         small_type=model.small.config.model_type,
         num_large_layers=len(decoder_layers(model.large)),
         num_small_layers=len(decoder_layers(model.small)),
-        num_large_forward_passes=unguided.num_large_forward_passes,
+        # Unguided, the large model runs once for every token that it writes.
+        num_large_forward_passes=unguided.sequences.shape[1] - inputs["input_ids"].shape[1],
     )
 
 
@@ -250,26 +263,22 @@ def _listen_to_layers(
 
 def _guided_answer(
     preset: str,
-    model: SGLForConditionalGeneration,
-    processor: SGLProcessor,
     output: Any,
-    inputs: dict[str, Any],
-    tokens: VisualTokens,
-    oracle: Tensor,
-    settings: SGLGenerationConfig,
+    oracle_keep_mask: npt.NDArray[np.bool_],
+    model: SGLForConditionalGeneration,
+    answer: str,
 ) -> GuidedAnswer:
-    ratio = PRESETS[preset]["retention_ratio"]
-    processors = ImportanceProcessorList.of_settings(ratio, settings.min_tokens_per_image)
     keep_mask = output.keep_mask[0].cpu().numpy()
-    kept = float(keep_mask.sum()) / len(keep_mask)
     return GuidedAnswer(
         preset=preset,
-        retention_ratio=ratio,
+        retention_ratio=PRESETS[preset]["retention_ratio"],
         prune_layer=output.prune_layer,
-        average_retention=average_retention(kept, output.prune_layer, len(decoder_layers(model.large))),
+        average_retention=average_retention(
+            float(keep_mask.mean()), output.prune_layer, len(decoder_layers(model.large))
+        ),
         keep_mask=keep_mask,
-        oracle_keep_mask=processors.keep_mask(tokens, oracle)[0].cpu().numpy(),
-        answer=_answer(processor, output, inputs),
+        oracle_keep_mask=oracle_keep_mask,
+        answer=answer,
         num_large_forward_passes=output.num_large_forward_passes,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,18 @@ from transformers_sgl.storage.files import write_atomically
 __all__ = ["Explanation", "GuidedAnswer", "Picture", "rank_correlation"]
 
 Array = npt.NDArray[np.float32]
+
+# What a program is told.
+_FIGURES = (
+    *("question", "large_name", "small_name", "preset", "large_answer", "small_answer"),
+    *("confidence", "consistency", "decision_score", "early_exit_threshold"),
+    *("num_visual_tokens", "num_large_forward_passes", "importance_transfer", "oracle_correlation"),
+    *("layers", "layer_shares", "layer_correlations", "guided"),
+)
+_GUIDED_FIGURES = (
+    *("preset", "answer", "retention_ratio", "prune_layer", "average_retention"),
+    *("num_large_forward_passes", "oracle_overlap"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,11 @@ class GuidedAnswer:
         """The fraction of the kept tokens that the oracle map would have kept too."""
         return float((self.keep_mask & self.oracle_keep_mask).sum() / self.num_kept)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Text and figures without masks, ready for JSON."""
+        figures = {name: getattr(self, name) for name in _GUIDED_FIGURES}
+        return {**figures, "num_visual_tokens_kept": self.num_kept}
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -103,7 +119,7 @@ class Explanation:
         small_type (`str`): The small model's type.
         num_large_layers (`int`): How many decoder layers the large model has.
         num_small_layers (`int`): How many decoder layers the small model has.
-        num_large_forward_passes (`int`, *optional*): How often the unguided large model ran for `large_answer`.
+        num_large_forward_passes (`int`): How often the unguided large model ran for `large_answer`.
     """
 
     question: str
@@ -129,7 +145,7 @@ class Explanation:
     small_type: str
     num_large_layers: int
     num_small_layers: int
-    num_large_forward_passes: int | None = None
+    num_large_forward_passes: int
 
     @property
     def num_visual_tokens(self) -> int:
@@ -158,38 +174,12 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Texts and figures without pictures and maps, ready for JSON."""
-        return {
-            "question": self.question,
-            "large_model": self.large_name,
-            "small_model": self.small_name,
-            "preset": self.preset,
-            "large_answer": self.large_answer,
-            "small_answer": self.small_answer,
-            "confidence": self.confidence,
-            "consistency": self.consistency,
-            "decision_score": self.decision_score,
-            "early_exit_threshold": self.early_exit_threshold,
-            "num_visual_tokens": self.num_visual_tokens,
-            "num_large_forward_passes": self.num_large_forward_passes,
-            "importance_transfer": self.importance_transfer,
-            "oracle_correlation": self.oracle_correlation,
+        lists = {
             "layers": list(self.layers),
             "layer_shares": self.layer_shares.tolist(),
-            "layer_correlations": self.layer_correlations,
-            "guided": [
-                {
-                    "preset": guided.preset,
-                    "answer": guided.answer,
-                    "retention_ratio": guided.retention_ratio,
-                    "prune_layer": guided.prune_layer,
-                    "average_retention": guided.average_retention,
-                    "num_visual_tokens_kept": guided.num_kept,
-                    "num_large_forward_passes": guided.num_large_forward_passes,
-                    "oracle_overlap": guided.oracle_overlap,
-                }
-                for guided in self.guided
-            ],
+            "guided": [guided.to_dict() for guided in self.guided],
         }
+        return {name: lists[name] if name in lists else getattr(self, name) for name in _FIGURES}
 
     def to_html(self) -> str:
         """The page as one HTML document that loads nothing and runs no script."""
@@ -208,25 +198,9 @@ class Explanation:
 
 
 def rank_correlation(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
-    """Spearman's rank correlation, from -1 to 1; NaN where all values of one are equal.
-
-    Args:
-        one (array of shape `(n,)`): Some values.
-        other (array of shape `(n,)`): As many others.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.explanation.result import rank_correlation
-
-        >>> round(rank_correlation([1, 2, 3, 4], [10, 20, 20, 40]), 4)
-        0.9487
-
-        ```
-    """
-    ranks = [_ranks(np.asarray(values)) for values in (one, other)]
-    deviations = [each - each.mean() for each in ranks]
-    scale = math.sqrt(float((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
-    return float((deviations[0] * deviations[1]).sum()) / scale if scale else math.nan
+    """Spearman's rank correlation of two arrays `(n,)`, from -1 to 1; NaN where all values of one are equal."""
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(_ranks(np.asarray(one)), _ranks(np.asarray(other)))[0, 1])
 
 
 def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
