@@ -48,7 +48,7 @@ def draw(explanation: Explanation) -> Image.Image:
         x += SIDE_PX + GAP_PX
     pen.text((MARGIN_PX, y + SIDE_PX + 54), f"Answer: {balanced.answer}", ACCENT, ImageFont.load_default(30))
     kept = f"{balanced.num_kept} of {explanation.num_visual_tokens} visual tokens kept from layer "
-    kept += f"{balanced.prune_layer} of {explanation.num_large_layers} on. Shown are the tiles, not the thumbnail."
+    kept += f"{balanced.prune_layer} of {explanation.large.num_layers} on. Shown are the tiles, not the thumbnail."
     pen.text((MARGIN_PX, y + SIDE_PX + 98), kept, SOFT, ImageFont.load_default(20))
     return card
 

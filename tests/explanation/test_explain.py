@@ -142,14 +142,17 @@ class TestAnswers:
         assert [guided["num_large_forward_passes"] for guided in explanation.to_dict()["guided"]] == passes
 
     def test_it_knows_the_checkpoints_and_the_pairs_preset(self, pair, example, explanation, monkeypatch):
-        assert (explanation.large_name, explanation.small_name) == ("sgl-tiny/large", "sgl-tiny/small")
+        assert (explanation.large, explanation.small) == (
+            ("sgl-tiny/large", "internvl", 10),
+            ("sgl-tiny/small", "internvl", 4),
+        )
         assert explanation.preset == "balanced"
         for name, value in {"retention_ratio": 0.05, "prune_layer": 2 / 48}.items():
             monkeypatch.setattr(pair[0].generation_config, name, value)
         monkeypatch.setattr(pair[0].large.config, "name_or_path", "org/large-38B", raising=False)
         monkeypatch.setattr(pair[0].large, "name_or_path", "org/large-38B")
         found = explain(pair, example, QUESTION, max_new_tokens=4)
-        assert (found.preset, found.large_name) == ("fast", "org/large-38B")
+        assert (found.preset, found.large.name) == ("fast", "org/large-38B")
 
     def test_a_pair_is_opened_by_its_name(self, embedded_pair_path, example, explanation):
         found = explain(embedded_pair_path, example, QUESTION, max_new_tokens=16, dtype="float32", device="cpu")

@@ -16,6 +16,7 @@ from tiny_families import picture
 from transformers_sgl.explanation import Explanation, GuidedAnswer, Picture
 from transformers_sgl.explanation.page import html_page
 from transformers_sgl.explanation.panels import TokenBoxes
+from transformers_sgl.explanation.result import Model
 
 pytestmark = pytest.mark.mechanics
 
@@ -84,12 +85,8 @@ def made_up(num_pictures: int = 1, size: tuple[int, int] = (60, 40), **changes) 
         decision_score=0.7,
         early_exit_threshold=None,
         preset="balanced",
-        large_name="org/large-38B",
-        small_name="pair/small",
-        large_type="internvl",
-        small_type="qwen2_vl",
-        num_large_layers=10,
-        num_small_layers=4,
+        large=Model("org/large-38B", "internvl", 10),
+        small=Model("pair/small", "qwen2_vl", 4),
         num_large_forward_passes=9,
     )
     return replace(explanation, **changes)
@@ -151,8 +148,8 @@ class TestHtml:
                     large_answer=evil,
                     small_answer=evil,
                     guided=guided,
-                    large_name=evil,
-                    small_name=evil,
+                    large=Model(evil, "internvl", 10),
+                    small=Model(evil, "qwen2_vl", 4),
                 )
             )
         )

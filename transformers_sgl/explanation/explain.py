@@ -12,21 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from transformers_sgl.architectures import decoder_layers, visual_tokens_of
 from transformers_sgl.explanation.panels import TokenBoxes
-from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Picture
-from transformers_sgl.generation_config_sgl import (
-    PRESETS,
-    SGLGenerationConfig,
-    average_retention,
-    resolve_prune_layer,
-)
+from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Model, Picture
+from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import guiding_layers
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
@@ -121,11 +114,22 @@ def _explain(
     layers, layer_importance = _listen_to_layers(model, inputs, small_tokens, settings, resolved)
     output: Any = None
     guided = []
-    for preset in PRESETS:
-        output = model.generate(**inputs, **{**settings, **PRESETS[preset]}, return_dict_in_generate=True)
-        keep = ImportanceProcessorList.of_settings(PRESETS[preset]["retention_ratio"], resolved.min_tokens_per_image)
-        oracle_keep_mask = keep.keep_mask(tokens, oracle)[0].cpu().numpy()
-        guided.append(_guided_answer(preset, output, oracle_keep_mask, model, _answer(processor, output, inputs)))
+    for name, preset in PRESETS.items():
+        output = model.generate(**inputs, **{**settings, **preset}, return_dict_in_generate=True)
+        keep = ImportanceProcessorList.of_settings(preset["retention_ratio"], resolved.min_tokens_per_image)
+        keep_mask, num_layers = output.keep_mask[0].cpu().numpy(), len(decoder_layers(model.large))
+        guided.append(
+            GuidedAnswer(
+                preset=name,
+                retention_ratio=preset["retention_ratio"],
+                prune_layer=output.prune_layer,
+                average_retention=average_retention(float(keep_mask.mean()), output.prune_layer, num_layers),
+                keep_mask=keep_mask,
+                oracle_keep_mask=keep.keep_mask(tokens, oracle)[0].cpu().numpy(),
+                answer=_answer(processor, output, inputs),
+                num_large_forward_passes=output.num_large_forward_passes,
+            )
+        )
 
     # 3. What that says.
     return Explanation(
@@ -146,12 +150,8 @@ def _explain(
         consistency=float(output.consistency[0]),
         decision_score=float(output.decision_score[0]),
         early_exit_threshold=getattr(model.generation_config, "early_exit_threshold", None),
-        large_name=_name(model.large),
-        small_name=_name(model.small),
-        large_type=model.large.config.model_type,
-        small_type=model.small.config.model_type,
-        num_large_layers=len(decoder_layers(model.large)),
-        num_small_layers=len(decoder_layers(model.small)),
+        large=_model(model.large),
+        small=_model(model.small),
         # Unguided, the large model runs once for every token that it writes.
         num_large_forward_passes=unguided.sequences.shape[1] - inputs["input_ids"].shape[1],
     )
@@ -261,28 +261,6 @@ def _listen_to_layers(
     return tuple(layers), prompt + generated if wanted is None or not wanted.any() else wanted
 
 
-def _guided_answer(
-    preset: str,
-    output: Any,
-    oracle_keep_mask: npt.NDArray[np.bool_],
-    model: SGLForConditionalGeneration,
-    answer: str,
-) -> GuidedAnswer:
-    keep_mask = output.keep_mask[0].cpu().numpy()
-    return GuidedAnswer(
-        preset=preset,
-        retention_ratio=PRESETS[preset]["retention_ratio"],
-        prune_layer=output.prune_layer,
-        average_retention=average_retention(
-            float(keep_mask.mean()), output.prune_layer, len(decoder_layers(model.large))
-        ),
-        keep_mask=keep_mask,
-        oracle_keep_mask=oracle_keep_mask,
-        answer=answer,
-        num_large_forward_passes=output.num_large_forward_passes,
-    )
-
-
 def _own_preset(model: SGLForConditionalGeneration) -> str:
     """The preset that the pair's own settings are; "balanced" if they are none's."""
     own = SGLGenerationConfig().resolved(model.generation_config)
@@ -294,10 +272,11 @@ def _own_preset(model: SGLForConditionalGeneration) -> str:
     return "balanced"
 
 
-def _name(model: Any) -> str:
-    """What to call a model: its Hub repository, the end of its folder's path, or else its type."""
-    name = str(model.name_or_path)
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name or model.config.model_type
+def _model(model: Any) -> Model:
+    name = str(model.name_or_path) or model.config.model_type
+    if Path(name).is_absolute():
+        name = "/".join(Path(name).parts[-2:])
+    return Model(name, model.config.model_type, len(decoder_layers(model)))
 
 
 def _answer(processor: SGLProcessor, output: Any, inputs: dict[str, Any]) -> str:

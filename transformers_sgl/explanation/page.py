@@ -25,7 +25,7 @@ from transformers_sgl.explanation.panels import (
 )
 
 if TYPE_CHECKING:
-    from transformers_sgl.explanation.result import Explanation, GuidedAnswer, Picture
+    from transformers_sgl.explanation.result import Explanation, GuidedAnswer, Model, Picture
 
 __all__ = ["html_page"]
 
@@ -50,8 +50,8 @@ def html_page(explanation: Explanation) -> str:
     """The page as one HTML document."""
     question = html.escape(explanation.question)
     models = (
-        f"Large model: {_model(explanation.large_name, explanation.large_type, explanation.num_large_layers)}",
-        f"Small model: {_model(explanation.small_name, explanation.small_type, explanation.num_small_layers)}",
+        f"Large model: {_model(explanation.large)}",
+        f"Small model: {_model(explanation.small)}",
         f"Preset: {explanation.preset}",
     )
     sections = (_glance, _answers, _trust, _maps, _kept, _layers)
@@ -140,15 +140,17 @@ def _trust(explanation: Explanation) -> str:
         exits = f"The pair's threshold is {threshold:.2f}: it returns the small model's answer."
     else:
         exits = f"The pair's threshold is {threshold:.2f}: it calls the large model."
-    scores = {
-        "confidence": explanation.confidence,
-        "consistency": explanation.consistency,
-        "decision score": explanation.decision_score,
-    }
     return _section(
         "How far the small model's answer can be trusted",
         f"Probabilities from 0 to 1; the decision score is the mean of the other two. {exits}",
-        _bars((label, score, f"{score:.2f}") for label, score in scores.items()),
+        _bars(
+            (label, score, f"{score:.2f}")
+            for label, score in (
+                ("confidence", explanation.confidence),
+                ("consistency", explanation.consistency),
+                ("decision score", explanation.decision_score),
+            )
+        ),
     )
 
 
@@ -187,7 +189,7 @@ def _kept(explanation: Explanation) -> str:
     return _section(
         "What the large model kept",
         "Dark, hatched tokens are dropped inside the large model. The presets are the paper's 64%, 35% and 9% "
-        f"average retention on 48 decoder layers; this large model has {explanation.num_large_layers}.",
+        f"average retention on 48 decoder layers; this large model has {explanation.large.num_layers}.",
         _figures(figures),
     )
 
@@ -206,20 +208,20 @@ def _layers(explanation: Explanation) -> str:
     ]
     return _section(
         "Layer by layer",
-        f"What each of the small model's {explanation.num_small_layers} decoder layers contributes to its map: its "
+        f"What each of the small model's {explanation.small.num_layers} decoder layers contributes to its map: its "
         "share of all attention received (the longest bar is the largest share), and the rank correlation of its map "
         "with the sum over layers. Each map is on a scale of its own." + own_tokens,
         _bars(bars) + _figures(figures, is_small=len(pictures) == 1),
     )
 
 
-def _model(name: str, model_type: str, num_layers: int) -> str:
-    return f"{name} ({model_type}, {num_layers} decoder layers)"
+def _model(model: Model) -> str:
+    return f"{model.name} ({model.type}, {model.num_layers} decoder layers)"
 
 
 def _kept_line(explanation: Explanation, guided: GuidedAnswer) -> str:
     kept = f"{guided.num_kept} of {explanation.num_visual_tokens} visual tokens"
-    return f"{kept} from layer {guided.prune_layer} of {explanation.num_large_layers} on"
+    return f"{kept} from layer {guided.prune_layer} of {explanation.large.num_layers} on"
 
 
 def _size_line(explanation: Explanation) -> str:

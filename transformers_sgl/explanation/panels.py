@@ -32,7 +32,7 @@ HEAT_OPACITY = 0.7
 PANEL_GREYS = 10, 120  # black and white below the colour, so that the colour is always the lighter one
 DROPPED_BRIGHTNESS = 0.4
 MIN_LONG_SIDE_PX, MAX_LONG_SIDE_PX = 512, 1024
-MARGIN_PX = 12
+MARGIN_PX, LEGEND_PX = 12, 54
 HATCH_PERIOD_PX = 10
 
 
@@ -41,10 +41,9 @@ class TokenBoxes:
     """Where the visual tokens of one image lie in it.
 
     Attributes:
-        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom of what each token stands
-            for, in pixels of the original image.
-        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether it belongs to a thumbnail, a coarser view
-            of the whole image beside a finer one.
+        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom in pixels of the image.
+        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether the token belongs to a thumbnail, a
+            coarser view of the whole image beside a finer one.
     """
 
     boxes: npt.NDArray[np.float64]
@@ -81,10 +80,7 @@ def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
 
 
 def importance_overlay(
-    image: Image.Image,
-    boxes: TokenBoxes,
-    importance: npt.ArrayLike,
-    keep_mask: npt.ArrayLike,
+    image: Image.Image, boxes: TokenBoxes, importance: npt.ArrayLike, keep_mask: npt.ArrayLike
 ) -> Image.Image:
     """Paints over an image which of its visual tokens were important, and which were dropped.
 
@@ -108,7 +104,7 @@ def importance_overlay(
     panels = [_paint(base, pixel_boxes[part], keep_mask[part], heat[part]) for part in _parts(boxes)]
 
     parts = " · left: tiles, right: thumbnail" if len(panels) > 1 else ""
-    legend = f"{keep_mask.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
+    legend = f"amber: important · {keep_mask.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
     return _compose(panels, legend)
 
 
@@ -228,30 +224,15 @@ def _paint(
 
 
 def _compose(panels: list[Image.Image], legend: str) -> Image.Image:
-    """Puts the panels beside one another, the heat scale and the legend below."""
+    """Puts the panels beside one another, and the legend below."""
     font = ImageFont.load_default(size=16)
-    bar_width, bar_height = 80, 14
-    low, high = "low", "high"
-    low_width, high_width, space = font.getlength(low), font.getlength(high), font.getlength("  ")
-    text_x = MARGIN_PX + low_width + space + bar_width + space + high_width + 2 * space
     panels_width = sum(panel.width + MARGIN_PX for panel in panels) + MARGIN_PX
-    width = max(panels_width, math.ceil(text_x + font.getlength(legend)) + MARGIN_PX)
-    height = panels[0].height + 3 * MARGIN_PX + bar_height + 4
-
-    canvas = Image.new("RGB", (width, height), "white")
+    width = max(panels_width, math.ceil(font.getlength(legend)) + 2 * MARGIN_PX)
+    canvas = Image.new("RGB", (width, panels[0].height + LEGEND_PX), "white")
     x = (width - panels_width) // 2 + MARGIN_PX
     for panel in panels:
         canvas.paste(panel, (x, MARGIN_PX))
         x += panel.width + MARGIN_PX
-
-    draw = ImageDraw.Draw(canvas)
-    middle = height - MARGIN_PX - bar_height // 2
-    grey, edges = Image.new("RGB", (bar_width, bar_height), "grey"), np.arange(bar_width)
-    columns = np.stack([edges, 0 * edges, edges + 1, 0 * edges + bar_height], axis=-1)
-    bar = _paint(grey, columns, edges >= 0, np.linspace(0, 1, bar_width, dtype=np.float32))
-    bar_x = MARGIN_PX + low_width + space
-    draw.text((MARGIN_PX, middle), low, fill="black", font=font, anchor="lm")
-    canvas.paste(bar, (round(bar_x), middle - bar_height // 2))
-    draw.text((bar_x + bar_width + space, middle), high, fill="black", font=font, anchor="lm")
-    draw.text((text_x, middle), legend, fill="black", font=font, anchor="lm")
+    middle = canvas.height - (LEGEND_PX - MARGIN_PX) // 2
+    ImageDraw.Draw(canvas).text((MARGIN_PX, middle), legend, fill="black", font=font, anchor="lm")
     return canvas
