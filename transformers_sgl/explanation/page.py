@@ -37,13 +37,8 @@ _JPEG_QUALITY = 88
 _NOTHING = "(nothing)"
 
 _STYLE = (files(__package__) / "page.css").read_text(encoding="utf-8")
-_GREY = sum(PANEL_GREYS) / 2
-_SCALE = "background: linear-gradient(90deg, {})".format(
-    ", ".join(
-        f"rgb{tuple(round(_GREY + opacity * (channel - _GREY)) for channel in HEAT_COLOUR)}"
-        for opacity in (0, HEAT_OPACITY)
-    )
-)
+_GREY, _HEAT = [sum(PANEL_GREYS) // 2] * 3, " ".join(map(str, HEAT_COLOUR))
+_SCALE = f"background: linear-gradient(90deg, rgb({_HEAT} / 0), rgb({_HEAT} / {HEAT_OPACITY})), rgb{tuple(_GREY)}"
 
 
 def html_page(explanation: Explanation) -> str:
@@ -266,9 +261,8 @@ def _rows(
 ) -> list[list[Image.Image]]:
     """All pictures in rows, painted with the values of their tokens; one view leaves the thumbnails out."""
     parts = np.split(values, np.cumsum([len(picture.boxes) for picture in pictures])[:-1])
-    panels = [
-        paint(picture.image, picture.boxes, part)[:num_views] for picture, part in zip(pictures, parts, strict=True)
-    ]
+    each = zip(pictures, parts, strict=True)
+    panels = [paint(picture.image, picture.boxes, part)[:num_views] for picture, part in each]
     return _in_rows(panels, one_per_row=num_views > 1 and _has_thumbnails(pictures))
 
 

@@ -33,7 +33,7 @@ _GUIDED_FIGURES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """An image or a frame of a video, the boxes of its tokens in the order of the prompt, and a name like "frame 3"."""
+    """An image or a frame of a video, the boxes of its tokens in the order of the prompt, and a name."""
 
     image: Image.Image
     boxes: TokenBoxes
