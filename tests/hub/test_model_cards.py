@@ -81,7 +81,7 @@ class TestFolders:
 
     @pytest.mark.parametrize("pair", TO_CONVERT, ids=name_of)
     def test_what_has_to_be_converted_is_not_published(self, hub, pair):
-        with pytest.raises(ValueError, match="where nobody else can load it"):
+        with pytest.raises(ValueError, match="which nobody else can load"):
             publish(CARDS / pair.folder, f"org/{pair.folder}")
         assert hub.commits == []
 
