@@ -1,36 +1,22 @@
-"""A pair behind transformers' own OpenAI-compatible server.
-
-The server is `transformers serve`, with its options and endpoints. Here it learns two things: what a pair is,
-and to answer a request that cannot be carried out with a sentence instead of an internal error.
-"""
+"""Checks of a request before the server reads it."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import typer
 from PIL import Image
 
-from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
-from transformers_sgl.transformers_interface import server_class, server_model_tables
 
-if TYPE_CHECKING:
-    from fastapi import Request, Response
-
-__all__ = ["PairServer", "check_request", "serve"]
+__all__ = ["PATHS", "check_request"]
 
 _CHAT = "/v1/chat/completions"
-_PATHS = (_CHAT, "/v1/completions", "/v1/responses", "/v1/systemone")
-Serve: Any = server_class()
+PATHS = (_CHAT, "/v1/completions", "/v1/responses", "/v1/systemone")
 
-# Fields that the server converts or iterates without looking, and what a client may put there.
+# Fields that the server uses without checking, and what they may hold.
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "chat_template_kwargs": ((dict,), "an object"),
     "frequency_penalty": ((int, float), "a number"),
@@ -46,99 +32,26 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "tools": ((list,), "a list"),
     "top_p": ((int, float), "a number"),
 }
-# What the server's image reader can decode, in Pillow's words.
+# Formats that the server's image reader decodes, by Pillow's names.
 _IMAGE_FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 
 
-def serve(model: str, arguments: Sequence[str] = ()) -> None:
-    """Runs transformers' server with a pair until it is stopped.
-
-    Args:
-        model (`str`): The pair: a folder, or a Hub repository, with `@revision` behind it where one is wanted. It is
-            also what clients call the model.
-        arguments (`Sequence[str]`, *optional*): Options of `transformers serve`, such as `["--port", "8000"]`.
-
-    Raises:
-        OSError: If the pair cannot be loaded.
-        ValueError: If an option cannot be used.
-        SystemExit: If the options cannot be read, or only help was asked for.
-    """
-    command = typer.Typer(add_completion=False)
-    command.command(name="serve", help=Serve.__doc__)(PairServer)
-    with _pairs_in_its_tables():
-        # `--non-blocking` makes the server call `start_server`, which here blocks.
-        command(["--non-blocking", model, *arguments], prog_name="transformers-sgl serve")
-
-
-class PairServer(Serve):
-    """`transformers serve`, with its arguments, which tells a client what is wrong with a request."""
-
-    def start_server(self) -> None:
-        """Runs the server in this thread, until it is stopped."""
-        app = self.server.config.app
-        app.middleware("http")(_check_request)
-        for error in (OSError, ValueError):
-            app.add_exception_handler(error, _refuse)
-        self.server.run()
-
-
-@contextmanager
-def _pairs_in_its_tables() -> Iterator[None]:
-    """Lets the server find the class of a pair where it finds those of transformers' own models.
-
-    It reads these tables of names itself, to choose an Auto class and to tell what a model can see.
-    """
-    tables = server_model_tables()
-    for table in tables:
-        table[SGLConfig.model_type] = SGLForConditionalGeneration.__name__
-    try:
-        yield
-    finally:
-        for table in tables:
-            table.pop(SGLConfig.model_type, None)
-
-
-async def _check_request(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Looks at a request before the server takes it for a good one."""
-    from starlette.concurrency import run_in_threadpool
-
-    if request.url.path in _PATHS and request.method == "POST":
-        try:
-            body = json.loads(await request.body())
-            await run_in_threadpool(check_request, request.url.path, body)
-        except ValueError as error:
-            return await _refuse(request, error)
-    return await call_next(request)
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    """The answer to a request that cannot be carried out, in OpenAI's form."""
-    from fastapi.responses import JSONResponse
-
-    message = " ".join(str(error).split())
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
-
-
 def check_request(path: str, body: Any) -> None:
-    """Refuses a request that the server would stumble over, or that asks it for a file of its own machine.
+    """Refuses a request that the server would fail on, or that asks it for a file of its own machine.
 
     Args:
-        path (`str`): Which endpoint is asked, such as `"/v1/chat/completions"`.
+        path (`str`): The endpoint, such as `"/v1/chat/completions"`.
         body (`Any`): The request's JSON.
 
     Raises:
-        ValueError: If there is no conversation, an image cannot be read, or a setting is not known or not allowed.
+        ValueError: If there is no conversation, an image cannot be read, or a setting is unknown or not allowed.
 
     Example:
         ```python
         >>> from transformers_sgl.serving import check_request
 
-        >>> path, chat = "/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}
-        >>> check_request(path, {**chat, "generation_config": '{"retention_ratio": 0.5}'})
-        >>> check_request(path, {**chat, "generation_config": '{"retention": 0.5}'})
-        Traceback (most recent call last):
-        ...
-        ValueError: `generation_config` has no field 'retention': the fields are those of SGLGenerationConfig.
+        >>> chat = {"messages": [{"role": "user", "content": "hello"}]}
+        >>> check_request("/v1/chat/completions", {**chat, "generation_config": '{"retention_ratio": 0.5}'})
 
         ```
     """
@@ -158,7 +71,7 @@ def check_request(path: str, body: Any) -> None:
 
 
 def _check_media(value: Any) -> None:
-    """Looks for images wherever an endpoint may take them."""
+    """Checks images wherever they are in a request."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name in ("audio_url", "input_audio", "video_url"):
@@ -210,7 +123,7 @@ def _check_image(name: str, url: Any) -> None:
     if kind.startswith(("http://", "https://")):
         return
     if not (kind.startswith("data:image/") and kind.endswith(";base64") and comma):
-        # The server would take any other text for a file of its own machine.
+        # The server would open any other text as a file of its own machine.
         raise ValueError(
             f"`{name}` has the image {_shortened(url)}: pass an address that starts with http:// or https://, or the "
             "image itself as data:image/png;base64,..."
@@ -221,7 +134,7 @@ def _check_image(name: str, url: Any) -> None:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"`{name}` has an image that cannot be read: it is no base64 text of a whole GIF, JPEG, PNG or WebP file."
+            f"`{name}` has an image that cannot be read: it is not a whole GIF, JPEG, PNG or WebP file in base64."
         ) from error
 
 
@@ -243,6 +156,6 @@ def _check_settings(text: str) -> None:
 
 
 def _shortened(value: Any) -> str:
-    """A value as it can stand in a sentence; an image in it would fill pages."""
+    """A value's `repr`, cut to fit in a sentence."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:50]} ..."
