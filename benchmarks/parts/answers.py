@@ -25,9 +25,7 @@ class _Prescribed(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 
 
-def prescribed(
-    model: PreTrainedModel, inputs: dict[str, Tensor], answer_tokens: int, seed: int = 0
-) -> dict[str, Any]:
+def prescribed(model: PreTrainedModel, inputs: dict[str, Tensor], answer_tokens: int, seed: int = 0) -> dict[str, Any]:
     """The argument of `generate` that makes the model write a random answer."""
     processor = _Prescribed(random_answer(model, inputs, answer_tokens, seed), inputs["input_ids"].shape[1])
     return {"logits_processor": LogitsProcessorList([processor])}
