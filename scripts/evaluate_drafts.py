@@ -7,7 +7,7 @@ at a time, with and without pruning, under settings that shape answers in every 
 written must be equal to the last token; the script fails otherwise. Forward passes of the large model are counted,
 not timed.
 
-The result goes to `benchmarks/sgl_tiny_drafts.json`, from which `scripts/render_tables.py` fills the README.
+The result goes to `benchmarks/results/sgl_tiny_drafts.json`, from which `scripts/render_tables.py` fills the README.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LENGTHS = ((1, 2), (3, 5), (6, 10), (11, 20), (21, 40))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_drafts.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny_drafts.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=504, help="questions in all")

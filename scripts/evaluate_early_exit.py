@@ -11,7 +11,7 @@
 3. How often a calibrated threshold keeps its promise on questions it has not seen, over 100 splits.
 
 An answer counts if it is the expected one to the letter. Everything is drawn from `--seed`; the result goes to
-`benchmarks/sgl_tiny_early_exit.json`, from which `scripts/render_tables.py` fills the README and the card.
+`benchmarks/results/sgl_tiny_early_exit.json`, from which `scripts/render_tables.py` fills the README and the card.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Answers = dict[str, np.ndarray]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_early_exit.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny_early_exit.json")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,7 @@ small model stays in float32. An answer counts if it is the expected one to the 
 come with a 95 % paired-bootstrap interval. The script fails if 4 bit costs more than two points.
 
 Quantised is the text decoder: the vision encoder's layers are too narrow for blocks of 64 weights. The result goes to
-`benchmarks/sgl_tiny_quantized.json`, from which `scripts/render_tables.py` fills the README.
+`benchmarks/results/sgl_tiny_quantized.json`, from which `scripts/render_tables.py` fills the README.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOST_POINTS_LOST = 2.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_quantized.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny_quantized.json")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -6,8 +6,8 @@ Accuracy of both models, unpruned, on the whole easy-VQA test split and on held-
 prior beside them: the answer that each question has most often in training, given without looking. What pruning costs
 is measured by `evaluate_methods.py`.
 
-An answer counts if it is the expected one to the letter. The result goes to `benchmarks/sgl_tiny.json`, from which
-`scripts/render_tables.py` fills the README and the card.
+An answer counts if it is the expected one to the letter. The result goes to `benchmarks/results/sgl_tiny.json`, from
+which `scripts/render_tables.py` fills the README and the card.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Method = Callable[[dict[str, torch.Tensor], Sequence[int]], torch.Tensor]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny.json")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,9 +8,9 @@ to 35 % average retention, the large model answers 1,000 questions about held-ou
 every grid; beside that stand guidance on its own grid and random pruning (mean over several seeds). All see the same
 questions, so the differences come with 95 % paired-bootstrap intervals.
 
-An answer counts if it is the expected one to the letter. The result goes to `benchmarks/sgl_tiny_transfer.json`, from
-which `scripts/render_tables.py` fills the README. The script fails if guidance on one of the grids keeps less than
-95 % of the accuracy that guidance on the large model's own grid keeps.
+An answer counts if it is the expected one to the letter. The result goes to
+`benchmarks/results/sgl_tiny_transfer.json`, from which `scripts/render_tables.py` fills the README. The script fails
+if guidance on one of the grids keeps less than 95 % of the accuracy of guidance on the large model's own grid.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ GRIDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_transfer.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny_transfer.json")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -143,7 +143,7 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
         "published and not reproduced by us. Accuracy: exact match in % of the embedded pair, two tiny models trained "
         f"on drawn shapes; unpruned, its large model reaches {unpruned}. Time: a whole answer relative to the large "
         "model alone, on random weights of the proportions of InternVL 2B and 26B. Brackets: 95 % intervals of "
-        "accuracies; least and greatest round of times."
+        "accuracies; least and greatest of times, where there were enough rounds."
     )
     used = [tables[name] for name in (*sets.values(), "speed-end-to-end") if name in tables]
     measured = "; ".join(dict.fromkeys(table.measured for table in used))

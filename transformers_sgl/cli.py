@@ -659,119 +659,6 @@ def _columns(text: str | None) -> dict[str, str] | None:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-# -------------------------------------------------------------------------------------------------------------- bench
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="measure speed and memory on random models of real shapes",
-        description="Measures what guidance costs, what pruning saves and when the whole is faster than the large "
-        "model alone, on models with random weights, which need no download.",
-        epilog="Shapes: internvl-1b, -2b, -8b, -26b, -38b, -78b; qwen2.5-vl-3b, -7b, -32b, -72b; "
-        "llava-onevision-0.5b, -7b. Parts: startup, guidance, prefill, decode, drafts, end-to-end, "
-        "break-even-tokens, break-even-answers, growth-tokens, growth-batches, growth-answers, break-even-sizes; "
-        "break-even and growth stand for all of theirs. A run that was stopped goes on when the same command is given "
-        "again; parts that were measured are kept.",
-    )
-    parser.add_argument("--large", metavar="SHAPE", default="internvl-26b", help="shape of the large model")
-    parser.add_argument("--small", metavar="SHAPE", default="internvl-2b", help="shape of the small model")
-    parser.add_argument(
-        "--shrink", metavar="N", type=int, help="divide the widths of both models (default: 1 on a GPU, 8 on a CPU)"
-    )
-    parser.add_argument(
-        "--image-size", metavar="WxH", default="896x1344", help="width and height of the image in pixels (896x1344)"
-    )
-    parser.add_argument("--prompt-tokens", metavar="N", type=int, default=32, help="text tokens after the image (32)")
-    parser.add_argument("--answer-tokens", metavar="N", type=int, default=16, help="tokens that are written (16)")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=1, help="prompts read at once (1)")
-    parser.add_argument("--parts", metavar="P,...", default="all", help="some of those listed below (default: all)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="how often each way is timed (5)")
-    parser.add_argument(
-        "--sweep-rounds",
-        metavar="N",
-        type=int,
-        default=3,
-        help="the same at each point of the sweeps: drafts, break-even and growth (3)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        metavar="N",
-        type=int,
-        default=0,
-        help="leave out of the sweeps what has more tokens, answers included (default: leave out nothing)",
-    )
-    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0 (default: what the machine has)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("benchmark"),
-        help="folder for results and figure (./benchmark)",
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="what everything random is drawn from (0)")
-    parser.set_defaults(carry_out=_bench)
-
-
-def _bench(arguments: argparse.Namespace) -> None:
-    from importlib.util import find_spec
-
-    import torch
-
-    from transformers_sgl.evaluation import benchmark_report, benchmark_run
-    from transformers_sgl.hub import embedded_pair
-    from transformers_sgl.opening import check_device
-    from transformers_sgl.storage.files import check_writable_folder, write_atomically
-
-    # 1. What can be wrong is looked at before a model is made.
-    if find_spec("matplotlib") is None:
-        raise OSError('The figure needs a package that is missing: pip install "transformers_sgl[plot]".')
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    on_gpu = torch.device(device).type == "cuda"
-    shrink = arguments.shrink if arguments.shrink is not None else 1 if on_gpu else 8
-    names = ["large", "small", "prompt_tokens", "answer_tokens", "batch_size"]
-    names += ["rounds", "sweep_rounds", "seed", "max_tokens"]
-    settings = benchmark_run.BenchmarkSettings(
-        **{name: getattr(arguments, name) for name in names},
-        shrink=shrink,
-        image_size=_image_size(arguments.image_size),
-        device=device,
-        dtype=arguments.dtype or ("bfloat16" if on_gpu else "float32"),
-    )
-    benchmark_run.check_settings(settings)
-    parts = benchmark_run.find_parts(arguments.parts)
-    check_writable_folder(arguments.out)
-
-    # 2. Part after part; what an earlier call has measured is not measured again.
-    def announce(part: str) -> None:
-        print(f"measuring {part} ...", file=sys.stderr, flush=True)
-
-    record = benchmark_run.run_benchmark(settings, parts, arguments.out, embedded_pair(), announce)
-
-    # 3. What came of it.
-    written = [arguments.out / "benchmark.json", arguments.out / "benchmark.png"]
-    write_atomically(written[0], json.dumps(record, indent=1) + "\n")
-    if benchmark_report.draw_figure(record, written[1]) is None:
-        written.pop()
-    print(benchmark_report.as_markdown(benchmark_report.make_tables(record)))
-    print(f"\nwritten: {', '.join(map(str, written))}")
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"--image-size is {text!r}: write width and height in pixels, such as 896x1344.")
-    return int(width), int(height)
-
-
 # -------------------------------------------------------------------------------------------------------------- serve
 
 
@@ -878,7 +765,6 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     _add_visualize,
     _add_calibrate,
     _add_evaluate,
-    _add_bench,
     _add_serve,
     _add_publish,
 )

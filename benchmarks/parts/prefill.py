@@ -116,6 +116,6 @@ def _time_passes(
 
 
 def _kernel_ideals(unpruned: Timing, short: Timing, below: float) -> list[float]:
-    """By round, the speed-up if this share of the layers took the whole prompt's time and the others the short one's."""
+    """By round, the speed-up if this share of the layers read the whole prompt and the others the short one."""
     rounds = zip(unpruned.samples, short.samples, strict=True)
     return [whole / (below * whole + (1 - below) * part) for whole, part in rounds]

@@ -19,15 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "available_memory", "flop_counter", "measure_cost", "measure_working_memory"]
+__all__ = ["Cost", "flop_counter", "measure_cost"]
 
 _CLEAR_PEAK = "5"  # what makes Linux forget a process's peak memory; see proc_pid_clear_refs(5)
 
@@ -122,59 +120,6 @@ def _attention_flops(
         is_causal = more[is_causal_at] if len(more) > is_causal_at else named.get("is_causal", False)
         pairs -= num_queries * (num_queries - 1) // 2 if is_causal else 0
     return int(2 * batch_size * num_heads * pairs * (width + value[3]))
-
-
-def measure_working_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """Runs something and sees how much memory its tensors take at a time, on top of those that were there before.
-
-    That is what the allocator says on CUDA devices and PyTorch's profiler elsewhere: to the byte, and the same each
-    time, unlike the memory of a process.
-
-    Args:
-        work (`Callable`): What to run.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
-
-    Returns:
-        `int`: The bytes.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.evaluation.cost import measure_working_memory
-
-        >>> measure_working_memory(lambda: torch.ones(1024) + torch.ones(1024))  # three vectors of 4 KiB
-        12288
-
-        ```
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        work()  # what libraries keep for themselves from their first call on is not the work's
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0))
-
-
-def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """How many bytes there are still to be had.
-
-    Args:
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where.
-
-    Returns:
-        `int`: The bytes; `None` where the system does not tell.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 @contextmanager
