@@ -1,0 +1,226 @@
+"""`transformers-sgl run`: answers a question about an image."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from transformers_sgl.cli import shared
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["run"]
+
+_ROUNDS = 5
+_PANEL = "Settings (default: the pair's own)"
+
+
+def _layer(text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a layer's index nor a fraction of the depth.") from None
+
+
+def run(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
+    preset: Annotated[
+        Literal["quality", "balanced", "fast"] | None,
+        shared.option("NAME", "Settings of the paper: quality, balanced or fast.", _PANEL),
+    ] = None,
+    retention: Annotated[
+        float | None,
+        shared.option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _PANEL),
+    ] = None,
+    prune_layer: Annotated[
+        Any,
+        shared.option(
+            "K",
+            "First layer that sees fewer tokens: an index, or a fraction of the depth such as 0.25.",
+            _PANEL,
+            parser=_layer,
+        ),
+    ] = None,
+    early_exit_threshold: Annotated[
+        float | None,
+        shared.option("T", "Score, 0 or more, from which on the small model's answer is enough.", _PANEL),
+    ] = None,
+    model: shared.Model = None,
+    max_new_tokens: shared.MaxNewTokens = 64,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    show: Annotated[Path | None, shared.option("FILE", "Write the image with its importance painted over.")] = None,
+    compare: Annotated[
+        bool, shared.flag("--compare", "Time the pair and the large model alone, in turns, after warming up.")
+    ] = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Answers a question about an image."""
+    # 1. What can be wrong is checked before the models are loaded.
+    picture = shared.open_image(image)
+    shared.check_question(question)
+    if show:
+        _check_overlay(show, image)
+    settings = _settings(
+        max_new_tokens=max_new_tokens,
+        retention_ratio=retention,
+        prune_layer=prune_layer,
+        early_exit_threshold=early_exit_threshold,
+    )
+    if preset:
+        settings["preset"] = preset
+    from transformers_sgl.opening import open_pair
+
+    pair, processor = open_pair(shared.pair_name(model), dtype=dtype, device=device)
+
+    # 2. One generate call, or several in turns.
+    inputs = _inputs(processor, picture, question).to(pair.device, dtype=pair.dtype)
+    output = pair.generate(**inputs, **settings, return_dict_in_generate=True)
+    report = _report(pair, processor, inputs["input_ids"].shape[1], output)
+    if compare:
+        alone = _inputs(processor.large_processor, picture, question).to(pair.device, dtype=pair.dtype)
+        report["compare"] = _compare(pair, processor, inputs, alone, settings, report["answer"])
+
+    # 3. What a person wants to know of it.
+    if as_json:
+        shared.print_json(report)
+    else:
+        print(_as_text(report))
+    if show:
+        _overlay(picture, processor.large_processor, output).save(show)
+        if not as_json:
+            print(f"overlay  {show}")
+
+
+def _check_overlay(path: Path, source: Path) -> None:
+    from PIL import Image
+
+    suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    shared.check_writable_file("overlay", path, suffixes, "overlay.png", source)
+
+
+def _settings(**given: Any) -> dict[str, Any]:
+    """The settings that the user gave; the others are left to the preset or the pair."""
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+    settings = {name: value for name, value in given.items() if value is not None}
+    SGLGenerationConfig(**settings)  # refuses what no model can do
+    return settings
+
+
+def _inputs(processor: Any, image: Image, question: str) -> Any:
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
+    from transformers_sgl.architectures import decoder_layers
+    from transformers_sgl.generation_config_sgl import average_retention
+
+    num_layers = len(decoder_layers(pair.large))
+    num_visual_tokens = int(output.num_visual_tokens[0])
+    pruned = output.keep_mask is not None and output.prune_layer is not None
+    num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
+    retention = average_retention(num_kept / num_visual_tokens, output.prune_layer, num_layers) if pruned else 1.0
+    draft = score = exited_early = None
+    if output.draft_sequences is not None:
+        draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
+        score, exited_early = round(float(output.decision_score[0]), 4), bool(output.exited_early[0])
+    return {
+        "answer": _text(processor, output.sequences, prompt_length),
+        "draft": draft,
+        "decision_score": score,
+        "exited_early": exited_early,
+        "num_large_forward_passes": output.num_large_forward_passes,
+        "num_visual_tokens": num_visual_tokens,
+        "num_visual_tokens_kept": None if exited_early else num_kept,
+        "prune_layer": output.prune_layer if pruned else None,
+        "num_layers": num_layers,
+        "average_retention": None if exited_early else round(retention, 4),
+        # of a first call, so with what warming up takes
+        "first_call_timings_ms": {key.removesuffix("_ms"): round(ms, 1) for key, ms in output.timings.items()},
+    }
+
+
+def _text(processor: Any, sequences: Any, prompt_length: int) -> str:
+    text: str = processor.decode(sequences[0, prompt_length:], skip_special_tokens=True)
+    return text.strip()
+
+
+def _compare(
+    pair: Any, processor: Any, inputs: Any, alone: Any, settings: dict[str, Any], answer: str
+) -> dict[str, Any]:
+    """Times the pair and the large model alone in turns (A, B, A, B, ...), after a round that does not count."""
+    length = settings["max_new_tokens"]
+    contenders = {
+        "pair": lambda: pair.generate(**inputs, **settings),
+        "large": lambda: pair.large.generate(**alone, max_new_tokens=length),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(1 + _ROUNDS):
+        for name, generate in contenders.items():
+            start = time.perf_counter()
+            sequences = generate().cpu()  # waits for the device
+            times[name].append(1000 * (time.perf_counter() - start))
+    pair_ms, large_ms = (median(each[1:]) for each in times.values())
+    large_answer = _text(processor, sequences, alone["input_ids"].shape[1])
+    return {
+        "rounds": _ROUNDS,
+        "pair_ms": round(pair_ms, 1),
+        "large_alone_ms": round(large_ms, 1),
+        "speedup": round(large_ms / pair_ms, 3),
+        "large_alone_answer": large_answer,
+        "same_answer": large_answer == answer,
+    }
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    lines = [f"answer   {report['answer']}"]
+    if report["draft"] is not None:
+        lines.append(f"draft    {report['draft']} (the small model's answer, score {report['decision_score']:.2f})")
+    if report["exited_early"]:
+        lines.append("large    not called: the draft is the answer")
+    else:
+        kept = f"{report['num_visual_tokens_kept']} of {report['num_visual_tokens']} visual tokens"
+        if report["prune_layer"] is None:
+            kept += f" in all {report['num_layers']} layers"
+        else:
+            kept += f" from layer {report['prune_layer']} of {report['num_layers']}"
+        lines.append(f"kept     {kept} (average retention {report['average_retention']:.0%})")
+        passes = report["num_large_forward_passes"]
+        if passes is not None:
+            lines.append(f"large    {passes} forward pass{'' if passes == 1 else 'es'}")
+    if "compare" in report:
+        found = report["compare"]
+        same = "the same answer" if found["same_answer"] else "another answer"
+        lines += [
+            f"alone    {found['large_alone_answer']} (the large model without the small one: {same})",
+            f"speed    {found['speedup']:.2f} times that of the large model alone: {found['pair_ms']:.0f} ms instead "
+            f"of {found['large_alone_ms']:.0f} ms (medians of {found['rounds']} rounds, taken in turns)",
+        ]
+    return "\n".join(lines)
+
+
+def _overlay(image: Image, processor: Any, output: Any) -> Image:
+    import torch
+
+    from transformers_sgl.explanation.panels import importance_overlay, token_boxes
+
+    if output.importance is None:
+        raise ValueError("There is no overlay: with these settings nothing is pruned, so nothing was ranked.")
+    # Where the large model was not called, nothing was dropped.
+    keep_mask = torch.ones_like(output.importance).bool() if output.keep_mask is None else output.keep_mask
+    importance, kept = (values[0].cpu().numpy() for values in (output.importance, keep_mask))
+    return importance_overlay(image, token_boxes(image, processor), importance, kept)
