@@ -104,6 +104,8 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from transformers_sgl.opening import chat_inputs, user_turn
+
     # 1. What can be wrong is looked at before the models are loaded.
     image = _open_image(arguments.image)
     if not arguments.question.strip():
@@ -114,14 +116,7 @@ def _run(arguments: argparse.Namespace) -> None:
     model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
 
     # 2. One generate call.
-    content = [{"type": "image", "image": image}, {"type": "text", "text": arguments.question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device, dtype=model.dtype)
+    inputs = chat_inputs(model, processor, [user_turn(arguments.question, [image])])
     output = model.generate(**inputs, **settings, return_dict_in_generate=True)
 
     # 3. What a person wants to know of it.
@@ -192,13 +187,12 @@ def _load_pair(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
 
 def _report(model: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
     from transformers_sgl.architectures import decoder_layers
-    from transformers_sgl.generation_config_sgl import average_retention
 
     num_layers = len(decoder_layers(model.large))
     num_visual_tokens = int(output.num_visual_tokens[0])
     pruned = output.keep_mask is not None and output.prune_layer is not None
     num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
-    retention = average_retention(num_kept / num_visual_tokens, output.prune_layer, num_layers) if pruned else 1.0
+    retention = float(output.average_retention(num_layers)[0])
     draft = score = exited_early = None
     if output.draft_sequences is not None:
         draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
@@ -460,52 +454,30 @@ def _add_calibrate(commands: Any) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    from transformers_sgl.evaluation import calibration, calibration_run
-    from transformers_sgl.evaluation.data import read_samples
-    from transformers_sgl.evaluation.records import measurement_record
-    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-    from transformers_sgl.storage.files import check_writable_folder
+    from transformers_sgl.evaluation import KeepAccuracy, LargeCallBudget, calibrate
 
-    # 1. What can be wrong is looked at before the models are loaded.
-    if arguments.keep_accuracy is not None:
-        promise: calibration.Promise = calibration.KeepAccuracy(arguments.keep_accuracy)
+    report = calibrate(
+        arguments.model,
+        arguments.data,
+        LargeCallBudget(arguments.large_call_budget)
+        if arguments.keep_accuracy is None
+        else KeepAccuracy(arguments.keep_accuracy),
+        out=arguments.out,
+        confidence=arguments.confidence,
+        held_out=arguments.held_out,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
-        promise = calibration.LargeCallBudget(arguments.large_call_budget)
-    SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
-    if arguments.batch_size < 1:
-        raise ValueError(f"`batch_size` is {arguments.batch_size}: pass a whole number of 1 or more.")
-    if arguments.seed < 0:
-        raise ValueError(f"`seed` is {arguments.seed}: pass a whole number of 0 or more.")
-    calibration.check_packages()
-    pair = Path(arguments.model) if Path(arguments.model).is_dir() else None
-    for folder in (arguments.out, pair):
-        check_writable_folder(folder)
-    samples = read_samples(arguments.data)
-    images = [sample.image_id for sample in samples]
-    split = {"confidence": arguments.confidence, "held_out": arguments.held_out, "seed": arguments.seed}
-    calibration.check_feasible(promise, images, **split)
-    model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
-
-    # 2. Both models answer everything; what an earlier call has done is not done again.
-    facts = calibration_run.run_facts(model, arguments.model, arguments.data, arguments.max_new_tokens)
-    options = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
-    records = calibration_run.run_samples(model, processor, samples, arguments.out, facts, **options)
-
-    # 3. The threshold, and what it gives. The pair's own settings are the last thing that is written.
-    measurement = measurement_record(arguments.seed, model.device)
-    report = calibration.calibrate(records, images, promise, **split, measurement=measurement)
-    # A threshold that the held-out half contradicts is reported, and not put into the pair.
-    written = calibration.write_results(
-        report, arguments.out, model.generation_config, pair if report.promise_held else None
-    )
-    print(
-        json.dumps(report.to_dict(), indent=2, ensure_ascii=False)
-        if arguments.json
-        else _calibration_as_text(report, written)
-    )
+        print(_calibration_as_text(report))
 
 
-def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
+def _calibration_as_text(report: Any) -> str:
     held = "kept" if report.promise_held else "NOT kept"
     lines = [
         f"threshold    {report.threshold:.6g}",
@@ -517,7 +489,7 @@ def _calibration_as_text(report: Any, written: Sequence[Path]) -> str:
         f"accuracy     {report.routed_accuracy}, large model {report.large_accuracy}, "
         f"small model {report.small_accuracy}",
         f"large calls  {report.large_call_rate}",
-        f"written      {', '.join(map(str, written))}",
+        f"written      {', '.join(map(str, report.written))}",
     ]
     if not report.promise_held:
         lines.append("             the pair's own settings stay as they were: give more data, or promise less")
@@ -586,81 +558,38 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from transformers_sgl.evaluation import evaluation_report, evaluation_run
-    from transformers_sgl.evaluation.calibration import check_packages
-    from transformers_sgl.evaluation.data import load_samples
-    from transformers_sgl.evaluation.methods import METHODS, SGL, Pair, find_method
-    from transformers_sgl.evaluation.records import check_claim
-    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-    from transformers_sgl.storage.files import check_writable_folder
+    from transformers_sgl.evaluation import evaluate
 
-    # 1. What can be wrong is looked at before the models are loaded.
-    SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
-    for name in ("batch_size", "calibration_limit"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"`{name}` is {getattr(arguments, name)}: pass a whole number of 1 or more.")
-    if arguments.seed < 0:
-        raise ValueError(f"`seed` is {arguments.seed}: pass a whole number of 0 or more.")
-    check_packages("An evaluation", "evaluate")
-    check_writable_folder(arguments.out)
-    methods = {name: find_method(name) for name in (arguments.methods or ",".join(METHODS)).split(",")}
-    retentions = evaluation_run.read_retentions(arguments.retention)
-    columns = _columns(arguments.columns)
+    evaluation = evaluate(
+        arguments.model,
+        arguments.data,
+        out=arguments.out,
+        methods=arguments.methods.split(",") if arguments.methods else None,
+        retentions=_retentions(arguments.retention),
+        metric=arguments.metric,
+        calibration_data=arguments.calibration,
+        columns=_columns(arguments.columns),
+        limit=arguments.limit,
+        calibration_limit=arguments.calibration_limit,
+        keep_accuracy=arguments.keep_accuracy,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if evaluation.written:  # of several processes one tells
+        print(evaluation.to_markdown())
+        print(f"\nwritten: {', '.join(map(str, evaluation.written))}")
 
-    def load(data: str, limit: int | None) -> list[Any]:
-        try:
-            found = load_samples(data, columns=columns, limit=limit, seed=arguments.seed)
-        except ImportError as error:  # of a package that holds or reads the data
-            raise OSError(str(error)) from error
-        evaluation_run.check_scorable(found, arguments.metric)
-        return found
 
-    samples, calibration = load(arguments.data, arguments.limit), []
-    if "sgl" in methods:
-        other = arguments.calibration or evaluation_run.other_split(arguments.data)
-        calibration = load(other, arguments.calibration_limit)
-        evaluation_run.check_disjoint(samples, calibration)
-        evaluation_run.check_enough(calibration, arguments.keep_accuracy)
-
-    # 2. Every method answers everything; what an earlier call has done is not done again.
-    processes = evaluation_run.all_processes(arguments.device)
-    device = str(processes.device) if processes.num_processes > 1 else arguments.device
-    model, processor = _load_pair(arguments.model, arguments.dtype, device)
-    pair = Pair(model, processor, arguments.max_new_tokens, arguments.seed)
-    shared = {"metric_name": arguments.metric, "batch_size": arguments.batch_size}
-    asked = {**shared, "seed": arguments.seed, "max_new_tokens": arguments.max_new_tokens}
-
-    def facts(samples: Any, runs: Any, **more: Any) -> dict[str, Any]:
-        return evaluation_run.evaluation_facts(model, arguments.model, samples, runs, **asked, **more)
-
-    planned = evaluation_run.plan(methods, retentions, pair.num_layers)
-    check_claim(arguments.out, facts(samples, planned, data=arguments.data))
-    thresholds: dict[float, float] = {}
-    if calibration:
-        thresholds = evaluation_run.choose_thresholds(
-            pair,
-            calibration,
-            retentions,
-            arguments.out / "calibration",
-            facts(calibration, []),
-            keep_accuracy=arguments.keep_accuracy,
-            num_evaluated=len(samples),
-            **shared,
-        )
-        methods["sgl"] = SGL(thresholds=thresholds)
-    runs = evaluation_run.plan(methods, retentions, pair.num_layers)
-    run_facts = facts(samples, runs, data=arguments.data, thresholds=[thresholds.get(r) for r in retentions])
-    results = evaluation_run.run_methods(pair, samples, runs, arguments.out, run_facts, **shared)
-
-    # 3. What came of it; one of several processes tells.
-    if processes.is_main_process:
-        costs = evaluation_run.measure_costs(pair, samples, runs, arguments.out, batch_size=arguments.batch_size)
-        report = evaluation_report.summarise(results, samples, runs, costs, run_facts)
-        speed = evaluation_report.summarise_speed(results, samples, runs, costs, run_facts, model.device)
-        written = evaluation_report.write_report(report, speed, arguments.out)
-        print(evaluation_report.as_markdown(report, speed))
-        print(f"\nwritten: {', '.join(map(str, written))}")
-    processes.wait_for_everyone()
+def _retentions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--retention is {text!r}: write fractions separated by commas, such as 0.64,0.35."
+        ) from error
 
 
 def _columns(text: str | None) -> dict[str, str] | None:
