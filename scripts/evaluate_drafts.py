@@ -24,7 +24,7 @@ from evaluate_tiny_pair import ROOT, Evaluation, Sample, easy_vqa_samples, scene
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 # In what way the settings shape answers; a question gets one of them.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -38,9 +38,9 @@ from evaluate_tiny_pair import (
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_sgl.evaluation.calibration import KeepAccuracy, LargeCallBudget, Promise, calibrate
-from transformers_sgl.evaluation.calibration_run import Record
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.calibration import KeepAccuracy, LargeCallBudget, Promise, Record
+from transformers_sgl.evaluation.calibration.threshold import choose_threshold
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 NEVER = float("inf")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -274,7 +274,7 @@ def calibration_table(answers: dict[str, Answers]) -> dict[str, Any]:
     for name, known in answers.items():
         records = records_of(known)
         for promise in PROMISES:
-            reports = [calibrate(records, range(len(records)), promise, seed=seed) for seed in range(SPLITS)]
+            reports = [choose_threshold(records, range(len(records)), promise, seed=seed) for seed in range(SPLITS)]
             rows.append(
                 [
                     name,

@@ -26,7 +26,7 @@ from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, Evaluation, Method, easy_vq
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 
 from transformers_sgl import SGLGenerationConfig
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 WEIGHTS: dict[str, BitsAndBytesConfig | None] = {

@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import Scenes, load_easy_vqa
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 40

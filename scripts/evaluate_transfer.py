@@ -32,7 +32,7 @@ from transformers_sgl import SGLProcessor
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import load_samples
 from transformers_sgl.evaluation.methods import SGP, Batch, Large, Method, Pair, Random, Setting, Small
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 AVERAGE_RETENTION = 0.35
 LEAST_KEPT = 0.95

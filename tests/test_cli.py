@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
-from transformers_sgl.evaluation import Scenes, calibration
-from transformers_sgl.evaluation.calibration_run import _inputs
-from transformers_sgl.evaluation.data import read_samples
+from transformers_sgl.evaluation import Scenes, read_samples
+from transformers_sgl.evaluation.calibration.run import _inputs
+from transformers_sgl.evaluation.calibration.threshold import choose_threshold
 from transformers_sgl.hub import embedded_pair
 
 QUESTION = "describe the red triangle."
@@ -434,7 +434,8 @@ class TestCalibrate:
         assert main(arguments) == 0
         assert json.loads(capsys.readouterr().out) == report
         # another split and batch size use the same answers
-        monkeypatch.setattr("transformers_sgl.evaluation.calibration.write_results", lambda *arguments: [])
+        module = sys.modules["transformers_sgl.evaluation.calibration.calibrate"]
+        monkeypatch.setattr(module, "write_results", lambda *arguments: [])
         assert main([*arguments, "--seed", "5", "--held-out", "0.4", "--batch-size", "3"]) == 0
         again = json.loads(capsys.readouterr().out)
         assert (again["seed"], again["num_held_out"]) == (5, 10)
@@ -445,10 +446,10 @@ class TestCalibrate:
     ):
         pair, out, _ = calibrated
         out = shutil.copytree(out, tmp_path / "out")
-        before, found = (pair / "generation_config.json").read_bytes(), calibration.calibrate
+        before, found = (pair / "generation_config.json").read_bytes(), choose_threshold
         monkeypatch.setattr(
-            calibration,
-            "calibrate",
+            sys.modules["transformers_sgl.evaluation.calibration.calibrate"],
+            "choose_threshold",
             lambda *arguments, **options: replace(found(*arguments, **options), promise_held=False, threshold=0.123),
         )
         assert main(["calibrate", str(pair), "--data", str(data), "--out", str(out), *CALIBRATION]) == 0

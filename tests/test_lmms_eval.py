@@ -22,8 +22,9 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
 from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
-from transformers_sgl.evaluation import lmms_eval_model, load_easy_vqa
-from transformers_sgl.evaluation.lmms_eval_model import SGLChatModel
+from transformers_sgl.evaluation import load_easy_vqa
+from transformers_sgl.evaluation.lmms_eval import model as lmms_eval_model
+from transformers_sgl.evaluation.lmms_eval.model import SGLChatModel
 
 ROOT = Path(__file__).parents[1]
 TASK = Path(__file__).parent / "lmms_eval_task"

@@ -30,7 +30,12 @@ from transformers_sgl.batching import (
     WholeBatchStreamer,
     merge_answers,
 )
-from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
+from transformers_sgl.generation_config_sgl import (
+    PRESETS,
+    SGLGenerationConfig,
+    average_retention,
+    resolve_prune_layer,
+)
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
@@ -123,6 +128,23 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     def __repr__(self) -> str:
         """The shapes of tensors instead of their values, which would fill pages."""
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in self.items())})"
+
+    def average_retention(self, num_layers: int) -> Tensor:
+        """Visual tokens that the large model processed, averaged over its layers (paper, section 4.1).
+
+        Args:
+            num_layers (`int`): The number of the large model's decoder layers.
+
+        Returns:
+            `Tensor` of shape `(batch,)`: Fractions in float64: 1 where nothing was pruned, 0 for an early exit.
+        """
+        if self.keep_mask is None or self.prune_layer is None or self.num_visual_tokens is None:
+            found = [1.0] * len(self.sequences)
+        else:
+            counts = zip(self.keep_mask.sum(dim=1).tolist(), self.num_visual_tokens.tolist(), strict=True)
+            found = [average_retention(kept / max(1, number), self.prune_layer, num_layers) for kept, number in counts]
+        retention = torch.tensor(found, dtype=torch.float64)
+        return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
 
 
 @names_versions()

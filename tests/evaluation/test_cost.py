@@ -21,8 +21,8 @@ from transformers_sgl.evaluation.cost import (
     measure_working_memory,
 )
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.evaluation.evaluation_run import measure_costs, plan
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Large, Pair, Setting
+from transformers_sgl.evaluation.run import measure_costs, plan
 
 THIRD = Setting(0.35, 2, 10)
 

@@ -23,7 +23,7 @@ from transformers_sgl.evaluation import benchmark
 from transformers_sgl.evaluation.benchmark import Pairing
 from transformers_sgl.evaluation.cost import available_memory
 from transformers_sgl.evaluation.random_models import SHAPES, random_inputs, random_model
-from transformers_sgl.evaluation.records import claim, measurement_record
+from transformers_sgl.evaluation.run_folder import claim, measurement_record
 from transformers_sgl.evaluation.startup import measure_startup
 from transformers_sgl.storage.files import write_atomically
 

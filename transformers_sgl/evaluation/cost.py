@@ -129,23 +129,6 @@ def measure_working_memory(work: Callable[[], Any], device: torch.device | str =
 
     That is what the allocator says on CUDA devices and PyTorch's profiler elsewhere: to the byte, and the same each
     time, unlike the memory of a process.
-
-    Args:
-        work (`Callable`): What to run.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where it runs.
-
-    Returns:
-        `int`: The bytes.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.evaluation.cost import measure_working_memory
-
-        >>> measure_working_memory(lambda: torch.ones(1024) + torch.ones(1024))  # three vectors of 4 KiB
-        12288
-
-        ```
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -162,14 +145,7 @@ def measure_working_memory(work: Callable[[], Any], device: torch.device | str =
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """How many bytes there are still to be had.
-
-    Args:
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where.
-
-    Returns:
-        `int`: The bytes; `None` where the system does not tell.
-    """
+    """How many bytes there are still to be had."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -18,40 +18,27 @@ from typing import Any
 import torch
 import transformers
 
+from transformers_sgl import __version__
+from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
+from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = [
     "check_claim",
     "claim",
-    "fingerprint",
     "measurement_record",
     "not_a_record",
+    "pair_facts",
     "read_lines",
 ]
 
 _FINGERPRINT_BYTES = 2**20
+_FINGERPRINT_VALUES = 256
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Machine, versions, seed and date, as they stand at the head of every benchmark's JSON.
-
-    Args:
-        seed (`int`): What the measurement draws its randomness from.
-        device (`torch.device` or `str`, defaults to `"cpu"`): Where the models ran.
-
-    Returns:
-        `dict`: The fields `machine`, `versions`, `seed` and `date` (UTC).
-
-    Example:
-        ```python
-        >>> from transformers_sgl.evaluation.records import measurement_record
-
-        >>> sorted(measurement_record(seed=0))
-        ['date', 'machine', 'seed', 'versions']
-
-        ```
-    """
+    """Machine, versions, seed and date, as they stand at the head of every benchmark's JSON."""
     device = torch.device(device)
     machine = f"{os.cpu_count()} cores of {_processor_name()}"
     if device.type == "cuda":
@@ -66,16 +53,7 @@ def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[st
 
 
 def claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Makes the folder this run's, or raises if it is another's; nothing is touched then.
-
-    Args:
-        folder (`Path`): The folder; made if it does not exist.
-        facts (`dict`): What the records depend on, ready for JSON.
-
-    Raises:
-        OSError: If the folder cannot be written.
-        ValueError: If it holds the records of another run.
-    """
+    """Makes the folder this run's, or raises if it is another's; nothing is touched then."""
     file = folder / "run.json"
     if not file.exists():
         check_claim(folder, facts)
@@ -86,16 +64,7 @@ def claim(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def check_claim(folder: Path, facts: dict[str, Any], *, complete: bool = False) -> None:
-    """Raises if the folder is another run's, as far as that is known; nothing is touched.
-
-    Args:
-        folder (`Path`): The folder, which may not exist.
-        facts (`dict`): What the records depend on, ready for JSON.
-        complete (`bool`, defaults to `False`): Whether these are all the facts; else a run may have more.
-
-    Raises:
-        ValueError: If it holds the records of another run.
-    """
+    """Raises if the folder is another run's, as far as that is known; nothing is touched."""
     cure = f"give another --out, or delete the folder {str(folder)!r}"
     file = folder / "run.json"
     if not file.exists():
@@ -115,17 +84,7 @@ def check_claim(folder: Path, facts: dict[str, Any], *, complete: bool = False) 
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of an earlier call. A last line that was cut off is taken away; its sample is run again.
-
-    Args:
-        file (`Path`): A file of JSON lines; if there is none, there are no records.
-
-    Yields:
-        `tuple[int, dict]`: The line's number, from 1, and what it holds.
-
-    Raises:
-        ValueError: If a line is no JSON object.
-    """
+    """The records of an earlier call. A last line that was cut off is taken away; its sample is run again."""
     if not file.exists():
         return
     content = file.read_bytes()
@@ -143,31 +102,49 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def not_a_record(file: Path, number: int, error: Exception) -> ValueError:
-    """What to raise where a line is not what the run writes.
-
-    Args:
-        file (`Path`): The file.
-        number (`int`): The line's number.
-        error (`Exception`): What is wrong with it.
-
-    Returns:
-        `ValueError`: The sentence, with its cure.
-    """
+    """What to raise where a line is not what the run writes."""
     return ValueError(
         f"{str(file)!r}, line {number}: this is no record of a sample ({error}); delete the folder "
         f"{str(file.parent)!r} to run all samples again."
     )
 
 
-def fingerprint(folder: Path) -> str:
-    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends.
+def pair_facts(model: Any, source: str | Path | None, *, without_threshold: bool = False) -> dict[str, Any]:
+    """What the records of a run depend on as far as the pair goes, for `run.json`.
 
-    Args:
-        folder (`Path`): The pair's folder.
-
-    Returns:
-        `str`: A SHA-256 digest.
+    `source` is where the pair was loaded from, `None` for one that was given as an object.
     """
+    settings = SGLGenerationConfig.from_generation_config(model.generation_config)
+    if without_threshold:  # it is what a calibration sets: a second calibration is not another run
+        settings.early_exit_threshold = None
+    if source is None:
+        name: str = model.name_or_path
+        weights: str | None = _fingerprint_in_memory(model)
+    elif Path(source).is_dir():
+        name, weights = str(Path(source).resolve()), _fingerprint(Path(source))
+    else:
+        name, weights = str(source), newest_commit(str(source))
+    return {
+        "model": name,
+        "weights": weights,
+        "dtype": [str(part.dtype) for part in (model.large, model.small)],
+        "generation_config": json.loads(settings.to_json_string(ignore_metadata=True)),
+        "transformers_sgl": __version__,
+    }
+
+
+def _fingerprint_in_memory(model: Any) -> str:
+    """Identifies a model's weights without reading all of them: names, shapes, and how each tensor begins."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.flatten()[:_FINGERPRINT_VALUES].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):
         size = path.stat().st_size

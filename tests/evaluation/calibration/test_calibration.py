@@ -18,19 +18,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from transformers_sgl import SGLGenerationConfig
-from transformers_sgl.evaluation import calibration
 from transformers_sgl.evaluation.calibration import (
+    CalibrationReport,
     KeepAccuracy,
     LargeCallBudget,
     Promise,
     Proportion,
+    Record,
     allowed_failures,
-    calibrate,
-    check_feasible,
-    split_by_image,
-    write_results,
 )
-from transformers_sgl.evaluation.calibration_run import Record
+from transformers_sgl.evaluation.calibration import (
+    report as report_module,
+)
+from transformers_sgl.evaluation.calibration.bounds import least_sizes
+from transformers_sgl.evaluation.calibration.report import write_results
+from transformers_sgl.evaluation.calibration.threshold import check_feasible, choose_threshold, split_by_image
+from transformers_sgl.evaluation.checks import check_packages
 
 
 def record(score: float, draft_right: bool = True, large_right: bool = True, index: int = 0, **fields: Any) -> Record:
@@ -277,7 +280,7 @@ class TestCalibrate:
 
     @pytest.mark.parametrize("promise", [KeepAccuracy(0.9), LargeCallBudget(0.5)], ids=str)
     def test_the_report_is_what_routing_gives(self, records: list[Record], promise: Promise) -> None:
-        report = calibrate(records, range(400), promise, seed=5)
+        report = choose_threshold(records, range(400), promise, seed=5)
         _, fresh = split_by_image(range(400), 0.5, seed=5)
         exits = np.array([records[i].decision_score >= report.threshold for i in fresh])
         draft = np.array([records[i].draft_right for i in fresh])
@@ -299,7 +302,7 @@ class TestCalibrate:
         assert report.num_samples == report.num_images == 400
 
     def test_the_curve_runs_from_the_small_model_to_the_large_one(self, records: list[Record]) -> None:
-        report = calibrate(records, range(400), LargeCallBudget(0.5))
+        report = choose_threshold(records, range(400), LargeCallBudget(0.5))
         first, last = report.curve[0], report.curve[-1]
         assert (first.large_call_rate, first.accuracy) == (0, report.small_accuracy.value)
         assert (last.threshold, last.large_call_rate, last.accuracy) == (None, 1, report.large_accuracy.value)
@@ -316,25 +319,28 @@ class TestCalibrate:
         _, fresh = split_by_image(range(400), 0.5, seed=0)
         changed = [record(0.0, False, r.large_right, i) if i in fresh else r for i, r in enumerate(records)]
         promise = LargeCallBudget(0.5)
-        assert calibrate(changed, range(400), promise).threshold == calibrate(records, range(400), promise).threshold
-        assert not calibrate(changed, range(400), promise).promise_held
+        assert (
+            choose_threshold(changed, range(400), promise).threshold
+            == choose_threshold(records, range(400), promise).threshold
+        )
+        assert not choose_threshold(changed, range(400), promise).promise_held
 
     @pytest.mark.parametrize(("failures", "held"), [(20, True), (21, False)])
     def test_a_promise_holds_up_to_its_limit(self, failures: int, held: bool) -> None:
         _, fresh = split_by_image(range(80), 0.5, seed=0)
         failing = set(fresh[:failures])
         records = [record(0.1 if index in failing else 0.5) for index in range(80)]
-        report = calibrate(records, range(80), LargeCallBudget(0.5))
+        report = choose_threshold(records, range(80), LargeCallBudget(0.5))
         assert (report.threshold, report.held_out_failures, report.num_held_out) == (0.5, failures, 40)
         assert (report.promise_held, report.breaking_failures) == (held, 21)
 
     def test_the_guarantee_says_what_it_takes_for_granted(self, records: list[Record]) -> None:
-        alone = calibrate(records, range(400), LargeCallBudget(0.5)).guarantee
+        alone = choose_threshold(records, range(400), LargeCallBudget(0.5)).guarantee
         assert alone == (
             "At most 50% of the questions go to the large model: with 99% confidence among all questions like these, "
             "and likewise among 200 fresh ones."
         )
-        shared = calibrate(records, [i // 2 for i in range(400)], KeepAccuracy(0.9)).guarantee
+        shared = choose_threshold(records, [i // 2 for i in range(400)], KeepAccuracy(0.9)).guarantee
         assert shared.startswith("At least 90% of the large model's right answers stay right: with 99% confidence")
         assert shared.endswith("(as far as 400 questions about only 200 images are independent).")
 
@@ -347,7 +353,7 @@ class TestCalibrate:
         self, promise: Promise, number: int, needed: int, lines: int
     ) -> None:
         def attempt(number: int) -> Any:
-            return calibrate([record(0.5, index=i) for i in range(2 * number)], range(2 * number), promise)
+            return choose_threshold([record(0.5, index=i) for i in range(2 * number)], range(2 * number), promise)
 
         number = min(number, needed - 1)
         with pytest.raises(ValueError, match=f"There are {number} calibration and {number} held-out") as error:
@@ -362,7 +368,7 @@ class TestCalibrate:
     @pytest.mark.parametrize("held_out", ["0.2", "0.5", "0.8"])
     def test_the_least_sizes_are_the_next_that_suffice(self, limit: str, held_out: str) -> None:
         small, large = round(10 * (1 - float(held_out))), round(10 * float(held_out))
-        found = calibration._least_sizes(small, large, Fraction(limit), 0.99)
+        found = least_sizes(small, large, Fraction(limit), 0.99)
         sizes = ((n, max(1, round(n * large / small))) for n in range(small + 1, 2000))
         assert found == next(s for s in sizes if allowed_failures(*s, Fraction(limit)) is not None)
 
@@ -372,7 +378,7 @@ class TestCalibrate:
 
     def test_a_large_model_that_is_never_right_promises_nothing(self) -> None:
         with pytest.raises(ValueError, match="There are 0 calibration and 0 held-out samples that the large model"):
-            calibrate([record(0.5, large_right=False) for _ in range(40)], range(40), KeepAccuracy(0.5))
+            choose_threshold([record(0.5, large_right=False) for _ in range(40)], range(40), KeepAccuracy(0.5))
 
     def test_what_no_run_could_prove_is_refused_before_it(self) -> None:
         check_feasible(KeepAccuracy(0.99), range(1000))
@@ -407,12 +413,12 @@ def test_intervals_are_clopper_and_pearson() -> None:
 
 class TestResults:
     @pytest.fixture
-    def report(self) -> calibration.CalibrationReport:
+    def report(self) -> CalibrationReport:
         records = [record(i / 128, draft_right=i > 20) for i in range(128)]
-        return calibrate(records, range(128), LargeCallBudget(0.5), measurement={"seed": 0, "machine": "a"})
+        return choose_threshold(records, range(128), LargeCallBudget(0.5), measurement={"seed": 0, "machine": "a"})
 
     def test_everything_is_written_and_the_pair_keeps_its_settings(
-        self, tmp_path: Path, report: calibration.CalibrationReport
+        self, tmp_path: Path, report: CalibrationReport
     ) -> None:
         own = SGLGenerationConfig(retention_ratio=0.25, max_new_tokens=7, do_sample=False, temperature=0.5)
         pair = tmp_path / "pair"
@@ -435,7 +441,7 @@ class TestResults:
         assert sorted(path.name for path in pair.iterdir()) == ["generation_config.json"]
 
     def test_the_settings_are_those_that_save_pretrained_writes(
-        self, tmp_path: Path, report: calibration.CalibrationReport
+        self, tmp_path: Path, report: CalibrationReport
     ) -> None:
         own = SGLGenerationConfig(retention_ratio=0.25, eos_token_id=3)
         write_results(report, tmp_path, own)
@@ -448,7 +454,7 @@ class TestResults:
     def test_the_pair_is_written_last(
         self,
         tmp_path: Path,
-        report: calibration.CalibrationReport,
+        report: CalibrationReport,
         monkeypatch: pytest.MonkeyPatch,
         failing: str,
     ) -> None:
@@ -459,20 +465,20 @@ class TestResults:
         def fail(*args: Any) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr(calibration, failing, fail)
+        monkeypatch.setattr(report_module, failing, fail)
         with pytest.raises(OSError, match="no space left"):
             write_results(report, tmp_path, SGLGenerationConfig(), pair)
         assert {path.name: path.read_text() for path in pair.iterdir()} == {"generation_config.json": "old"}
 
     def test_the_curve_shows_both_routings_and_the_chosen_point(
-        self, tmp_path: Path, report: calibration.CalibrationReport, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, report: CalibrationReport, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from matplotlib.figure import Figure
 
         drawn = []
         savefig = Figure.savefig
         monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
-        calibration._draw(report, tmp_path / "curve.png")
+        report_module._draw(report, tmp_path / "curve.png")
         (axes,) = drawn[0].axes
         see, chance, chosen = axes.lines
         assert np.allclose(see.get_ydata(), [100 * point.accuracy for point in report.curve])
@@ -485,14 +491,14 @@ class TestResults:
 
 
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    calibration.check_packages()
+    check_packages("Calibration", "calibrate")
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(
         ValueError, match=r"Calibration needs matplotlib and scipy .*: run `pip install 'transformers_sgl\[cal"
     ):
-        calibration.check_packages()
+        check_packages("Calibration", "calibrate")
     with pytest.raises(ValueError, match=r"An evaluation needs .*: run `pip install 'transformers_sgl\[evaluate\]'`"):
-        calibration.check_packages("An evaluation", "evaluate")
+        check_packages("An evaluation", "evaluate")
 
 
 @pytest.mark.parametrize("data", ["easy-VQA", "scenes"])
@@ -500,9 +506,9 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatc
 def test_thresholds_of_the_embedded_pair_keep_their_promise_on_questions_they_have_not_seen(
     data: str, promise: Promise
 ) -> None:
-    measured = Path(__file__).parents[2] / "benchmarks" / "sgl_tiny_early_exit.json"
+    measured = Path(__file__).parents[3] / "benchmarks" / "sgl_tiny_early_exit.json"
     records = records_of({k: np.array(v) for k, v in json.loads(measured.read_text())["answers"][data].items()})
-    reports = [calibrate(records, range(len(records)), promise, seed=seed) for seed in range(100)]
+    reports = [choose_threshold(records, range(len(records)), promise, seed=seed) for seed in range(100)]
     assert sum(report.promise_held for report in reports) >= 95
     # and the promise is not kept by calling the large model always, or never
     rates = [report.large_call_rate.value for report in reports]

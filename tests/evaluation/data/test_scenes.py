@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from transformers_sgl.evaluation.scenes import COLORS, KINDS, LABELS, SHAPES, Scenes
+from transformers_sgl.evaluation.data.scene_objects import COLORS, LABELS, SHAPES
+from transformers_sgl.evaluation.data.scene_questions import KINDS
+from transformers_sgl.evaluation.data.scenes import Scenes
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A pair as a model of lmms-eval, the harness that holds the field's benchmarks.
 
-lmms-eval finds it through an entry point of this package and `lmms_eval_manifest`, and calls it `sgl`:
+lmms-eval finds it through an entry point of this package and `manifest`, and calls it `sgl`:
 
     python -m lmms_eval --model sgl --model_args pretrained=my-pair,preset=fast --tasks textvqa_val --batch_size 8
 
@@ -69,7 +69,7 @@ class SGLChatModel(lmms):
 
     Example:
         ```python
-        >>> from transformers_sgl.evaluation.lmms_eval_model import SGLChatModel
+        >>> from transformers_sgl.evaluation.lmms_eval.model import SGLChatModel
         >>> from transformers_sgl.hub import embedded_pair
 
         >>> arguments = f"pretrained={embedded_pair()},preset=fast,early_exit_threshold=0.9"
@@ -124,18 +124,7 @@ class SGLChatModel(lmms):
         self.processor = processor if method == "pair" else getattr(processor, f"{method}_processor")
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """Answers requests, those with the same generation settings together.
-
-        Args:
-            requests (`Sequence[Instance]`): lmms-eval's requests; `args` of each are its text, the function that makes
-                its conversation, its generation settings, and the number, task and split of its document.
-
-        Returns:
-            `list[GenerationResult]`: The answers in the order of the requests, without white space around them.
-
-        Raises:
-            ValueError: If a conversation holds what the pair cannot read.
-        """
+        """Answers requests, those with the same generation settings together."""
         groups: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             groups[json.dumps(request.args[2], sort_keys=True)].append(index)
@@ -168,22 +157,14 @@ class SGLChatModel(lmms):
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        """Refused: a pair writes answers, and its visual tokens are chosen for what it will write.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refused: a pair writes answers, and its visual tokens are chosen for what it will write."""
         raise ValueError(
             f"The task {_task(requests)} compares the likelihood of given answers, but a pair only writes answers: "
             "choose the variant of the task whose `output_type` is `generate_until`."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
-        """Refused: every request is answered on its own.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refused: every request is answered on its own."""
         raise ValueError(
             f"The task {_task(requests)} asks on after an answer, which is not supported: choose the variant of the "
             "task whose `output_type` is `generate_until`."
@@ -245,11 +226,7 @@ class SGLChatModel(lmms):
 
 
 def _settings(method: str, preset: str | None, own: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the pair that every answer is written with.
-
-    Raises:
-        ValueError: If the method or the preset is unknown, or a setting cannot be used.
-    """
+    """The settings of the pair that every answer is written with."""
     if method not in _METHODS:
         raise ValueError(f"`method` is {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
     if method != "pair" and (preset is not None or own):

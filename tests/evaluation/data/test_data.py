@@ -58,7 +58,7 @@ class TestBuiltIn:
         assert not {s.image_id for s in samples} & {s.image_id for s in load_samples("easy-vqa:train", limit=999)}
 
     def test_scenes_are_those_of_the_embedded_pair_s_tables(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("transformers_sgl.evaluation.data._NUM_SCENES", 200)
+        monkeypatch.setattr("transformers_sgl.evaluation.data.load._NUM_SCENES", 200)
         samples = load_samples("scenes")
         for sample, theirs in zip(samples, scene_samples("test", 200, questions_per_scene=1), strict=True):
             assert (sample.question, sample.answers) == (theirs.question, (theirs.answer,))
@@ -66,7 +66,7 @@ class TestBuiltIn:
             assert np.array_equal(np.asarray(sample.open_image()), np.asarray(theirs.image))
 
     def test_there_are_two_thousand_scenes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("transformers_sgl.evaluation.scenes.render", lambda *_: Image.new("RGB", (128, 128)))
+        monkeypatch.setattr("transformers_sgl.evaluation.data.scenes.render", lambda *_: Image.new("RGB", (128, 128)))
         samples = load_samples("scenes")
         assert [sample.image_id for sample in samples] == [f"scenes/test/{index}" for index in range(2000)]
         assert {"yes/no", "negated", "label"} <= {sample.kind for sample in samples}

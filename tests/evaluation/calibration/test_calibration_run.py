@@ -13,9 +13,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import SGLGenerationConfig
-from transformers_sgl.evaluation import Scenes, calibration_run
-from transformers_sgl.evaluation.calibration_run import Record, run_facts, run_samples
+from transformers_sgl.evaluation import Scenes
+from transformers_sgl.evaluation.calibration import Record
+from transformers_sgl.evaluation.calibration.calibrate import run_facts
+from transformers_sgl.evaluation.calibration.run import _inputs, run_samples
 from transformers_sgl.evaluation.data import Sample, read_samples
+from transformers_sgl.storage import files
 from transformers_sgl.storage.files import write_atomically
 
 
@@ -250,7 +253,7 @@ def test_the_embedded_pair_says_what_it_would_return(tmp_path: Path, embedded_pa
     assert len({r.decision_score for r in pruned}) == len(samples)
     for records, ratio in ((pruned, 0.2), (whole, 1.0)):
         for record, sample in list(zip(records, samples, strict=True))[::4]:
-            inputs = calibration_run._inputs(model, processor, [sample])
+            inputs = _inputs(model, processor, [sample])
             answer = model.generate(**inputs, max_new_tokens=20, early_exit_threshold=2.0, retention_ratio=ratio)
             answer = answer[0, inputs["input_ids"].shape[1] :]
             assert processor.decode(answer, skip_special_tokens=True) == record.answer
@@ -304,7 +307,7 @@ def test_a_write_that_fails_leaves_the_old_file_alone(
     def fail(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration_run.os, failing, fail)
+    monkeypatch.setattr(files.os, failing, fail)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(file, "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("settings.json", "old")]

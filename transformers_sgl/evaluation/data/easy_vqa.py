@@ -75,15 +75,7 @@ def load_easy_vqa(split: str = "test", limit: int | None = None) -> list[EasyVQA
 
 
 def question_only_prior(train: Sequence[EasyVQAQuestion], test: Sequence[EasyVQAQuestion]) -> dict[str, float]:
-    """What is reached without looking: every question gets the answer it has most often in training.
-
-    Args:
-        train: The questions to count answers in.
-        test: The questions to answer.
-
-    Returns:
-        The fraction of right answers, keyed `"all"`, `"yes_no"` and `"other"`.
-    """
+    """What is reached without looking: every question gets the answer it has most often in training."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in train:
         counts[item.question][item.answer] += 1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from transformers_sgl.evaluation.easy_vqa import EasyVQAQuestion, load_easy_vqa, question_only_prior
+from transformers_sgl.evaluation.data.easy_vqa import EasyVQAQuestion, load_easy_vqa, question_only_prior
 
 
 def ask(question, answer):

@@ -18,9 +18,9 @@ from tiny_processors import PROCESSORS
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_sgl import VisualTokenPruner, VisualTokens
-from transformers_sgl.architectures import decoder_layers
-from transformers_sgl.evaluation import Scenes, methods
+from transformers_sgl import SGLGenerateOutput, VisualTokenPruner, VisualTokens
+from transformers_sgl.architectures import decoder_layers, visual_tokens_of
+from transformers_sgl.evaluation import Scenes
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import (
     METHODS,
@@ -37,8 +37,10 @@ from transformers_sgl.evaluation.methods import (
     Random,
     Setting,
     find_method,
-    max_min_diversity,
+    guides,
 )
+from transformers_sgl.evaluation.methods.downsample import _fitting_size, _Size
+from transformers_sgl.evaluation.methods.guides import max_min_diversity
 from transformers_sgl.generation_config_sgl import PRESETS
 
 THIRD = Setting(0.35, 2, 10)
@@ -120,7 +122,7 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
 
             super().__init__(model, choose, prune_layer)
 
-    monkeypatch.setattr(methods, "VisualTokenPruner", Watched)
+    monkeypatch.setattr(guides, "VisualTokenPruner", Watched)
     return seen
 
 
@@ -150,7 +152,15 @@ class TestSetting:
 
     def test_what_was_reached(self) -> None:
         # Two of ten layers see all 320 tokens, eight see 60 of them: (2 + 8 * 60 / 320) / 10.
-        assert THIRD.reached(60, 320) == pytest.approx(0.35)
+        kept = torch.arange(320)[None] < torch.tensor([[60], [0], [320]])
+        output = SGLGenerateOutput(
+            sequences=torch.zeros(3, 1), keep_mask=kept, num_visual_tokens=torch.tensor([320] * 3), prune_layer=2
+        )
+        assert output.average_retention(10).tolist() == pytest.approx([0.35, 0.2, 1.0])
+        output.exited_early = torch.tensor([False, True, False])
+        assert output.average_retention(10).tolist() == pytest.approx([0.35, 0.0, 1.0])
+        output.keep_mask = None
+        assert output.average_retention(10).tolist() == [1.0, 0.0, 1.0]
         assert THIRD.from_layer(0).retention_ratio == pytest.approx(0.35)
 
 
@@ -302,7 +312,7 @@ class TestFastV:
         torch.nn.init.zeros_(queries.weight)
         torch.nn.init.zeros_(queries.bias)
         inputs = large_inputs(blind, MIXED)
-        tokens = methods.visual_tokens_of(model.large.config, inputs)
+        tokens = visual_tokens_of(model.large.config, inputs)
         with FastV().rank(blind, MIXED, inputs, tokens, THIRD) as importance:
             model.large(**inputs)
             found = importance()
@@ -323,7 +333,7 @@ class TestFastV:
 class TestOracle:
     def test_it_sums_all_attention_of_its_own_whole_answer(self, pair: Pair, eager: Any) -> None:
         inputs = large_inputs(pair, MIXED)
-        tokens = methods.visual_tokens_of(pair.model.large.config, inputs)
+        tokens = visual_tokens_of(pair.model.large.config, inputs)
         found = Oracle().importance(pair, MIXED, inputs, tokens)
 
         output = eager.generate(
@@ -344,7 +354,7 @@ class TestOracle:
 
     def test_it_prunes_by_that(self, pair: Pair, masks: list[Any]) -> None:
         inputs = large_inputs(pair, MIXED)
-        tokens = methods.visual_tokens_of(pair.model.large.config, inputs)
+        tokens = visual_tokens_of(pair.model.large.config, inputs)
         importance = Oracle().importance(pair, MIXED, inputs, tokens)
         Oracle().answer(pair, MIXED, THIRD)
         counts = tokens.counts.tolist()
@@ -502,7 +512,7 @@ class TestDownsample:
 
     def test_at_the_full_size_it_would_be_the_large_model(self, pair: Pair) -> None:
         # The nearest that it can come: a picture of one tile keeps it where the budget holds all its tokens.
-        size = methods._Size(1.0, 320, tile_px=64, max_tiles=4)
+        size = _Size(1.0, 320, tile_px=64, max_tiles=4)
         processor, options = size.apply(pair.processor.large_processor)
         whole, same = large_inputs(pair, MIXED), pair.inputs(processor, MIXED.samples, MIXED.images, **options)
         assert {name: value.tolist() for name, value in same.items()} == {
@@ -519,7 +529,7 @@ class TestDownsample:
             grid = processor.image_processor(image.resize((width, height)), return_tensors="pt")["image_grid_thw"]
             return int(grid.prod()) // 4
 
-        chosen = methods._fitting_size(processor, size, average)
+        chosen = _fitting_size(processor, size, average)
         assert chosen.num_tokens_before == num_tokens(1.0)
         assert chosen.resize(image).size == tuple(max(1, round(side * chosen.scale)) for side in size)
         scales = [0.98**step for step in range(230)]
@@ -536,14 +546,14 @@ class TestDownsample:
         processor = PROCESSORS[name]()
         for size in ((96, 64), (32, 32)):
             if hasattr(processor, "_get_num_multimodal_tokens"):
-                chosen = methods._fitting_size(processor, size, 0.35)
+                chosen = _fitting_size(processor, size, 0.35)
                 assert chosen.num_tokens_before > 0
                 assert 0 < chosen.scale <= 1
             else:
                 with pytest.raises(
                     ValueError, match="Processor does not tell how many tokens .*: leave downsample out"
                 ):
-                    methods._fitting_size(processor, size, 0.35)
+                    _fitting_size(processor, size, 0.35)
 
     @pytest.mark.parametrize("size", [(32, 32), (96, 32), (64, 64), (96, 96), (50, 70)])
     @pytest.mark.parametrize("average", [0.64, 0.35, 0.09])
@@ -566,7 +576,7 @@ class TestDownsample:
             number, shown = tiles(size=side, min_patches=1, max_patches=max_patches)
             if number * tokens**2 <= budget:
                 fitting.append((shown, -number * tokens**2))
-        chosen = methods._fitting_size(processor, size, average)
+        chosen = _fitting_size(processor, size, average)
         assert chosen.num_tokens_before == 16 * tiles()[0]
         smaller, options = chosen.apply(processor)
         number, shown = tiles(**options)
