@@ -15,7 +15,8 @@ from tiny_models import state
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import AttentionRecorder, SGLForConditionalGeneration, VisualTokens
-from transformers_sgl.explanation.explain import Explanation, explain, rank_correlation
+from transformers_sgl.explanation import Explanation, explain
+from transformers_sgl.explanation.result import rank_correlation
 from transformers_sgl.tokens.boxes import visual_token_boxes
 
 QUESTION = "describe the red triangle."
@@ -34,7 +35,7 @@ def example(embedded_pair_path) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def explanation(pair, example) -> Explanation:
-    return explain(*pair, example, QUESTION, max_new_tokens=16)
+    return explain(pair, example, QUESTION, max_new_tokens=16)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ class TestMaps:
     def test_the_pairs_own_choice_of_layers_and_queries_holds(self, pair, example, own, monkeypatch):
         for name, value in own.items():
             monkeypatch.setattr(pair[0].generation_config, name, value)
-        found = explain(*pair, example, QUESTION, max_new_tokens=16)
+        found = explain(pair, example, QUESTION, max_new_tokens=16)
         assert len(found.layers) == (2 if "guidance_layers" in own else 4)
         np.testing.assert_allclose(found.small_importance, found.importance, rtol=1e-4)
 
@@ -128,13 +129,13 @@ class TestAnswers:
 
     def test_an_early_exit_hides_nothing(self, pair, example, explanation, monkeypatch):
         monkeypatch.setattr(pair[0].generation_config, "early_exit_threshold", 0.0)
-        found = explain(*pair, example, QUESTION, max_new_tokens=16)
+        found = explain(pair, example, QUESTION, max_new_tokens=16)
         assert found.early_exit_threshold == 0.0
         assert {**found.to_dict(), "early_exit_threshold": None} == explanation.to_dict()
 
     def test_the_models_are_left_as_they_were(self, pair, example):
         before = state(pair[0])
-        explain(*pair, example, QUESTION, max_new_tokens=4)
+        explain(pair, example, QUESTION, max_new_tokens=4)
         after = state(pair[0])
         assert after["hooks"] == before["hooks"]
         assert after["attention"] == before["attention"]
@@ -149,17 +150,17 @@ class TestPictures:
     @pytest.mark.parametrize("size", [(64, 64), (1, 1), (3, 50), (500, 20)], ids=str)
     def test_images_of_odd_sizes(self, pair, size):
         image = Image.fromarray(skimage.data.coffee()).resize(size)
-        found = explain(*pair, image, "what?", max_new_tokens=4)
+        found = explain(pair, image, "what?", max_new_tokens=4)
         assert len(found.pictures[0].boxes) == found.num_visual_tokens
 
     def test_several_images(self, pair, example):
-        found = explain(*pair, [example, example.resize((64, 64))], "what?", max_new_tokens=4)
+        found = explain(pair, [example, example.resize((64, 64))], "what?", max_new_tokens=4)
         assert [(shown.name, len(shown.boxes)) for shown in found.pictures] == [("image 1", 320), ("image 2", 64)]
 
     def test_models_of_two_families(self):
         model, processor = tiny_family_pair("internvl", "qwen2_vl")
         image = picture(96, 64)
-        found = explain(model, processor, image, "what?", max_new_tokens=6)
+        found = explain((model, processor), image, "what?", max_new_tokens=6)
         assert found.importance_transfer == "resampling"
         assert found.importance.shape == found.oracle.shape == (80,)
         [boxes] = visual_token_boxes(processor.small_processor, [image])
@@ -168,7 +169,7 @@ class TestPictures:
 
     def test_nothing_to_look_at_is_refused(self, pair):
         with pytest.raises(ValueError, match="There is no image to ask about"):
-            explain(*pair, [], "what?")
+            explain(pair, [], "what?")
 
 
 class TestVideos:
@@ -177,7 +178,7 @@ class TestVideos:
         return [picture(48, 32, seed=seed) for seed in range(3)]
 
     def test_every_frame_has_its_tokens(self, pair, frames):
-        found = explain(*pair, frames, "what?", is_video=True, max_new_tokens=4)
+        found = explain(pair, frames, "what?", is_video=True, max_new_tokens=4)
         assert [(shown.name, len(shown.boxes)) for shown in found.pictures] == [
             ("frame 1", 64),
             ("frame 2", 64),
@@ -190,18 +191,18 @@ class TestVideos:
         model, processor = tiny_family_pair("qwen2_vl", "qwen2_vl")
         for part in (processor.large_processor, processor.small_processor):
             part.video_processor.size = {"shortest_edge": 256, "longest_edge": 4096}
-        found = explain(model, processor, frames, "what?", is_video=True, max_new_tokens=4)
+        found = explain((model, processor), frames, "what?", is_video=True, max_new_tokens=4)
         assert [shown.name for shown in found.pictures] == ["frames 1-2", "frame 3"]
         assert [shown.image for shown in found.pictures] == [frames[0], frames[2]]
         assert len({len(shown.boxes) for shown in found.pictures}) == 1
 
     def test_frames_of_several_sizes_are_refused(self, pair, frames):
         with pytest.raises(ValueError, match="of several sizes"):
-            explain(*pair, [*frames, picture(10, 10)], "what?", is_video=True)
+            explain(pair, [*frames, picture(10, 10)], "what?", is_video=True)
 
     def test_a_processor_whose_frames_are_not_known_is_refused(self, frames, pair):
         class Unknown:
             large_processor = small_processor = tiny_processors.PROCESSORS["llava_onevision"]()
 
         with pytest.raises(ValueError, match=r"frames of a video the visual tokens of LlavaOnevisionProcessor stand"):
-            explain(pair[0], Unknown(), frames, "what?", is_video=True)
+            explain((pair[0], Unknown()), frames, "what?", is_video=True)

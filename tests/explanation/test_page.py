@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from tiny_families import picture
 
-from transformers_sgl.explanation.explain import Explanation, GuidedAnswer, Picture
-from transformers_sgl.explanation.page import html_page, png_page, save_pages
+from transformers_sgl.explanation import Explanation, GuidedAnswer, Picture
+from transformers_sgl.explanation.page import html_page
 from transformers_sgl.explanation.panels import TokenBoxes
 
 pytestmark = pytest.mark.mechanics
@@ -83,10 +83,14 @@ def made_up(num_pictures: int = 1, size: tuple[int, int] = (60, 40), **changes) 
         consistency=0.5,
         decision_score=0.7,
         early_exit_threshold=None,
-        large_name="internvl",
-        small_name="qwen2_vl",
+        preset="balanced",
+        large_name="org/large-38B",
+        small_name="pair/small",
+        large_type="internvl",
+        small_type="qwen2_vl",
         num_large_layers=10,
         num_small_layers=4,
+        num_large_forward_passes=9,
     )
     return replace(explanation, **changes)
 
@@ -175,42 +179,17 @@ class TestHtml:
         assert "(nothing)" in text
         assert "Rank correlation with the small model's map: none." in text
 
-
-class TestPng:
-    def test_longer_texts_and_more_layers_make_it_longer(self):
-        page = png_page(made_up())
-        assert page.width == 1440
-        assert png_page(made_up(large_answer="word " * 400)).height > page.height
-        assert png_page(made_up(large_answer="w" * 2000)).height > page.height
-        twice = made_up(layers=tuple(range(12)), layer_importance=np.ones((12, 16), dtype=np.float32))
-        assert png_page(twice).height > page.height
-
-    def test_nothing_is_written_beyond_the_margins(self):
-        page = np.asarray(png_page(made_up(9, question="w" * 500, large_answer="w" * 500)))
-        for edge in (page[:, :38], page[:, -38:], page[:38], page[-30:]):
-            assert (edge == 255).all()
-
     @pytest.mark.parametrize("size", [(1, 1), (2, 300), (2000, 3)], ids=str)
     def test_images_of_odd_sizes(self, size):
-        explanation = made_up(size=size)
-        assert png_page(explanation).height < 4000
-        Page(html_page(explanation))
-
-    def test_it_is_drawn_without_matplotlib_too(self, monkeypatch):
-        usual = png_page(made_up())
-        monkeypatch.setattr("transformers_sgl.explanation.page.find_spec", lambda name: None)
-        plain = png_page(made_up())
-        assert plain.width == usual.width
-        assert plain != usual  # in another font
+        Page(html_page(made_up(size=size)))
 
 
 class TestFiles:
-    def test_both_are_written(self, tmp_path):
+    def test_the_page_is_written(self, tmp_path):
         explanation = made_up()
-        save_pages(explanation, tmp_path / "page.html", tmp_path / "page.png")
-        assert (tmp_path / "page.html").read_text(encoding="utf-8") == html_page(explanation)
-        assert Image.open(tmp_path / "page.png").size == png_page(explanation).size
-        assert len(list(tmp_path.iterdir())) == 2
+        explanation.save(str(tmp_path / "page.html"))
+        assert (tmp_path / "page.html").read_text(encoding="utf-8") == explanation.to_html() == html_page(explanation)
+        assert len(list(tmp_path.iterdir())) == 1
 
     def test_a_failure_leaves_the_old_page(self, tmp_path, monkeypatch):
         old = tmp_path / "page.html"
@@ -219,7 +198,7 @@ class TestFiles:
         def full(source, destination):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr("transformers_sgl.explanation.page.os.replace", full)
+        monkeypatch.setattr("transformers_sgl.storage.files.os.replace", full)
         with pytest.raises(OSError, match="No space left"):
-            save_pages(made_up(), old)
+            made_up().save(old)
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]

@@ -11,21 +11,20 @@ import base64
 import html
 import io
 import math
-import os
-from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from transformers_sgl.explanation.explain import Explanation, GuidedAnswer, Picture
 from transformers_sgl.explanation.panels import HEAT_COLOURS, importance_panels, kept_panels, plain_panel
 
-__all__ = ["html_page", "png_page", "save_pages"]
+if TYPE_CHECKING:
+    from transformers_sgl.explanation.result import Explanation, GuidedAnswer, Picture
+
+__all__ = ["html_page"]
 
 # How long the longer side of a picture is, in pixels: of one image, of one of several, of a layer's map.
 _SINGLE_PX, _ONE_OF_MANY_PX, _LAYER_PX = 448, 256, 256
@@ -94,8 +93,8 @@ def _sections(explanation: Explanation) -> Iterator[_Section]:
         "Answers",
         "The same question, answered by each model alone and by the large one guided by the small one.",
         answers=[
-            (f"small ({explanation.small_name})", explanation.small_answer),
-            (f"large ({explanation.large_name}), sees everything", explanation.large_answer),
+            (f"small ({explanation.small_type})", explanation.small_answer),
+            (f"large ({explanation.large_type}), sees everything", explanation.large_answer),
             *(
                 (f"large, guided, {guided.preset}: {guided.average_retention:.0%} average retention", guided.answer)
                 for guided in explanation.guided
@@ -274,8 +273,8 @@ def _highest(value: float) -> str:
 
 def _subtitle(explanation: Explanation) -> str:
     return (
-        f"large model: {explanation.large_name}, {explanation.num_large_layers} decoder layers; "
-        f"small model: {explanation.small_name}, {explanation.num_small_layers} decoder layers; "
+        f"large model: {explanation.large_type}, {explanation.num_large_layers} decoder layers; "
+        f"small model: {explanation.small_type}, {explanation.num_small_layers} decoder layers; "
         f"{explanation.num_visual_tokens} visual tokens"
     )
 
@@ -330,24 +329,6 @@ def html_page(explanation: Explanation) -> str:
 
     Returns:
         `str`: The document.
-
-    Example:
-        ```python
-        >>> from PIL import Image
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-        >>> import transformers_sgl
-        >>> from transformers_sgl.explanation.explain import explain
-        >>> from transformers_sgl.explanation.page import html_page
-        >>> from transformers_sgl.hub import embedded_pair
-
-        >>> model = AutoModelForImageTextToText.from_pretrained(embedded_pair())
-        >>> processor = AutoProcessor.from_pretrained(embedded_pair())
-        >>> image = Image.open(embedded_pair() / "example.png")
-        >>> page = html_page(explain(model, processor, image, "is there a circle?", max_new_tokens=8))
-        >>> page[:15], "<script" in page
-        ('<!DOCTYPE html>', False)
-
-        ```
     """
     question = html.escape(explanation.question)
     body = "".join(_section_as_html(section) for section in _sections(explanation))
@@ -419,210 +400,3 @@ def _data_uri(image: Image.Image) -> str:
         encoded[kind] = buffer.getvalue()
     kind = min(encoded, key=lambda name: len(encoded[name]))
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- PNG
-
-_PNG_WIDTH, _PNG_MARGIN, _PNG_GAP, _PNG_MAX_PANEL_HEIGHT = 1440, 40, 24, 520
-_INK, _SOFT, _LINE, _BAR = "#1b1b1f", "#5b5b66", "#d9d9e0", "#2c728e"
-
-
-def png_page(explanation: Explanation) -> Image.Image:
-    """The page as one picture.
-
-    With matplotlib installed its font is used, which has most alphabets; Pillow's own has little more than the Latin
-    letters without accents.
-
-    Args:
-        explanation ([`Explanation`]): What to show.
-
-    Returns:
-        `PIL.Image.Image`: 1440 pixels wide, and as high as it takes.
-    """
-    canvas = _Canvas()
-    canvas.text(explanation.question, 30)
-    canvas.text(_subtitle(explanation), 17, _SOFT)
-    for section in _sections(explanation):
-        canvas.rule()
-        canvas.text(section.heading, 23)
-        canvas.text(section.intro, 17, _SOFT)
-        canvas.y += 10
-        canvas.answers(section.answers)
-        canvas.bars(section.bars)
-        canvas.figures(section.figures, columns=4 if section.is_small else 3)
-    return canvas.finished()
-
-
-class _Canvas:
-    """A page that is written from top to bottom and grows.
-
-    Attributes:
-        y (`int`): Where the next block begins.
-    """
-
-    def __init__(self) -> None:
-        self._image = Image.new("RGB", (_PNG_WIDTH, 1024), "white")
-        self.y = _PNG_MARGIN
-
-    def finished(self) -> Image.Image:
-        """What has been written."""
-        return self._image.crop((0, 0, _PNG_WIDTH, self.y + _PNG_MARGIN))
-
-    def rule(self) -> None:
-        """A line between sections."""
-        self.y += 28
-        self._draw(2).line([(_PNG_MARGIN, self.y), (_PNG_WIDTH - _PNG_MARGIN, self.y)], _LINE, 2)
-        self.y += 16
-
-    def text(self, text: str, size: int, colour: str = _INK) -> None:
-        """A paragraph over the whole width."""
-        self.y += self._write(_PNG_MARGIN, self.y, text, size, colour, _PNG_WIDTH - 2 * _PNG_MARGIN)
-
-    def answers(self, answers: Sequence[tuple[str, str]]) -> None:
-        """Labels on the left, texts on the right."""
-        for who, answer in answers:
-            heights = [
-                self._write(_PNG_MARGIN, self.y, who, 17, _SOFT, 420),
-                self._write(
-                    _PNG_MARGIN + 440, self.y, answer or _NOTHING, 17, _INK, _PNG_WIDTH - 2 * _PNG_MARGIN - 440
-                ),
-            ]
-            self.y += max(heights) + 6
-
-    def bars(self, bars: Sequence[_Bar]) -> None:
-        """Label, bar and number."""
-        for bar in bars:
-            x, width = _PNG_MARGIN + 160, 320
-            height = self._write(_PNG_MARGIN, self.y, bar.label, 17, _SOFT, 150)
-            self._write(x + width + 20, self.y, bar.text, 17, _INK, 600)
-            top = self.y + 6
-            draw = self._draw(height)
-            draw.rectangle([x, top, x + width, top + 11], _LINE)
-            if bar.fraction > 0:
-                draw.rectangle([x, top, x + round(width * bar.fraction), top + 11], _BAR)
-            self.y += height + 4
-
-    def figures(self, figures: Sequence[_Figure], columns: int) -> None:
-        """Figures side by side."""
-        if figures:
-            self.y += 10
-        width = (_PNG_WIDTH - 2 * _PNG_MARGIN - (columns - 1) * _PNG_GAP) // columns
-        for start in range(0, len(figures), columns):
-            heights = [
-                self._figure(figure, _PNG_MARGIN + index * (width + _PNG_GAP), width)
-                for index, figure in enumerate(figures[start : start + columns])
-            ]
-            self.y += max(heights) + 16
-
-    def _figure(self, figure: _Figure, x: int, width: int) -> int:
-        """Draws one figure at the current height, and returns how high it is."""
-        y, gap = self.y, 4
-        longest = max(len(row) for row in figure.rows)
-        widest = max(sum(panel.width for panel in row) for row in figure.rows)
-        highest = max(panel.height for row in figure.rows for panel in row)
-        scale = min(1.0, (width - (longest - 1) * gap) / widest, _PNG_MAX_PANEL_HEIGHT / highest)
-        for row in figure.rows:
-            panels = [
-                panel.resize(
-                    (max(1, int(panel.width * scale)), max(1, int(panel.height * scale))), Image.Resampling.LANCZOS
-                )
-                for panel in row
-            ]
-            height, left = max(panel.height for panel in panels), x
-            self._draw(y - self.y + height)
-            for panel in panels:
-                self._image.paste(panel, (left, y + height - panel.height))
-                left += panel.width + gap
-            y += height + gap
-        if figure.highest is not None:
-            y += self._scale(x, y, _highest(figure.highest), width)
-        for text, size, colour in ((figure.title, 18, _INK), *((line, 16, _SOFT) for line in figure.lines)):
-            y += self._write(x, y, text, size, colour, width)
-        return y - self.y
-
-    def _scale(self, x: int, y: int, highest: str, width: int) -> int:
-        """The colours from 0 to the highest, with numbers; returns the height."""
-        bar = min(120, width // 3)
-        colours = [np.interp(np.linspace(0, 1, bar), np.linspace(0, 1, 9), channel) for channel in HEAT_COLOURS.T]
-        stripes = np.repeat(np.stack(colours, axis=-1)[None], 11, axis=0).astype(np.uint8)
-        height = self._write(x, y, "0", 14, _SOFT, width)
-        self._image.paste(Image.fromarray(stripes), (x + 16, y + 5))
-        self._write(x + 16 + bar + 8, y, highest, 14, _SOFT, width - bar - 24)
-        return height
-
-    def _write(self, x: int, y: int, text: str, size: int, colour: str, width: int) -> int:
-        """Writes a text, in several lines where it has to, and returns how high it is."""
-        font = _font(size)
-        lines = [line for paragraph in text.splitlines() or [""] for line in _wrapped(paragraph, font, width)]
-        line_height = math.ceil(size * 1.4)
-        draw = self._draw(y - self.y + line_height * len(lines))
-        for index, line in enumerate(lines):
-            draw.text((x, y + index * line_height), line, colour, font)
-        return line_height * len(lines)
-
-    def _draw(self, height: int) -> ImageDraw.ImageDraw:
-        """A pen for so many pixels below the current height; the page grows where it is too short."""
-        needed = self.y + height + _PNG_MARGIN
-        if needed > self._image.height:
-            larger = Image.new("RGB", (_PNG_WIDTH, max(needed, 2 * self._image.height)), "white")
-            larger.paste(self._image)
-            self._image = larger
-        return ImageDraw.Draw(self._image)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans where matplotlib brings it along, else Pillow's own font."""
-    matplotlib = find_spec("matplotlib")
-    if matplotlib is not None and matplotlib.origin is not None:
-        file = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if file.is_file():
-            return ImageFont.truetype(str(file), size * 0.92)
-    return ImageFont.load_default(size)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Iterator[str]:
-    """The lines of a paragraph; a word that is too long for a line is cut."""
-    line = ""
-    for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if line:
-            yield line
-        while font.getlength(word) > width and len(word) > 1:
-            fits = max(1, bisect(range(1, len(word)), float(width), key=lambda n: font.getlength(word[:n])))
-            yield word[:fits]
-            word = word[fits:]
-        line = word
-    yield line
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-
-def save_pages(explanation: Explanation, html_file: Path | None = None, png_file: Path | None = None) -> None:
-    """Writes the page; a file is there as a whole or not at all.
-
-    Args:
-        explanation ([`Explanation`]): What to show.
-        html_file (`Path`, *optional*): Where the HTML goes; replaced if it exists.
-        png_file (`Path`, *optional*): Where the picture goes; replaced if it exists.
-
-    Raises:
-        OSError: If a file cannot be written.
-    """
-    contents: list[tuple[Path, bytes]] = []
-    if html_file is not None:
-        contents.append((html_file, html_page(explanation).encode()))
-    if png_file is not None:
-        buffer = io.BytesIO()
-        png_page(explanation).save(buffer, "png")
-        contents.append((png_file, buffer.getvalue()))
-    for file, content in contents:
-        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
