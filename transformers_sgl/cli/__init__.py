@@ -27,8 +27,6 @@ __all__ = ["main"]
 # torch and transformers are imported inside the commands: help and most errors do not wait for them.
 
 _NAME = "transformers-sgl"
-_ANSWER, _MEASURE, _OFFER = "Answer one question", "Measure on many questions", "Offer to others"
-_GOES_ON = "A run that was stopped goes on when the same command is given again."
 
 
 class _Commands(TyperGroup):
@@ -96,25 +94,21 @@ def _options(
     """A small vision-language model tells a large one which visual tokens to keep."""
 
 
+_ANSWER, _MEASURE, _OFFER = "Answer one question", "Measure on many questions", "Offer to others"
+_GOES_ON = "A run that was stopped goes on when the same command is given again."
+_DATA = "Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or `answer`."
+_METHODS = (
+    "Methods: large, small, sgp, sgl, random, fastv, oracle, divprune, divprune-late, downsample, sgp-last, "
+    "sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%."
+)
+_PROCESSES = "Under `accelerate launch` or `torchrun` processes share the work."
+_SERVER = "`transformers-sgl serve MODEL --help` lists the options, which are those of `transformers serve`."
+_LOGIN = "Log in before, with `hf auth login` or the environment variable HF_TOKEN."
+
 app.command(rich_help_panel=_ANSWER)(run)
 app.command(rich_help_panel=_ANSWER)(visualize)
-app.command(
-    rich_help_panel=_MEASURE,
-    epilog="Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or "
-    f"`answer`. {_GOES_ON}",
-)(calibrate)
-app.command(
-    rich_help_panel=_MEASURE,
-    epilog="Methods: large, small, sgp, sgl, random, fastv, oracle, divprune, divprune-late, downsample, sgp-last, "
-    f"sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%. {_GOES_ON} Under `accelerate launch` or "
-    "`torchrun` processes share the work.",
-)(evaluate)
-app.command(
-    rich_help_panel=_OFFER,
-    context_settings={"allow_interspersed_args": False},  # what follows MODEL is the server's
-    epilog="`transformers-sgl serve MODEL --help` lists the options, which are those of `transformers serve`.",
-)(serve)
-app.command(
-    rich_help_panel=_OFFER,
-    epilog="Log in before, with `hf auth login` or the environment variable HF_TOKEN.",
-)(publish)
+app.command(rich_help_panel=_MEASURE, epilog=f"{_DATA} {_GOES_ON}")(calibrate)
+app.command(rich_help_panel=_MEASURE, epilog=f"{_METHODS} {_GOES_ON} {_PROCESSES}")(evaluate)
+# What follows MODEL is the server's.
+app.command(rich_help_panel=_OFFER, epilog=_SERVER, context_settings={"allow_interspersed_args": False})(serve)
+app.command(rich_help_panel=_OFFER, epilog=_LOGIN)(publish)

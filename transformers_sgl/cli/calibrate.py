@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from transformers_sgl.cli import shared
 
 __all__ = ["calibrate"]
@@ -16,21 +14,16 @@ _PROMISE = "Promise (one of these)"
 
 def calibrate(
     model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A saved pair: a folder, whose settings get the threshold, or a Hub repository.",
-        ),
+        str, shared.argument("MODEL", "A saved pair: a folder, whose settings get the threshold, or a Hub repository.")
     ],
     data: Annotated[Path, shared.option("FILE", "Questions and answers, as JSON lines.")],
     out: Annotated[Path, shared.option("DIR", "Folder for records, report and curve.")],
     keep_accuracy: Annotated[
         float | None,
-        shared.option("A", "Fraction of the large model's right answers that stay right, such as 0.99.", _PROMISE),
+        shared.option("A", "Fraction of the large model's right answers to keep, such as 0.99.", _PROMISE),
     ] = None,
     large_call_budget: Annotated[
-        float | None,
-        shared.option("B", "Largest fraction of the questions that go to the large model, such as 0.5.", _PROMISE),
+        float | None, shared.option("B", "Largest fraction of questions for the large model, such as 0.5.", _PROMISE)
     ] = None,
     confidence: Annotated[float, shared.option("P", "Probability with which the promise holds.")] = 0.99,
     held_out: Annotated[float, shared.option("H", "Fraction of the images to measure on, not to choose on.")] = 0.5,
@@ -46,16 +39,18 @@ def calibrate(
     Chooses from which decision score on the small model's answer is returned, so that a promise about accuracy or
     cost holds with the confidence asked for, and writes the threshold into the pair's settings.
     """
-    from transformers_sgl import evaluation
-
     if (keep_accuracy is None) == (large_call_budget is None):
         raise ValueError("One promise is needed: give either `--keep-accuracy` or `--large-call-budget`.")
+    from transformers_sgl import evaluation
+
+    if keep_accuracy is None:
+        promise: Any = evaluation.LargeCallBudget(large_call_budget)  # type: ignore[arg-type]
+    else:
+        promise = evaluation.KeepAccuracy(keep_accuracy)
     report = evaluation.calibrate(
         model,
         data,
-        evaluation.LargeCallBudget(large_call_budget)
-        if keep_accuracy is None
-        else evaluation.KeepAccuracy(keep_accuracy),
+        promise,
         out=out,
         confidence=confidence,
         held_out=held_out,
@@ -65,10 +60,7 @@ def calibrate(
         dtype=dtype,
         device=device,
     )
-    if as_json:
-        shared.print_json(report.to_dict())
-    else:
-        print(_as_text(report))
+    shared.print_result(report.to_dict(), _as_text(report), as_json)
 
 
 def _as_text(report: Any) -> str:

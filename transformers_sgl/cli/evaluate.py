@@ -5,57 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from transformers_sgl.cli import shared
 
 __all__ = ["evaluate"]
 
-_DATA, _METHODS = "Data", "Methods"
+_DATA, _HOW = "Data", "Methods and scores"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A saved pair: a folder or a Hub repository.")],
+    model: Annotated[str, shared.argument("MODEL", "A saved pair: a folder or a Hub repository.")],
     data: Annotated[
-        str,
-        shared.option("DATA", "easy-vqa, scenes, a file of JSON lines, or a data set such as org/name:split.", _DATA),
+        str, shared.option("DATA", "easy-vqa, scenes, a file of JSON lines, or a data set: org/name:split.", _DATA)
     ],
     out: Annotated[Path, shared.option("DIR", "Folder for records, tables and figure.")],
     calibration: Annotated[
-        str | None,
-        shared.option(
-            "DATA",
-            "Other questions, on which the method sgl chooses its threshold (default: another split of easy-vqa and scenes).",
-            _DATA,
-        ),
+        str | None, shared.option("DATA", "Other questions, for the threshold of sgl (default: another split).", _DATA)
     ] = None,
     columns: Annotated[
         str | None,
         shared.option("OURS=THEIRS,...", "What a data set calls image, question, answers, choices, kind.", _DATA),
     ] = None,
-    limit: Annotated[
-        int | None,
-        shared.option("N", "Most questions, drawn at random (default: all).", _DATA),
-    ] = None,
+    limit: Annotated[int | None, shared.option("N", "Most questions, drawn at random (default: all).", _DATA)] = None,
     calibration_limit: Annotated[int, shared.option("N", "Most calibration questions.", _DATA)] = 2000,
-    methods: Annotated[
-        str | None,
-        shared.option("M,...", "Some of those listed below (default: all).", _METHODS),
-    ] = None,
-    retention: Annotated[
-        str, shared.option("R,...", "Average retentions, as fractions.", _METHODS)
-    ] = "0.64,0.35,0.09",
+    methods: Annotated[str | None, shared.option("M,...", "Some of those listed below (default: all).", _HOW)] = None,
+    retention: Annotated[str, shared.option("R,...", "Average retentions, as fractions.", _HOW)] = "0.64,0.35,0.09",
     metric: Annotated[
-        str,
-        shared.option(
-            "NAME",
-            "How answers are scored: exact_match, vqa_accuracy, anls, relaxed_accuracy or choice_accuracy.",
-            _METHODS,
-        ),
+        str, shared.option("NAME", "exact_match, vqa_accuracy, anls, relaxed_accuracy or choice_accuracy.", _HOW)
     ] = "exact_match",
     keep_accuracy: Annotated[
-        float,
-        shared.option("A", "For sgl: fraction of the large model's right answers that stay right.", _METHODS),
+        float, shared.option("A", "For sgl: fraction of the large model's right answers that stay right.", _HOW)
     ] = 0.99,
     batch_size: shared.BatchSize = 8,
     seed: Annotated[int, shared.option("N", "What everything random is drawn from.")] = 0,
@@ -78,7 +56,7 @@ def evaluate(
         retentions=_retentions(retention),
         metric=metric,
         calibration_data=calibration,
-        columns=_columns(columns),
+        columns=_columns(columns) if columns else None,
         limit=limit,
         calibration_limit=calibration_limit,
         keep_accuracy=keep_accuracy,
@@ -100,9 +78,7 @@ def _retentions(text: str) -> list[float]:
         raise ValueError(f"--retention is {text!r}: write fractions separated by commas, such as 0.35,0.09.") from None
 
 
-def _columns(text: str | None) -> dict[str, str] | None:
-    if text is None:
-        return None
+def _columns(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise ValueError(f"--columns is {text!r}: write ours=theirs, separated by commas, such as image=picture.")

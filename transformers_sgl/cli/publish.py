@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from transformers_sgl.cli import shared
 
 __all__ = ["publish"]
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved pair (a bundle) or a recipe.")],
+    folder: Annotated[Path, shared.argument("FOLDER", "A saved pair (a bundle) or a recipe.")],
     repo: Annotated[str, shared.option("ORG/NAME", "Repository; made if it does not exist.")],
     recipe: Annotated[bool, shared.flag("--recipe", "Refuse a bundle.")] = False,
     bundle: Annotated[bool, shared.flag("--bundle", "Refuse a recipe.")] = False,
@@ -47,12 +45,8 @@ def publish(
         kind="recipe" if recipe else "bundle" if bundle else None,
         announce=lambda found: None if as_json else print(_as_text(found), flush=True),
     )
-    if as_json:
-        shared.print_json(asdict(publication))
-    elif dry_run:
-        print("dry run     nothing was uploaded")
-    else:
-        print(f"published   {publication.url}")
+    last = "dry run     nothing was uploaded" if dry_run else f"published   {publication.url}"
+    shared.print_result(asdict(publication), last, as_json)
 
 
 def _as_text(publication: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from statistics import median
@@ -28,28 +29,20 @@ def _layer(text: str) -> int | float:
 
 
 def run(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
+    image: Annotated[Path, shared.argument("IMAGE", "Image file.")],
+    question: shared.Question,
     preset: Annotated[
         Literal["quality", "balanced", "fast"] | None,
         shared.option("NAME", "Settings of the paper: quality, balanced or fast.", _PANEL),
     ] = None,
     retention: Annotated[
-        float | None,
-        shared.option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _PANEL),
+        float | None, shared.option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _PANEL)
     ] = None,
     prune_layer: Annotated[
-        Any,
-        shared.option(
-            "K",
-            "First layer that sees fewer tokens: an index, or a fraction of the depth such as 0.25.",
-            _PANEL,
-            parser=_layer,
-        ),
+        Any, shared.option("K", "First layer that sees fewer tokens: 9, or 0.25 of the depth.", _PANEL, parser=_layer)
     ] = None,
     early_exit_threshold: Annotated[
-        float | None,
-        shared.option("T", "Score, 0 or more, from which on the small model's answer is enough.", _PANEL),
+        float | None, shared.option("T", "Score from which on the small model's answer is enough.", _PANEL)
     ] = None,
     model: shared.Model = None,
     max_new_tokens: shared.MaxNewTokens = 64,
@@ -64,34 +57,30 @@ def run(
     """Answers a question about an image."""
     # 1. What can be wrong is checked before the models are loaded.
     picture = shared.open_image(image)
-    shared.check_question(question)
+    if not question.strip():
+        raise ValueError("The question is empty: ask something about the image.")
     if show:
         _check_overlay(show, image)
     settings = _settings(
+        preset,
         max_new_tokens=max_new_tokens,
         retention_ratio=retention,
         prune_layer=prune_layer,
         early_exit_threshold=early_exit_threshold,
     )
-    if preset:
-        settings["preset"] = preset
-    from transformers_sgl.opening import open_pair
+    from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
     pair, processor = open_pair(shared.pair_name(model), dtype=dtype, device=device)
 
-    # 2. One generate call, or several in turns.
-    inputs = _inputs(processor, picture, question).to(pair.device, dtype=pair.dtype)
+    # 2. One generate call; to compare, some more.
+    inputs = chat_inputs(pair, processor, [user_turn(question, [picture])])
     output = pair.generate(**inputs, **settings, return_dict_in_generate=True)
     report = _report(pair, processor, inputs["input_ids"].shape[1], output)
     if compare:
-        alone = _inputs(processor.large_processor, picture, question).to(pair.device, dtype=pair.dtype)
-        report["compare"] = _compare(pair, processor, inputs, alone, settings, report["answer"])
+        report["compare"] = _compare(pair, processor, inputs, settings, report["answer"])
 
     # 3. What a person wants to know of it.
-    if as_json:
-        shared.print_json(report)
-    else:
-        print(_as_text(report))
+    shared.print_result(report, _as_text(report), as_json)
     if show:
         _overlay(picture, processor.large_processor, output).save(show)
         if not as_json:
@@ -105,35 +94,22 @@ def _check_overlay(path: Path, source: Path) -> None:
     shared.check_writable_file("overlay", path, suffixes, "overlay.png", source)
 
 
-def _settings(**given: Any) -> dict[str, Any]:
+def _settings(preset: str | None, **given: Any) -> dict[str, Any]:
     """The settings that the user gave; the others are left to the preset or the pair."""
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 
     settings = {name: value for name, value in given.items() if value is not None}
     SGLGenerationConfig(**settings)  # refuses what no model can do
-    return settings
-
-
-def _inputs(processor: Any, image: Image, question: str) -> Any:
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    return {"preset": preset, **settings} if preset else settings
 
 
 def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
     from transformers_sgl.architectures import decoder_layers
-    from transformers_sgl.generation_config_sgl import average_retention
 
     num_layers = len(decoder_layers(pair.large))
     num_visual_tokens = int(output.num_visual_tokens[0])
     pruned = output.keep_mask is not None and output.prune_layer is not None
     num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
-    retention = average_retention(num_kept / num_visual_tokens, output.prune_layer, num_layers) if pruned else 1.0
     draft = score = exited_early = None
     if output.draft_sequences is not None:
         draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
@@ -148,7 +124,7 @@ def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[
         "num_visual_tokens_kept": None if exited_early else num_kept,
         "prune_layer": output.prune_layer if pruned else None,
         "num_layers": num_layers,
-        "average_retention": None if exited_early else round(retention, 4),
+        "average_retention": None if exited_early else round(float(output.average_retention(num_layers)[0]), 4),
         # of a first call, so with what warming up takes
         "first_call_timings_ms": {key.removesuffix("_ms"): round(ms, 1) for key, ms in output.timings.items()},
     }
@@ -159,28 +135,23 @@ def _text(processor: Any, sequences: Any, prompt_length: int) -> str:
     return text.strip()
 
 
-def _compare(
-    pair: Any, processor: Any, inputs: Any, alone: Any, settings: dict[str, Any], answer: str
-) -> dict[str, Any]:
+def _compare(pair: Any, processor: Any, inputs: Any, settings: dict[str, Any], answer: str) -> dict[str, Any]:
     """Times the pair and the large model alone in turns (A, B, A, B, ...), after a round that does not count."""
-    length = settings["max_new_tokens"]
-    contenders = {
-        "pair": lambda: pair.generate(**inputs, **settings),
-        "large": lambda: pair.large.generate(**alone, max_new_tokens=length),
-    }
+    # Settings with which the small model has nothing to do.
+    alone = {"retention_ratio": 1.0, "verify_draft": False, "early_exit_threshold": math.inf}
+    contenders = {"pair": settings, "large_alone": {**settings, **alone}}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 + _ROUNDS):
-        for name, generate in contenders.items():
+        for name, chosen in contenders.items():
             start = time.perf_counter()
-            sequences = generate().cpu()  # waits for the device
+            sequences = pair.generate(**inputs, **chosen).cpu()  # waits for the device
             times[name].append(1000 * (time.perf_counter() - start))
-    pair_ms, large_ms = (median(each[1:]) for each in times.values())
-    large_answer = _text(processor, sequences, alone["input_ids"].shape[1])
+    medians = {name: median(each[1:]) for name, each in times.items()}
+    large_answer = _text(processor, sequences, inputs["input_ids"].shape[1])
     return {
         "rounds": _ROUNDS,
-        "pair_ms": round(pair_ms, 1),
-        "large_alone_ms": round(large_ms, 1),
-        "speedup": round(large_ms / pair_ms, 3),
+        **{f"{name}_ms": round(ms, 1) for name, ms in medians.items()},
+        "speedup": round(medians["large_alone"] / medians["pair"], 3),
         "large_alone_answer": large_answer,
         "same_answer": large_answer == answer,
     }
@@ -194,11 +165,9 @@ def _as_text(report: dict[str, Any]) -> str:
         lines.append("large    not called: the draft is the answer")
     else:
         kept = f"{report['num_visual_tokens_kept']} of {report['num_visual_tokens']} visual tokens"
-        if report["prune_layer"] is None:
-            kept += f" in all {report['num_layers']} layers"
-        else:
-            kept += f" from layer {report['prune_layer']} of {report['num_layers']}"
-        lines.append(f"kept     {kept} (average retention {report['average_retention']:.0%})")
+        layer, num_layers = report["prune_layer"], report["num_layers"]
+        where = f"in all {num_layers} layers" if layer is None else f"from layer {layer} of {num_layers}"
+        lines.append(f"kept     {kept} {where} (average retention {report['average_retention']:.0%})")
         passes = report["num_large_forward_passes"]
         if passes is not None:
             lines.append(f"large    {passes} forward pass{'' if passes == 1 else 'es'}")

@@ -5,21 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from transformers_sgl.cli import shared
 
 __all__ = ["serve"]
 
 
 def serve(
     model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A saved pair, or a Hub repository with an @revision where one is wanted."
-        ),
+        str, shared.argument("MODEL", "A saved pair, or a Hub repository with an @revision where one is wanted.")
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="OPTIONS", help="Those of `transformers serve`, such as --host localhost --port 8000."),
+        shared.argument("OPTIONS", "Those of `transformers serve`, such as --host localhost --port 8000."),
     ] = None,
 ) -> None:
     """Answers requests in OpenAI's format, through transformers' own server."""

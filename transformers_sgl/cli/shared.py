@@ -21,14 +21,20 @@ __all__ = [
     "Json",
     "MaxNewTokens",
     "Model",
-    "check_question",
+    "Question",
+    "argument",
     "check_writable_file",
     "flag",
     "open_image",
     "option",
     "pair_name",
-    "print_json",
+    "print_result",
 ]
+
+
+def argument(metavar: str, text: str) -> Any:
+    """An argument that takes its place by position."""
+    return typer.Argument(metavar=metavar, help=text)
 
 
 def option(metavar: str, text: str, panel: str | None = None, **more: Any) -> Any:
@@ -42,6 +48,7 @@ def flag(name: str, text: str) -> Any:
 
 
 _MODEL = "Model"
+Question = Annotated[str, argument("QUESTION", "What to ask about it.")]
 Model = Annotated[str | None, option("PATH_OR_ID", "A saved pair (default: the embedded tiny pair).", _MODEL)]
 MaxNewTokens = Annotated[int, option("N", "Length limit of the answer.", _MODEL)]
 Dtype = Annotated[
@@ -53,9 +60,9 @@ Json = Annotated[bool, flag("--json", "Print the result as JSON.")]
 BatchSize = Annotated[int, option("N", "Questions answered at once.")]
 
 
-def print_json(result: dict[str, Any]) -> None:
-    """Prints a result for a program."""
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+def print_result(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Prints a result for a program or for a person."""
+    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text)
 
 
 def pair_name(model: str | None) -> str | Path:
@@ -63,12 +70,6 @@ def pair_name(model: str | None) -> str | Path:
     from transformers_sgl.hub import embedded_pair
 
     return model or embedded_pair()
-
-
-def check_question(question: str) -> None:
-    """Raises `ValueError` if nothing is asked."""
-    if not question.strip():
-        raise ValueError("The question is empty: ask something about the image.")
 
 
 def open_image(path: Path) -> Image:
@@ -89,19 +90,7 @@ def open_image(path: Path) -> Image:
 
 
 def check_writable_file(what: str, path: Path, suffixes: Collection[str], example: str, source: Path) -> None:
-    """Checks that a file can be written, and is not the image that it is about.
-
-    Args:
-        what (`str`): What it will hold, for the sentence: `"page"` or `"overlay"`.
-        path (`Path`): The file.
-        suffixes (`Collection[str]`): Those allowed, in lower case.
-        example (`str`): A good name.
-        source (`Path`): The image.
-
-    Raises:
-        OSError: If nothing can be written there.
-        ValueError: If the name has another suffix, or is that of the image.
-    """
+    """Raises unless a file can be written, has a suffix of its kind, and is not the image that it is about."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"The {what} cannot be written as {str(path)!r}: name a file such as {example}.")
     if path.is_dir():

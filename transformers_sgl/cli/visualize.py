@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from transformers_sgl.cli import shared
 
 if TYPE_CHECKING:
@@ -17,11 +15,11 @@ __all__ = ["visualize"]
 
 
 def visualize(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file; with --video a video or its frames.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
+    image: Annotated[Path, shared.argument("IMAGE", "Image file; with --video a video or its frames.")],
+    question: shared.Question,
     out: Annotated[Path, shared.option("FILE", "HTML file to write.")] = Path("explanation.html"),
     video: Annotated[
-        bool, shared.flag("--video", "IMAGE is a video file, an animated image, or a folder of frames.")
+        bool, shared.flag("--video", "IMAGE is a video, an animated image, or a folder of frames.")
     ] = False,
     frames: Annotated[int, shared.option("N", "Frames of a video to take, evenly spaced.")] = 8,
     model: shared.Model = None,
@@ -35,33 +33,16 @@ def visualize(
     Writes a page: the image, where the small model looked and where the large one would have looked itself (the
     oracle), layer by layer, what is kept at each of the paper's settings, and all answers and scores.
     """
-    # 1. What can be wrong is checked before the models are loaded.
-    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-
-    shared.check_question(question)
     if frames < 1:
         raise ValueError(f"`frames` is {frames}: pass a whole number of 1 or more.")
-    SGLGenerationConfig(max_new_tokens=max_new_tokens)  # refuses what no model can do
     shared.check_writable_file("page", out, (".html", ".htm"), "page.html", image)
     images = _open_frames(image, frames) if video else [shared.open_image(image)]
-
-    # 2. Both models answer and are watched; then the page is written.
     from transformers_sgl.explanation import explain
 
-    explanation = explain(
-        shared.pair_name(model),
-        images,
-        question,
-        is_video=video,
-        max_new_tokens=max_new_tokens,
-        dtype=dtype,
-        device=device,
-    )
+    settings = {"max_new_tokens": max_new_tokens, "dtype": dtype, "device": device}
+    explanation = explain(shared.pair_name(model), images, question, is_video=video, **settings)
     explanation.save(out)
-    if as_json:
-        shared.print_json({**explanation.to_dict(), "written": [str(out)]})
-    else:
-        print(_as_text(explanation, out))
+    shared.print_result({**explanation.to_dict(), "written": [str(out)]}, _as_text(explanation, out), as_json)
 
 
 def _open_frames(path: Path, num_frames: int) -> list[Image]:
