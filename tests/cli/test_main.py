@@ -149,3 +149,10 @@ class TestCompletion:
         result = piped("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
         assert result.returncode == 0
         assert "_TRANSFORMERS_SGL_COMPLETE" in result.stdout
+
+    def test_it_is_installed(self, tmp_path):
+        named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "HOME": str(tmp_path)}
+        result = piped("--install-completion", "bash", **named)
+        assert result.returncode == 0
+        assert "bash completion installed" in result.stdout
+        assert "transformers-sgl" in (tmp_path / ".bashrc").read_text()

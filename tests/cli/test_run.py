@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -267,7 +268,7 @@ class TestErrors:
         overlay = tmp_path / "overlay.png"
         overlay.touch()
         closed = tmp_path if what == "folder" else overlay
-        monkeypatch.setattr("os.access", lambda path, mode: path != closed)  # root may write everywhere
+        monkeypatch.setattr("os.access", lambda path, mode: mode == os.R_OK or path != closed)  # root may all
         sentence = f"The overlay cannot be written: nothing can be written into {str(closed)!r}."
         self.check(capsys, sentence, example, QUESTION, "--show", str(overlay), "--model", "/no/such/pair")
 

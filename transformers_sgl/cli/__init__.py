@@ -22,9 +22,8 @@ from transformers_sgl.cli.run import run
 from transformers_sgl.cli.serve import serve
 from transformers_sgl.cli.visualize import visualize
 
-__all__ = ["main"]
-
 # torch and transformers are imported inside the commands: help and most errors do not wait for them.
+__all__ = ["main"]
 
 _NAME = "transformers-sgl"
 
@@ -53,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): The arguments after the program's name; those of the process by default.
 
     Returns:
-        `int`: The exit code: 0, 2 where the user has to change something, 130 where the user stopped it, or 141 where
-        the reader of its output did.
+        `int`: 0, 2 where the user has to change something, 130 for Ctrl-C, or 141 if nobody reads the output.
     """
     try:
         code = app(argv, prog_name=_NAME, standalone_mode=False)
@@ -74,7 +72,7 @@ def _fail(sentence: str, code: int) -> int:
 
 
 def _stop_printing() -> int:
-    """Whoever reads the output, such as `head`, has seen enough; what is left of it goes nowhere."""
+    """Drops what is left to print: the reader of the output, such as `head`, has seen enough."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + getattr(signal, "SIGPIPE", 13)
 
@@ -99,16 +97,16 @@ _GOES_ON = "A run that was stopped goes on when the same command is given again.
 _DATA = "Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or `answer`."
 _METHODS = (
     "Methods: large, small, sgp, sgl, random, fastv, oracle, divprune, divprune-late, downsample, sgp-last, "
-    "sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%."
+    "sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%. Under `accelerate launch` or `torchrun` "
+    "processes share the work."
 )
-_PROCESSES = "Under `accelerate launch` or `torchrun` processes share the work."
 _SERVER = "`transformers-sgl serve MODEL --help` lists the options, which are those of `transformers serve`."
 _LOGIN = "Log in before, with `hf auth login` or the environment variable HF_TOKEN."
 
 app.command(rich_help_panel=_ANSWER)(run)
 app.command(rich_help_panel=_ANSWER)(visualize)
 app.command(rich_help_panel=_MEASURE, epilog=f"{_DATA} {_GOES_ON}")(calibrate)
-app.command(rich_help_panel=_MEASURE, epilog=f"{_METHODS} {_GOES_ON} {_PROCESSES}")(evaluate)
+app.command(rich_help_panel=_MEASURE, epilog=f"{_METHODS} {_GOES_ON}")(evaluate)
 # What follows MODEL is the server's.
 app.command(rich_help_panel=_OFFER, epilog=_SERVER, context_settings={"allow_interspersed_args": False})(serve)
 app.command(rich_help_panel=_OFFER, epilog=_LOGIN)(publish)

@@ -131,8 +131,7 @@ def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[
 
 
 def _text(processor: Any, sequences: Any, prompt_length: int) -> str:
-    text: str = processor.decode(sequences[0, prompt_length:], skip_special_tokens=True)
-    return text.strip()
+    return str(processor.decode(sequences[0, prompt_length:], skip_special_tokens=True)).strip()
 
 
 def _compare(pair: Any, processor: Any, inputs: Any, settings: dict[str, Any], answer: str) -> dict[str, Any]:
@@ -168,8 +167,7 @@ def _as_text(report: dict[str, Any]) -> str:
         layer, num_layers = report["prune_layer"], report["num_layers"]
         where = f"in all {num_layers} layers" if layer is None else f"from layer {layer} of {num_layers}"
         lines.append(f"kept     {kept} {where} (average retention {report['average_retention']:.0%})")
-        passes = report["num_large_forward_passes"]
-        if passes is not None:
+        if (passes := report["num_large_forward_passes"]) is not None:
             lines.append(f"large    {passes} forward pass{'' if passes == 1 else 'es'}")
     if "compare" in report:
         found = report["compare"]

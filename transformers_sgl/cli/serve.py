@@ -29,8 +29,7 @@ def serve(
     name, at, revision = model.partition("@")
     if at and Path(model).exists():
         raise ValueError(
-            f"The server takes what follows the @ in {model!r} for a revision: go into the folder and serve '.', or "
-            "rename it."
+            f"The server takes what follows the @ in {model!r} for a revision: rename it, or serve '.' in it."
         )
     find_pair(name, **({"revision": revision} if at else {}))
     with naming_pair(name):

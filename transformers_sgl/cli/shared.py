@@ -1,4 +1,4 @@
-"""What the commands share: options, files that a user names, and reports on an answer."""
+"""What the commands share: options, files that a user names, and printing."""
 
 from __future__ import annotations
 

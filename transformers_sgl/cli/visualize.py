@@ -39,7 +39,7 @@ def visualize(
     images = _open_frames(image, frames) if video else [shared.open_image(image)]
     from transformers_sgl.explanation import explain
 
-    settings = {"max_new_tokens": max_new_tokens, "dtype": dtype, "device": device}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "dtype": dtype, "device": device}
     explanation = explain(shared.pair_name(model), images, question, is_video=video, **settings)
     explanation.save(out)
     shared.print_result({**explanation.to_dict(), "written": [str(out)]}, _as_text(explanation, out), as_json)
