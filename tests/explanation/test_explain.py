@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,44 @@ class TestAnswers:
         found = explain(pair, example, QUESTION, max_new_tokens=16)
         assert found.early_exit_threshold == 0.0
         assert {**found.to_dict(), "early_exit_threshold": None} == explanation.to_dict()
+
+    def test_the_large_model_runs_once_for_every_token_of_its_own_answer(self, pair, explanation, inputs):
+        alone = pair[0].large.generate(**inputs, max_new_tokens=16)
+        assert explanation.num_large_forward_passes == alone.shape[1] - inputs["input_ids"].shape[1]
+        passes = [guided.num_large_forward_passes for guided in explanation.guided]
+        assert max(passes) < explanation.num_large_forward_passes
+        assert [guided["num_large_forward_passes"] for guided in explanation.to_dict()["guided"]] == passes
+
+    def test_it_knows_the_checkpoints_and_the_pairs_preset(self, pair, example, explanation, monkeypatch):
+        assert (explanation.large, explanation.small) == (
+            ("sgl-tiny/large", "internvl", 10),
+            ("sgl-tiny/small", "internvl", 4),
+        )
+        assert explanation.preset == "balanced"
+        for name, value in {"retention_ratio": 0.05, "prune_layer": 2 / 48}.items():
+            monkeypatch.setattr(pair[0].generation_config, name, value)
+        monkeypatch.setattr(pair[0].large.config, "name_or_path", "org/large-38B", raising=False)
+        monkeypatch.setattr(pair[0].large, "name_or_path", "org/large-38B")
+        found = explain(pair, example, QUESTION, max_new_tokens=4)
+        assert (found.preset, found.large.name) == ("fast", "org/large-38B")
+
+    def test_a_pair_is_opened_by_its_name(self, embedded_pair_path, example, explanation):
+        found = explain(embedded_pair_path, example, QUESTION, max_new_tokens=16, dtype="float32", device="cpu")
+        assert found.to_dict() == explanation.to_dict()
+        json.dumps(found.to_dict())
+
+    @pytest.mark.parametrize(
+        ("images", "question", "settings", "message"),
+        [
+            ([], QUESTION, {}, "There is no image to ask about"),
+            ([picture(8, 8)], " ", {}, "The question is empty"),
+            ([picture(8, 8)], QUESTION, {"max_new_tokens": 0}, "max_new_tokens"),
+            ([picture(8, 8), picture(9, 9)], QUESTION, {"is_video": True}, "of several sizes"),
+        ],
+    )
+    def test_what_is_wrong_is_found_before_the_pair_is_opened(self, images, question, settings, message):
+        with pytest.raises(ValueError, match=message):
+            explain("no-such/pair", images, question, **settings)
 
     def test_the_models_are_left_as_they_were(self, pair, example):
         before = state(pair[0])

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from transformers_sgl.architectures import decoder_layers, visual_tokens_of
 from transformers_sgl.explanation.panels import TokenBoxes
-from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Picture
-from transformers_sgl.generation_config_sgl import (
-    PRESETS,
-    SGLGenerationConfig,
-    average_retention,
-    resolve_prune_layer,
-)
+from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Model, Picture
+from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, average_retention, resolve_prune_layer
 from transformers_sgl.guidance import guiding_layers
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
@@ -59,8 +54,8 @@ def explain(
     retention, greedy search, and that nothing exits early.
 
     Args:
-        pair (`str`, `Path` or `tuple`): A saved pair, which is opened once the other arguments are checked; or a model
-            and its processor.
+        pair (`str`, `Path` or `tuple`): A saved pair, opened once the other arguments are checked; or a model and its
+            processor.
         images (`PIL.Image.Image` or sequence of such): The image; several images; or the frames of a video.
         question (`str`): What to ask.
         is_video (`bool`, defaults to `False`): Whether `images` are the frames of one video.
@@ -91,10 +86,21 @@ def explain(
 
         ```
     """
-    # 1. What can be wrong is checked before anything large is loaded, and where the tokens lie before anything runs.
     images = [images] if isinstance(images, Image.Image) else list(images)
     settings = _settings(images, question, is_video, max_new_tokens)
     model, processor = pair if isinstance(pair, tuple) else open_pair(pair, dtype=dtype, device=device)
+    return _explain(model, processor, images, question, is_video, settings)
+
+
+def _explain(
+    model: SGLForConditionalGeneration,
+    processor: SGLProcessor,
+    images: list[Image.Image],
+    question: str,
+    is_video: bool,
+    settings: dict[str, Any],
+) -> Explanation:
+    # 1. Where the tokens lie is looked up first: what cannot be shown need not be computed.
     parts = processor.large_processor, processor.small_processor
     pictures, small_pictures = (_pictures(part, images, is_video) for part in parts)
     inputs = _inputs(model, processor, images, question, is_video)
@@ -103,16 +109,29 @@ def explain(
     _check_count(small_tokens, small_pictures)
     resolved = SGLGenerationConfig(**settings).resolved(model.generation_config)
 
-    # 2. The models answer.
+    # 2. The large model answers unguided, the small model guides, and the large model answers at every preset.
     unguided, oracle = _answer_unguided(model, inputs, tokens, settings)
     layers, layer_importance = _listen_to_layers(model, inputs, small_tokens, settings, resolved)
-    outputs = {
-        preset: model.generate(**inputs, **{**settings, **PRESETS[preset]}, return_dict_in_generate=True)
-        for preset in PRESETS
-    }
+    output: Any = None
+    guided = []
+    for name, preset in PRESETS.items():
+        output = model.generate(**inputs, **{**settings, **preset}, return_dict_in_generate=True)
+        keep = ImportanceProcessorList.of_settings(preset["retention_ratio"], resolved.min_tokens_per_image)
+        keep_mask, num_layers = output.keep_mask[0].cpu().numpy(), len(decoder_layers(model.large))
+        guided.append(
+            GuidedAnswer(
+                preset=name,
+                retention_ratio=preset["retention_ratio"],
+                prune_layer=output.prune_layer,
+                average_retention=average_retention(float(keep_mask.mean()), output.prune_layer, num_layers),
+                keep_mask=keep_mask,
+                oracle_keep_mask=keep.keep_mask(tokens, oracle)[0].cpu().numpy(),
+                answer=_answer(processor, output, inputs),
+                num_large_forward_passes=output.num_large_forward_passes,
+            )
+        )
 
     # 3. What that says.
-    output: Any = outputs["fast"]
     return Explanation(
         question=question,
         is_video=is_video,
@@ -125,22 +144,16 @@ def explain(
         layer_importance=layer_importance,
         large_answer=_answer(processor, unguided, inputs),
         small_answer=_text(processor.small_processor, output.draft_sequences[0]),
-        guided=tuple(
-            _guided_answer(preset, model, processor, output, inputs, tokens, oracle, resolved)
-            for preset, output in outputs.items()
-        ),
+        guided=tuple(guided),
         preset=_own_preset(model),
         confidence=float(output.confidence[0]),
         consistency=float(output.consistency[0]),
         decision_score=float(output.decision_score[0]),
         early_exit_threshold=getattr(model.generation_config, "early_exit_threshold", None),
-        large_name=_name(model.large),
-        small_name=_name(model.small),
-        large_type=model.large.config.model_type,
-        small_type=model.small.config.model_type,
-        num_large_layers=len(decoder_layers(model.large)),
-        num_small_layers=len(decoder_layers(model.small)),
-        num_large_forward_passes=unguided.num_large_forward_passes,
+        large=_model(model.large),
+        small=_model(model.small),
+        # Unguided, the large model runs once for every token that it writes.
+        num_large_forward_passes=unguided.sequences.shape[1] - inputs["input_ids"].shape[1],
     )
 
 
@@ -248,32 +261,6 @@ def _listen_to_layers(
     return tuple(layers), prompt + generated if wanted is None or not wanted.any() else wanted
 
 
-def _guided_answer(
-    preset: str,
-    model: SGLForConditionalGeneration,
-    processor: SGLProcessor,
-    output: Any,
-    inputs: dict[str, Any],
-    tokens: VisualTokens,
-    oracle: Tensor,
-    settings: SGLGenerationConfig,
-) -> GuidedAnswer:
-    ratio = PRESETS[preset]["retention_ratio"]
-    processors = ImportanceProcessorList.of_settings(ratio, settings.min_tokens_per_image)
-    keep_mask = output.keep_mask[0].cpu().numpy()
-    kept = float(keep_mask.sum()) / len(keep_mask)
-    return GuidedAnswer(
-        preset=preset,
-        retention_ratio=ratio,
-        prune_layer=output.prune_layer,
-        average_retention=average_retention(kept, output.prune_layer, len(decoder_layers(model.large))),
-        keep_mask=keep_mask,
-        oracle_keep_mask=processors.keep_mask(tokens, oracle)[0].cpu().numpy(),
-        answer=_answer(processor, output, inputs),
-        num_large_forward_passes=output.num_large_forward_passes,
-    )
-
-
 def _own_preset(model: SGLForConditionalGeneration) -> str:
     """The preset that the pair's own settings are; "balanced" if they are none's."""
     own = SGLGenerationConfig().resolved(model.generation_config)
@@ -285,10 +272,11 @@ def _own_preset(model: SGLForConditionalGeneration) -> str:
     return "balanced"
 
 
-def _name(model: Any) -> str:
-    """What to call a model: its Hub repository, the end of its folder's path, or else its type."""
-    name = str(model.name_or_path)
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name or model.config.model_type
+def _model(model: Any) -> Model:
+    name = str(model.name_or_path) or model.config.model_type
+    if Path(name).is_absolute():
+        name = "/".join(Path(name).parts[-2:])
+    return Model(name, model.config.model_type, len(decoder_layers(model)))
 
 
 def _answer(processor: SGLProcessor, output: Any, inputs: dict[str, Any]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,24 +14,38 @@ from transformers_sgl.explanation.page import html_page
 from transformers_sgl.explanation.panels import TokenBoxes
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["Explanation", "GuidedAnswer", "Picture", "rank_correlation"]
+__all__ = ["Explanation", "GuidedAnswer", "Model", "Picture", "rank_correlation"]
 
 Array = npt.NDArray[np.float32]
+
+# What a program is told.
+_FIGURES = (
+    *("question", "large_model", "small_model", "preset", "large_answer", "small_answer"),
+    *("confidence", "consistency", "decision_score", "early_exit_threshold"),
+    *("num_visual_tokens", "num_large_forward_passes", "importance_transfer", "oracle_correlation"),
+    *("layers", "layer_shares", "layer_correlations", "guided"),
+)
+_GUIDED_FIGURES = (
+    *("preset", "answer", "retention_ratio", "prune_layer", "average_retention"),
+    *("num_large_forward_passes", "oracle_overlap"),
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, or a frame of a video, and where its visual tokens lie.
-
-    Attributes:
-        image (`PIL.Image.Image`): The picture as it was given.
-        boxes ([`TokenBoxes`]): The places of its tokens, in the order of the prompt.
-        name (`str`): Such as "image", "image 2", "frame 3", "frames 1-2".
-    """
+    """An image or a frame of a video, the boxes of its tokens in the order of the prompt, and a name."""
 
     image: Image.Image
     boxes: TokenBoxes
     name: str
+
+
+class Model(NamedTuple):
+    """One model of the pair: its Hub repository or the end of its folder's path, its type, and its decoder layers."""
+
+    name: str
+    type: str
+    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,11 @@ class GuidedAnswer:
         """The fraction of the kept tokens that the oracle map would have kept too."""
         return float((self.keep_mask & self.oracle_keep_mask).sum() / self.num_kept)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Text and figures without masks, ready for JSON."""
+        figures = {name: getattr(self, name) for name in _GUIDED_FIGURES}
+        return {**figures, "num_visual_tokens_kept": self.num_kept}
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -82,12 +100,11 @@ class Explanation:
         pictures (`tuple` of [`Picture`]): The pictures with the large model's `num_visual_tokens` tokens.
         small_pictures (`tuple` of [`Picture`]): The same pictures with the small model's tokens.
         importance (`np.ndarray` of shape `(num_visual_tokens,)`): The small model's map, as given to the large model.
-        oracle (`np.ndarray` of shape `(num_visual_tokens,)`): The large model's own map over all its layers, recorded
-            while it wrote `large_answer`.
+        oracle (`np.ndarray` of shape `(num_visual_tokens,)`): The large model's own map, from writing `large_answer`.
         importance_transfer (`str`): How the small model's map was handed over: `"identity"` or `"resampling"`.
         layers (`tuple` of `int`): The small model's layers that guide.
-        layer_importance (`np.ndarray` of shape `(num_guiding_layers, num_small_tokens)`): What each of them
-            contributes to the small model's map, on the small model's own tokens.
+        layer_importance (`np.ndarray` of shape `(num_guiding_layers, num_small_tokens)`): What each contributes to the
+            small model's map, on its own tokens.
         large_answer (`str`): The answer of the large model that sees everything.
         small_answer (`str`): The answer of the small model.
         guided (`tuple` of [`GuidedAnswer`]): The large model's answers at the presets.
@@ -95,15 +112,10 @@ class Explanation:
         confidence (`float`): The small model's confidence in its answer, 0 to 1.
         consistency (`float`): How probable its answer stays when it sees only the most important tokens, 0 to 1.
         decision_score (`float`): The mean of both.
-        early_exit_threshold (`float`, *optional*): The score from which on the pair, as it is set, would have returned
-            the small model's answer.
-        large_name (`str`): The large model's checkpoint: a Hub repository, or the last two parts of a folder's path.
-        small_name (`str`): The small model's checkpoint.
-        large_type (`str`): The large model's type, such as `"internvl"`.
-        small_type (`str`): The small model's type.
-        num_large_layers (`int`): How many decoder layers the large model has.
-        num_small_layers (`int`): How many decoder layers the small model has.
-        num_large_forward_passes (`int`, *optional*): How often the unguided large model ran for `large_answer`.
+        early_exit_threshold (`float`, *optional*): The score from which on the pair returns the small answer.
+        large ([`Model`]): The large model.
+        small ([`Model`]): The small model.
+        num_large_forward_passes (`int`): How often the unguided large model ran for `large_answer`.
     """
 
     question: str
@@ -123,13 +135,9 @@ class Explanation:
     consistency: float
     decision_score: float
     early_exit_threshold: float | None
-    large_name: str
-    small_name: str
-    large_type: str
-    small_type: str
-    num_large_layers: int
-    num_small_layers: int
-    num_large_forward_passes: int | None = None
+    large: Model
+    small: Model
+    num_large_forward_passes: int
 
     @property
     def num_visual_tokens(self) -> int:
@@ -158,38 +166,14 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Texts and figures without pictures and maps, ready for JSON."""
-        return {
-            "question": self.question,
-            "large_model": self.large_name,
-            "small_model": self.small_name,
-            "preset": self.preset,
-            "large_answer": self.large_answer,
-            "small_answer": self.small_answer,
-            "confidence": self.confidence,
-            "consistency": self.consistency,
-            "decision_score": self.decision_score,
-            "early_exit_threshold": self.early_exit_threshold,
-            "num_visual_tokens": self.num_visual_tokens,
-            "num_large_forward_passes": self.num_large_forward_passes,
-            "importance_transfer": self.importance_transfer,
-            "oracle_correlation": self.oracle_correlation,
+        others = {
+            "large_model": self.large.name,
+            "small_model": self.small.name,
             "layers": list(self.layers),
             "layer_shares": self.layer_shares.tolist(),
-            "layer_correlations": self.layer_correlations,
-            "guided": [
-                {
-                    "preset": guided.preset,
-                    "answer": guided.answer,
-                    "retention_ratio": guided.retention_ratio,
-                    "prune_layer": guided.prune_layer,
-                    "average_retention": guided.average_retention,
-                    "num_visual_tokens_kept": guided.num_kept,
-                    "num_large_forward_passes": guided.num_large_forward_passes,
-                    "oracle_overlap": guided.oracle_overlap,
-                }
-                for guided in self.guided
-            ],
+            "guided": [guided.to_dict() for guided in self.guided],
         }
+        return {name: others[name] if name in others else getattr(self, name) for name in _FIGURES}
 
     def to_html(self) -> str:
         """The page as one HTML document that loads nothing and runs no script."""
@@ -208,25 +192,9 @@ class Explanation:
 
 
 def rank_correlation(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
-    """Spearman's rank correlation, from -1 to 1; NaN where all values of one are equal.
-
-    Args:
-        one (array of shape `(n,)`): Some values.
-        other (array of shape `(n,)`): As many others.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.explanation.result import rank_correlation
-
-        >>> round(rank_correlation([1, 2, 3, 4], [10, 20, 20, 40]), 4)
-        0.9487
-
-        ```
-    """
-    ranks = [_ranks(np.asarray(values)) for values in (one, other)]
-    deviations = [each - each.mean() for each in ranks]
-    scale = math.sqrt(float((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
-    return float((deviations[0] * deviations[1]).sum()) / scale if scale else math.nan
+    """Spearman's rank correlation of two arrays `(n,)`, from -1 to 1; NaN where all values of one are equal."""
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(_ranks(np.asarray(one)), _ranks(np.asarray(other)))[0, 1])
 
 
 def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
