@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_tiny_pair import ROOT, Evaluation, Sample, easy_vqa_samples, scene_samples
+from evaluate_tiny_pair import ROOT, Evaluation, scene_samples
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from transformers_sgl.evaluation import Sample, load_samples
 from transformers_sgl.evaluation.run_folder import measurement_record
 
 # In what way the settings shape answers; a question gets one of them.
@@ -49,7 +50,7 @@ def main() -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    easy = easy_vqa_samples("test")
+    easy = load_samples("easy-vqa")
     order = np.random.default_rng(arguments.seed).permutation(len(easy))[: arguments.limit // 2]
     data = [easy[index] for index in order], scene_samples("test", arguments.limit // 2, questions_per_scene=1)
     measured = [

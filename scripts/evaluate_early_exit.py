@@ -29,8 +29,7 @@ from evaluate_tiny_pair import (
     MAX_NEW_TOKENS,
     ROOT,
     Evaluation,
-    Sample,
-    easy_vqa_samples,
+    is_right,
     paired_interval,
     percent,
     scene_samples,
@@ -38,6 +37,7 @@ from evaluate_tiny_pair import (
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from transformers_sgl.evaluation import Sample, load_samples
 from transformers_sgl.evaluation.calibration import KeepAccuracy, LargeCallBudget, Promise, Record
 from transformers_sgl.evaluation.calibration.threshold import choose_threshold
 from transformers_sgl.evaluation.run_folder import measurement_record
@@ -66,7 +66,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
     evaluation = Evaluation(model, processor, arguments.batch_size)
-    easy = easy_vqa_samples("test")
+    easy = load_samples("easy-vqa")
     order = np.random.default_rng(arguments.seed).permutation(len(easy))[: arguments.limit]
     data = {
         "easy-VQA": [easy[index] for index in order],
@@ -113,7 +113,7 @@ def ask(evaluation: Evaluation, samples: Sequence[Sample], title: str) -> Answer
             ("alone_right", alone[:, prompt_length:], evaluation.processor),
         ):
             texts = processor.batch_decode(written, skip_special_tokens=True)
-            found[name] += [text.strip() == sample.answer for text, sample in zip(texts, batch, strict=True)]
+            found[name] += map(is_right, texts, batch)
         found["confidence"] += output.confidence.tolist()
         found["consistency"] += output.consistency.tolist()
     return {name: np.array(values, dtype=float) for name, values in found.items()}

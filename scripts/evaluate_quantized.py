@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, Evaluation, Method, easy_vqa_samples, paired_interval, percent
+from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, Evaluation, Method, paired_interval, percent
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 
 from transformers_sgl import SGLGenerationConfig
+from transformers_sgl.evaluation import load_samples
 from transformers_sgl.evaluation.run_folder import measurement_record
 
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="questions in all")
     arguments = parser.parse_args()
 
-    easy = easy_vqa_samples("test")
+    easy = load_samples("easy-vqa")
     order = np.random.default_rng(arguments.seed).permutation(len(easy))[: arguments.limit]
     samples = [easy[index] for index in order]
     processor = AutoProcessor.from_pretrained(arguments.model)

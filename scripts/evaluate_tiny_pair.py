@@ -16,33 +16,21 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl.architectures import decoder_layers
-from transformers_sgl.evaluation import Scenes, load_easy_vqa
+from transformers_sgl.evaluation import Sample, Scenes, load_samples
 from transformers_sgl.evaluation.run_folder import measurement_record
+from transformers_sgl.opening import chat_inputs, user_turn
 
 ROOT = Path(__file__).parents[1]
 MAX_NEW_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question: `data` names the set, `kind` the row of the table it counts in."""
-
-    data: str
-    kind: str
-    image: Image.Image
-    question: str
-    answer: str
 
 
 Method = Callable[[dict[str, torch.Tensor], Sequence[int]], torch.Tensor]
@@ -62,12 +50,12 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.model)
     evaluate = Evaluation(model, processor, arguments.batch_size)
     # One question about each test scene, so that the samples are independent.
-    easy, scenes = easy_vqa_samples("test"), scene_samples("test", 2000, questions_per_scene=1)
+    easy, scenes = load_samples("easy-vqa"), scene_samples("test", 2000, questions_per_scene=1)
 
     both = {"large": evaluate.large_alone, "small": evaluate.small_alone}
     whole = [*easy[: arguments.limit], *scenes[: arguments.limit]]
     reading = evaluate(whole, both, "unpruned")
-    prior = guess([*easy_vqa_samples("train"), *scene_samples("train", 2000, questions_per_scene=9)], whole)
+    prior = guess([*load_samples("easy-vqa:train"), *scene_samples("train", 2000, questions_per_scene=9)], whole)
 
     record = {
         **measurement_record(arguments.seed, torch.device(arguments.device)),
@@ -84,31 +72,40 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def easy_vqa_samples(split: str) -> list[Sample]:
-    return [
-        Sample("easy-VQA", "yes/no" if item.is_yes_no else "other", item.image, item.question, item.answer)
-        for item in load_easy_vqa(split)
-    ]
-
-
 def scene_samples(split: str, num_scenes: int, questions_per_scene: int) -> list[Sample]:
     # A few scenes allow no question of some kind, so a spare question is drawn.
     scenes = Scenes(split, questions_per_scene=questions_per_scene + 1, length=num_scenes)
     return [
-        Sample("scenes", question.kind.replace("_", "/"), scene.image, question.question, question.answer)
-        for scene in tqdm(scenes, desc=f"scenes {split}", leave=False)
+        Sample(
+            scene.image,
+            question.question,
+            (question.answer,),
+            kind=question.kind.replace("_", "/"),
+            image_id=f"scenes/{split}/{index}",
+        )
+        for index, scene in enumerate(tqdm(scenes, desc=f"scenes {split}", leave=False))
         for question in scene.questions[:questions_per_scene]
     ]
+
+
+def data_of(sample: Sample) -> str:
+    """The data set a sample belongs to, as the tables call it."""
+    return {"easy-vqa": "easy-VQA", "scenes": "scenes"}[sample.image_id.partition("/")[0]]
+
+
+def is_right(answer: str, sample: Sample) -> bool:
+    """Whether an answer is the expected one to the letter."""
+    return answer.strip() == sample.answers[0]
 
 
 def guess(train: Sequence[Sample], test: Sequence[Sample]) -> list[bool]:
     """Whether the question-only prior is right, for every test sample."""
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for sample in train:
-        counts[sample.data, sample.question][sample.answer] += 1
-        counts[sample.data, ""][sample.answer] += 1
+        for question in (sample.question, ""):
+            counts[data_of(sample), question][sample.answers[0]] += 1
     guesses = {key: answers.most_common(1)[0][0] for key, answers in counts.items()}
-    return [guesses.get((s.data, s.question), guesses[s.data, ""]) == s.answer for s in test]
+    return [is_right(guesses.get((data_of(s), s.question), guesses[data_of(s), ""]), s) for s in test]
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -131,7 +128,7 @@ class Evaluation:
             for name, method in methods.items():
                 sequences = method(inputs, indices)[:, inputs["input_ids"].shape[1] :]
                 answers = self.processor.batch_decode(sequences, skip_special_tokens=True)
-                right[name] += [a.strip() == s.answer for a, s in zip(answers, batch, strict=True)]
+                right[name] += map(is_right, answers, batch)
         return right
 
     def large_alone(self, inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
@@ -147,29 +144,14 @@ class Evaluation:
         start = 0
         while start < len(samples):
             stop = min(start + self.batch_size, len(samples))
-            stop = next((i for i in range(start, stop) if samples[i].data != samples[start].data), stop)
+            stop = next((i for i in range(start, stop) if data_of(samples[i]) != data_of(samples[start])), stop)
             yield range(start, stop)
             start = stop
 
     def inputs(self, batch: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Both models' inputs for a batch of samples."""
-        chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": s.image}, {"type": "text", "text": s.question}],
-                }
-            ]
-            for s in batch
-        ]
-        return self.processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device)
+        chats = [user_turn(sample.question, [sample.open_image()]) for sample in batch]
+        return chat_inputs(self.model, self.processor, chats)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -177,9 +159,9 @@ class Evaluation:
 
 def accuracy_table(samples: Sequence[Sample], right: dict[str, list[bool]], prior: Sequence[bool]) -> dict[str, Any]:
     rows = []
-    for data in dict.fromkeys(sample.data for sample in samples):
-        for kind in ["all", *sorted({sample.kind for sample in samples if sample.data == data})]:
-            chosen = [i for i, s in enumerate(samples) if s.data == data and kind in ("all", s.kind)]
+    for data in dict.fromkeys(map(data_of, samples)):
+        for kind in ["all", *sorted({sample.kind for sample in samples if data_of(sample) == data})]:
+            chosen = [i for i, s in enumerate(samples) if data_of(s) == data and kind in ("all", s.kind)]
             accuracies = [percent([hits[i] for i in chosen]) for hits in (right["large"], right["small"], prior)]
             rows.append([data, kind, len(chosen), *accuracies])
     return {

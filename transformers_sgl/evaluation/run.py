@@ -32,7 +32,6 @@ from transformers_sgl.storage.files import write_atomically
 __all__ = ["Result", "Run", "RunKey", "all_processes", "measure_costs", "plan", "run_methods"]
 
 RunKey = tuple[str, float | None]  # a method's name and its average retention
-
 _NUM_COST_BATCHES = 4
 # How long a process waits for the others: PyTorch's default of some minutes is less than a share may take.
 _PATIENCE = timedelta(days=30)
@@ -40,17 +39,11 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Run:
-    """A method at a setting: a row of the table.
+    """A method at a setting: a row of the table."""
 
-    Attributes:
-        name: The method's name.
-        method: The method.
-        setting: How many visual tokens the large model may process; a method that does not prune has one run.
-    """
-
-    name: str
-    method: Method
-    setting: Setting
+    name: str  # the method's name
+    method: Method  # the method
+    setting: Setting  # how many visual tokens the large model may process; a method that does not prune has one run
 
     @property
     def average_retention(self) -> float | None:
@@ -75,39 +68,23 @@ def plan(methods: Mapping[str, Method], retentions: Sequence[float], num_layers:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run answered a sample: a line of `samples.jsonl`.
+    """How a run answered a sample: a line of `samples.jsonl`."""
 
-    Attributes:
-        sample: The sample's place in the data, from 0.
-        method: The method's name.
-        average_retention: The target; `None` for a method that does not prune.
-        answer: The answer.
-        score: Its score, from 0 to 1.
-        seconds: The batch's time from images and questions to answers, divided by its number of samples.
-        num_tokens: The answer's tokens.
-        retention: The average retention that was reached; `None` where the large model was not called.
-        exited_early: Whether the small model's answer was returned.
-        draft: The small model's answer, if there is one.
-        draft_score: Its score.
-        num_draft_tokens_accepted: How many of its tokens the large model confirmed.
-        decision_score: How trustworthy it is.
-        draft_complete: Whether it was not cut off.
-    """
-
-    sample: int
-    method: str
-    average_retention: float | None
-    answer: str
-    score: float
-    seconds: float
-    num_tokens: int
+    sample: int  # the sample's place in the data, from 0
+    method: str  # the method's name
+    average_retention: float | None  # the target; `None` for a method that does not prune
+    answer: str  # the answer
+    score: float  # its score, from 0 to 1
+    seconds: float  # the batch's time from images and questions to answers, divided by its number of samples
+    num_tokens: int  # the answer's tokens
+    # The average retention that was reached; `None` where the large model was not called.
     retention: float | None = None
-    exited_early: bool | None = None
-    draft: str | None = None
-    draft_score: float | None = None
-    num_draft_tokens_accepted: int | None = None
-    decision_score: float | None = None
-    draft_complete: bool | None = None
+    exited_early: bool | None = None  # whether the small model's answer was returned
+    draft: str | None = None  # the small model's answer, if there is one
+    draft_score: float | None = None  # its score
+    num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
+    decision_score: float | None = None  # how trustworthy it is
+    draft_complete: bool | None = None  # whether it was not cut off
 
     @property
     def run(self) -> RunKey:
