@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "available_memory", "flop_counter", "measure_cost", "measure_working_memory"]
+__all__ = ["Cost", "available_memory", "flop_counter", "measure_cost", "measure_working_memory", "seconds_now"]
 
 _CLEAR_PEAK = "5"  # makes Linux forget a process's peak memory; see proc_pid_clear_refs(5)
 # The attention kernels, and which of their arguments after query, key and value tells whether it is causal.
@@ -103,6 +104,13 @@ def available_memory(device: torch.device | str = "cpu") -> int | None:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def seconds_now(device: torch.device) -> float:
+    """The clock in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager

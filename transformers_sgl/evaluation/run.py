@@ -8,7 +8,6 @@ processes (`accelerate launch`) write the same records as one.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from transformers_sgl.evaluation.cost import Cost, measure_cost
+from transformers_sgl.evaluation.cost import Cost, measure_cost, seconds_now
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import metric
@@ -202,9 +201,9 @@ def _run_batch(
     # The order changes from batch to batch, so that no run always follows the same other.
     for place in np.random.default_rng(indices.start).permutation(len(runs)):
         run: Run = runs[place]
-        start = _now(pair.model.device)
+        start = seconds_now(pair.model.device)
         answers = run.method.answer(pair, batch, run.setting)
-        seconds = (_now(pair.model.device) - start) / len(answers)
+        seconds = (seconds_now(pair.model.device) - start) / len(answers)
         for index, sample, answer in zip(indices, batch.samples, answers, strict=True):
             fields = asdict(answer)
             text = fields.pop("text")
@@ -218,12 +217,6 @@ def _run_batch(
 def _batch(samples: Sequence[Sample], indices: range) -> Batch:
     chosen = [samples[index] for index in indices]
     return Batch(chosen, indices, [sample.open_image() for sample in chosen])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _read_results(folder: Path, num_samples: int, runs: Sequence[Run]) -> dict[tuple[RunKey, int], Result]:
