@@ -41,6 +41,18 @@ class Evaluation:
         report: Scores, intervals and comparisons: the content of `summary.json`, which the answers alone determine.
         speed: Times and memory, and comparisons at equal time: the content of `speed.json`.
         written: The files written; empty in all but the first of several processes that share the work.
+
+    Example:
+        ```python
+        >>> from tempfile import mkdtemp
+        >>> from transformers_sgl.evaluation import evaluate
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> evaluation = evaluate(embedded_pair(), "scenes", out=mkdtemp(), methods=["large"], limit=2, device="cpu")
+        >>> evaluation.report["num_samples"], len(evaluation.report["rows"])
+        (2, 1)
+
+        ```
     """
 
     report: dict[str, Any]
