@@ -55,6 +55,7 @@ from transformers_sgl.transformers_interface.loading import (
     processor_name,
     server_class,
     server_model_tables,
+    server_models,
     stock_fault,
     uninitialized,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "register_attention",
     "server_class",
     "server_model_tables",
+    "server_models",
     "set_attention_name",
     "stock_fault",
     "tells_image_tokens",
