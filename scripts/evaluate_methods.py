@@ -5,7 +5,7 @@
 On the whole easy-VQA test split and on 2,000 held-out scenes, at 64, 35 and 9 % average retention: the pair against
 random pruning, FastV, DivPrune, a smaller image, the oracle, and both models alone. On 1,000 questions of each: which
 of the small model's layers and queries guide best. `--work` keeps the records of the four evaluations, so that a run
-that was cut off goes on; summaries and tables go to `benchmarks/sgl_tiny_methods.json`, from which
+that was cut off goes on; summaries and tables go to `benchmarks/results/sgl_tiny_methods.json`, from which
 `scripts/render_tables.py` fills the README and the card, and the figures into the card's folder.
 """
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder for the records of the evaluations")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_methods.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny_methods.json")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

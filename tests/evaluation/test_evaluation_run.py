@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scene_data import write_data
 
 from transformers_sgl.cli import main
-from transformers_sgl.evaluation import Scenes, load_samples
+from transformers_sgl.evaluation import load_samples
 from transformers_sgl.evaluation import run as run_module
 from transformers_sgl.evaluation.calibration import allowed_failures
 from transformers_sgl.evaluation.data import Sample
@@ -315,20 +316,6 @@ class TestChecks:
 
 
 # ------------------------------------------------------------------------------------------------------ the command
-
-
-def write_data(path: Path, split: str, number: int) -> Path:
-    """Scenes of both sizes, with a question each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(number):
-        scene = Scenes(split, seed=6, size=64 if index % 3 else 128)[index]
-        scene.image.save(path.with_name(f"{split}-{index}.png"))
-        question = scene.questions[0]
-        fields = {"image": f"{split}-{index}.png", "question": question.question, "answer": question.answer}
-        lines.append(json.dumps({**fields, "kind": question.kind}) + "\n")
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,18 @@ class Evaluation:
         report: Scores, intervals and comparisons: the content of `summary.json`, which the answers alone determine.
         speed: Times and memory, and comparisons at equal time: the content of `speed.json`.
         written: The files written; empty in all but the first of several processes that share the work.
+
+    Example:
+        ```python
+        >>> from tempfile import mkdtemp
+        >>> from transformers_sgl.evaluation import evaluate
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> evaluation = evaluate(embedded_pair(), "scenes", out=mkdtemp(), methods=["large"], limit=2, device="cpu")
+        >>> evaluation.report["num_samples"], len(evaluation.report["rows"])
+        (2, 1)
+
+        ```
     """
 
     report: dict[str, Any]
@@ -77,8 +89,8 @@ def evaluate(
 ) -> Evaluation:
     """Lets methods answer questions with known answers, and compares them with the large model alone.
 
-    A call that was cut off goes on where it stopped when it is made again. Under `accelerate launch` or `torchrun`
-    processes share the work.
+    A call that was cut off continues when it is repeated. Under `accelerate launch` or `torchrun` processes share the
+    work.
 
     Args:
         pair (`str`, `Path` or `tuple`): A saved pair, in a folder or on the Hub; or a model and its processor.
@@ -99,15 +111,12 @@ def evaluate(
         device (`str`, defaults to `"auto"`): As for [`open_pair`].
 
     Raises:
-        KeyboardInterrupt: If it is stopped; the message says how far it came.
         OSError: If a file cannot be read or written, or a package is missing.
         ValueError: If an argument is not allowed, or `out` holds another run.
     """
     # 1. What can be wrong is checked before the models are loaded.
-    out = Path(out)
-    check_settings(
-        batch_size=batch_size, calibration_limit=calibration_limit, seed=seed, max_new_tokens=max_new_tokens
-    )
+    out, settings = Path(out), {"batch_size": batch_size, "seed": seed, "max_new_tokens": max_new_tokens}
+    check_settings(**settings, calibration_limit=calibration_limit)
     check_packages("An evaluation", "evaluate")
     check_writable_folder(out)
     chosen = {name: find_method(name) for name in (METHODS if methods is None else methods)}
@@ -122,19 +131,9 @@ def evaluate(
 
     # 2. Every method answers everything, and the answers are compared.
     model, processor = _opened(pair, dtype, device)
-    task = _Task(
-        Pair(model, processor, max_new_tokens, seed),
-        pair if isinstance(pair, (str, Path)) else None,
-        samples,
-        out,
-        {
-            "data": data,
-            "metric_name": metric,
-            "batch_size": batch_size,
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-        },
-    )
+    source = pair if isinstance(pair, (str, Path)) else None
+    asked = {"data": data, "metric_name": metric, **settings}
+    task = _Task(Pair(model, processor, max_new_tokens, seed), source, samples, out, asked)
     return task.compare(chosen, retentions, calibration, keep_accuracy)
 
 
@@ -143,28 +142,20 @@ def _opened(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tupl
     processes = all_processes(device)
     if not isinstance(pair, (str, Path)):
         return pair
-    return opening.open_pair(
-        pair, dtype=dtype, device=str(processes.device) if processes.num_processes > 1 else device
-    )
+    if processes.num_processes > 1:
+        device = str(processes.device)
+    return opening.open_pair(pair, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """An evaluation whose settings are checked and whose models are loaded.
+    """An evaluation whose settings are checked and whose models are loaded."""
 
-    Attributes:
-        pair: The models.
-        source: Where they were loaded from.
-        samples: The questions.
-        out: The folder for everything written.
-        asked: The settings that the records depend on.
-    """
-
-    pair: Pair
-    source: str | Path | None
-    samples: Sequence[Sample]
-    out: Path
-    asked: dict[str, Any]
+    pair: Pair  # the models
+    source: str | Path | None  # where they were loaded from
+    samples: Sequence[Sample]  # the questions
+    out: Path  # the folder for everything written
+    asked: dict[str, Any]  # the settings that the records depend on
 
     def compare(
         self,

@@ -7,7 +7,6 @@ from typing import Any
 
 __all__ = ["draw_figure"]
 
-
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that tell without colour.
 _STYLES = {
     "sgp": ("#0072B2", "o"),
@@ -19,8 +18,6 @@ _STYLES = {
     "random": ("#999999", "v"),
     "downsample": ("#CC79A7", "P"),
 }
-
-
 _SPARE_STYLES = [("#E69F00", marker) for marker in "<>dhpX18"]
 
 

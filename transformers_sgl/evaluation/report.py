@@ -24,7 +24,6 @@ from transformers_sgl.storage.files import write_atomically
 
 __all__ = ["as_markdown", "p_value", "points", "summarise", "summarise_speed", "table_row", "write_report"]
 
-
 # Guided methods, each compared with every other method.
 _OURS = ("sgp", "sgl")
 

@@ -8,7 +8,6 @@ processes (`accelerate launch`) write the same records as one.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from transformers_sgl.evaluation.cost import Cost, measure_cost
+from transformers_sgl.evaluation.cost import Cost, measure_cost, seconds_now
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import metric
@@ -32,7 +31,6 @@ from transformers_sgl.storage.files import write_atomically
 __all__ = ["Result", "Run", "RunKey", "all_processes", "measure_costs", "plan", "run_methods"]
 
 RunKey = tuple[str, float | None]  # a method's name and its average retention
-
 _NUM_COST_BATCHES = 4
 # How long a process waits for the others: PyTorch's default of some minutes is less than a share may take.
 _PATIENCE = timedelta(days=30)
@@ -40,17 +38,11 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Run:
-    """A method at a setting: a row of the table.
+    """A method at a setting: a row of the table."""
 
-    Attributes:
-        name: The method's name.
-        method: The method.
-        setting: How many visual tokens the large model may process; a method that does not prune has one run.
-    """
-
-    name: str
-    method: Method
-    setting: Setting
+    name: str  # the method's name
+    method: Method  # the method
+    setting: Setting  # how many visual tokens the large model may process; a method that does not prune has one run
 
     @property
     def average_retention(self) -> float | None:
@@ -75,39 +67,23 @@ def plan(methods: Mapping[str, Method], retentions: Sequence[float], num_layers:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run answered a sample: a line of `samples.jsonl`.
+    """How a run answered a sample: a line of `samples.jsonl`."""
 
-    Attributes:
-        sample: The sample's place in the data, from 0.
-        method: The method's name.
-        average_retention: The target; `None` for a method that does not prune.
-        answer: The answer.
-        score: Its score, from 0 to 1.
-        seconds: The batch's time from images and questions to answers, divided by its number of samples.
-        num_tokens: The answer's tokens.
-        retention: The average retention that was reached; `None` where the large model was not called.
-        exited_early: Whether the small model's answer was returned.
-        draft: The small model's answer, if there is one.
-        draft_score: Its score.
-        num_draft_tokens_accepted: How many of its tokens the large model confirmed.
-        decision_score: How trustworthy it is.
-        draft_complete: Whether it was not cut off.
-    """
-
-    sample: int
-    method: str
-    average_retention: float | None
-    answer: str
-    score: float
-    seconds: float
-    num_tokens: int
+    sample: int  # the sample's place in the data, from 0
+    method: str  # the method's name
+    average_retention: float | None  # the target; `None` for a method that does not prune
+    answer: str  # the answer
+    score: float  # its score, from 0 to 1
+    seconds: float  # the batch's time from images and questions to answers, divided by its number of samples
+    num_tokens: int  # the answer's tokens
+    # The average retention that was reached; `None` where the large model was not called.
     retention: float | None = None
-    exited_early: bool | None = None
-    draft: str | None = None
-    draft_score: float | None = None
-    num_draft_tokens_accepted: int | None = None
-    decision_score: float | None = None
-    draft_complete: bool | None = None
+    exited_early: bool | None = None  # whether the small model's answer was returned
+    draft: str | None = None  # the small model's answer, if there is one
+    draft_score: float | None = None  # its score
+    num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
+    decision_score: float | None = None  # how trustworthy it is
+    draft_complete: bool | None = None  # whether it was not cut off
 
     @property
     def run(self) -> RunKey:
@@ -225,9 +201,9 @@ def _run_batch(
     # The order changes from batch to batch, so that no run always follows the same other.
     for place in np.random.default_rng(indices.start).permutation(len(runs)):
         run: Run = runs[place]
-        start = _now(pair.model.device)
+        start = seconds_now(pair.model.device)
         answers = run.method.answer(pair, batch, run.setting)
-        seconds = (_now(pair.model.device) - start) / len(answers)
+        seconds = (seconds_now(pair.model.device) - start) / len(answers)
         for index, sample, answer in zip(indices, batch.samples, answers, strict=True):
             fields = asdict(answer)
             text = fields.pop("text")
@@ -241,12 +217,6 @@ def _run_batch(
 def _batch(samples: Sequence[Sample], indices: range) -> Batch:
     chosen = [samples[index] for index in indices]
     return Batch(chosen, indices, [sample.open_image() for sample in chosen])
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _read_results(folder: Path, num_samples: int, runs: Sequence[Run]) -> dict[tuple[RunKey, int], Result]:

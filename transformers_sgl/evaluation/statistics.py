@@ -15,52 +15,23 @@ import numpy.typing as npt
 __all__ = ["Array", "Difference", "PairedScores", "at_equal_cost"]
 
 Array = npt.NDArray[np.float64]
-
-
 _RESAMPLES = 10_000
-
-
 _CHUNK = 500
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of mean scores over the same questions.
+    """A difference of mean scores over the same questions."""
 
-    Attributes:
-        mean: The difference.
-        low: The lower end of its 95 % paired-bootstrap interval.
-        high: The upper end.
-        p_value: How probable a difference as large as this is if the two are exchangeable; two-sided paired
-            randomisation test.
-    """
-
-    mean: float
-    low: float
-    high: float
+    mean: float  # the difference
+    low: float  # the lower end of its 95 % paired-bootstrap interval
+    high: float  # the upper end
+    # The probability of a difference this large if the two are exchangeable; two-sided paired randomisation test.
     p_value: float
 
 
 class PairedScores:
-    """Scores of several runs on the same questions, drawn again and again together.
-
-    Args:
-        images (`Sequence[str]`): Each question's image; the questions about an image are drawn together.
-        seed (`int`, defaults to 0): What the draws depend on.
-
-    Example:
-        ```python
-        >>> import numpy as np
-        >>> from transformers_sgl.evaluation.evaluation_report import PairedScores
-
-        >>> paired = PairedScores([str(image) for image in range(100)])
-        >>> scores = np.arange(100) % 2 == 0
-        >>> low, high = paired.interval(scores.astype(float))
-        >>> 0.3 < low < 0.5 < high < 0.7
-        True
-
-        ```
-    """
+    """Scores of several runs on the same questions, resampled together; `images` names each question's image."""
 
     def __init__(self, images: Sequence[str], seed: int = 0) -> None:
         names, self._image = np.unique(np.asarray(images), return_inverse=True)
@@ -86,7 +57,7 @@ class PairedScores:
         differences = scores - others
         sums = self._sums(differences)
         swapped = np.abs(np.concatenate([sums.sum() - 2 * (swaps @ sums) for swaps in self._swaps]))
-        # A hair's breadth: the same sum in another order of its terms is not a smaller one.
+        # A tolerance: the same sum in another order of its terms is not a smaller one.
         as_large = int((swapped >= abs(sums.sum()) - 1e-6 * max(1.0, np.abs(sums).sum())).sum())
         low, high = self.interval(differences)
         return Difference(float(differences.mean()), low, high, (1 + as_large) / (1 + _RESAMPLES))
@@ -96,8 +67,14 @@ class PairedScores:
 
 
 def at_equal_cost(cost: float, points: Sequence[tuple[float, Array]]) -> Array | None:
-    """What a method would score at a given cost, on the line between its two nearest settings."""
-    points = sorted(points, key=lambda point: (point[0], point[1].mean()))  # of two as dear the better comes last
+    """What a method would score at a given cost, interpolated between its two nearest settings.
+
+    `points` holds cost and scores of shape `(questions,)` of each setting. Beyond the most expensive setting its
+    scores are taken; below the cheapest there are none.
+    """
+    points = sorted(
+        points, key=lambda point: (point[0], point[1].mean())
+    )  # of two at the same cost the better comes last
     costs = np.array([each for each, _ in points])
     if cost < costs[0]:
         return None

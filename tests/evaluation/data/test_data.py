@@ -61,9 +61,9 @@ class TestBuiltIn:
         monkeypatch.setattr("transformers_sgl.evaluation.data.load._NUM_SCENES", 200)
         samples = load_samples("scenes")
         for sample, theirs in zip(samples, scene_samples("test", 200, questions_per_scene=1), strict=True):
-            assert (sample.question, sample.answers) == (theirs.question, (theirs.answer,))
+            assert (sample.question, sample.answers) == (theirs.question, theirs.answers)
             assert sample.kind == theirs.kind
-            assert np.array_equal(np.asarray(sample.open_image()), np.asarray(theirs.image))
+            assert np.array_equal(np.asarray(sample.open_image()), np.asarray(theirs.open_image()))
 
     def test_there_are_two_thousand_scenes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("transformers_sgl.evaluation.data.scenes.render", lambda *_: Image.new("RGB", (128, 128)))

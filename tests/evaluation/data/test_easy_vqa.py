@@ -1,15 +1,16 @@
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from evaluate_tiny_pair import guess
 from PIL import Image
 
-from transformers_sgl.evaluation.data.easy_vqa import EasyVQAQuestion, load_easy_vqa, question_only_prior
+from transformers_sgl.evaluation import Sample, load_samples
+from transformers_sgl.evaluation.data.easy_vqa import load_easy_vqa
 
 
 def ask(question, answer):
-    return EasyVQAQuestion(question, answer, 0, Path("0.png"))
+    return Sample(Image.new("RGB", (1, 1)), question, (answer,), image_id="easy-vqa/test/0")
 
 
 @pytest.fixture
@@ -30,35 +31,36 @@ def stand_in(monkeypatch, tmp_path):
 
 def test_loads_questions_with_their_pictures(stand_in):
     first, second = load_easy_vqa("test")
-    assert (first.question, first.answer, first.is_yes_no) == ("is there a circle?", "no", True)
-    assert (second.image_id, second.is_yes_no) == (1, False)
-    assert second.image.size == (64, 64)
-    assert second.image.getpixel((0, 0)) == (0, 0, 255)
-    assert load_easy_vqa("train", limit=1) == [first]
+    assert (first.question, first.answers, first.kind) == ("is there a circle?", ("no",), "yes/no")
+    assert (second.image_id, second.kind) == ("easy-vqa/test/1", "other")
+    assert second.open_image().size == (64, 64)
+    assert second.open_image().getpixel((0, 0)) == (0, 0, 255)
+    (sample,) = load_samples("easy-vqa:train", limit=1)
+    assert sample.image_id.startswith("easy-vqa/train/")
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="train and test"):
-        load_easy_vqa("valid")
+    with pytest.raises(ValueError, match="test, train"):
+        load_samples("easy-vqa:valid")
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(ImportError, match="pip install easy-vqa"):
-        load_easy_vqa()
+        load_easy_vqa("test")
 
 
 def test_question_only_prior_answers_by_wording():
     train = [ask("is there a circle?", "no"), ask("is there a circle?", "no"), ask("is there a circle?", "yes")]
     train += [ask("what color is it?", "red")]
     test = [ask("is there a circle?", "no"), ask("is there a circle?", "yes"), ask("what color is it?", "blue")]
-    assert question_only_prior(train, test) == {"all": 1 / 3, "yes_no": 0.5, "other": 0.0}
-    assert question_only_prior(train, [ask("never seen?", "no")])["all"] == 1.0
+    assert guess(train, test) == [True, False, False]
+    assert guess(train, [ask("never seen?", "no")]) == [True]
 
 
 def test_the_real_package_where_it_is_installed():
     pytest.importorskip("easy_vqa")
-    train, test = load_easy_vqa("train"), load_easy_vqa("test")
+    train, test = load_samples("easy-vqa:train"), load_samples("easy-vqa:test")
     assert (len(train), len(test)) == (38575, 9673)
-    assert test[0].image.mode == "RGB"
-    assert round(question_only_prior(train, test)["all"], 3) == 0.670
+    assert test[0].open_image().mode == "RGB"
+    assert round(sum(guess(train, test)) / len(test), 3) == 0.670

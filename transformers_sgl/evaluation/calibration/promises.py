@@ -18,29 +18,17 @@ __all__ = ["KeepAccuracy", "LargeCallBudget", "Promise", "Record"]
 
 @dataclass(frozen=True)
 class Record:
-    """What both models made of one sample: a line of `samples.jsonl`.
+    """What both models made of one sample: a line of `samples.jsonl`."""
 
-    Attributes:
-        index: The sample's place in the data, from 0.
-        draft: The small model's answer.
-        answer: The large model's answer.
-        draft_right: Whether the small model's answer is right.
-        large_right: Whether the large model's answer is right.
-        confidence: The draft's confidence.
-        consistency: The draft's consistency.
-        decision_score: Their mean, which is compared with the threshold.
-        complete: Whether the draft was not cut off; one that was is never returned.
-    """
-
-    index: int
-    draft: str
-    answer: str
-    draft_right: bool
-    large_right: bool
-    confidence: float
-    consistency: float
-    decision_score: float
-    complete: bool = True
+    index: int  # the sample's place in the data, from 0
+    draft: str  # the small model's answer
+    answer: str  # the large model's answer
+    draft_right: bool  # whether the small model's answer is right
+    large_right: bool  # whether the large model's answer is right
+    confidence: float  # the draft's confidence
+    consistency: float  # the draft's consistency
+    decision_score: float  # their mean, which is compared with the threshold
+    complete: bool = True  # whether the draft was not cut off; one that was is never returned
 
     @property
     def exit_score(self) -> float:
@@ -57,21 +45,14 @@ class Promise(ABC):
     """A promise about the pair: among the samples that count, few fail.
 
     A sample fails on one side of the threshold only, so moving the threshold the other way never adds a failure.
-
-    Attributes:
-        value: The fraction that is promised.
-        name: The promise's name.
-        counting: Which samples count, as a clause after their number.
-        counts_all: Whether every sample counts.
-        cure: What to ask for instead if there are too few samples.
     """
 
-    value: float
+    value: float  # the fraction that is promised
 
     name: ClassVar[str]
-    counting: ClassVar[str]
-    counts_all: ClassVar[bool]
-    cure: ClassVar[str]
+    counting: ClassVar[str]  # which samples count, as a clause after their number
+    counts_all: ClassVar[bool]  # whether every sample counts
+    cure: ClassVar[str]  # what to ask for instead if there are too few samples
 
     def __post_init__(self) -> None:
         check_fraction(self.name, self.value)
@@ -121,15 +102,12 @@ class KeepAccuracy(Promise):
 
     @property
     def limit(self) -> Fraction:
-        """What the promise leaves: `1 - value`."""
         return 1 - exact(self.value)
 
     def counts(self, record: Record) -> bool:
-        """Whether the large model is right."""
         return record.large_right
 
     def fails(self, record: Record, threshold: float) -> bool:
-        """Whether a wrong draft is returned."""
         return not record.draft_right and record.exit_score >= threshold
 
     def threshold(self, records: Sequence[Record], allowed: int) -> float:
@@ -143,7 +121,6 @@ class KeepAccuracy(Promise):
         return min((r.exit_score for r in records if r.exit_score > misleading[allowed]), default=above)
 
     def sentence(self) -> str:
-        """The promise in words."""
         return f"at least {percent(self.value)} of the large model's right answers stay right"
 
 
@@ -170,15 +147,12 @@ class LargeCallBudget(Promise):
 
     @property
     def limit(self) -> Fraction:
-        """The budget itself."""
         return exact(self.value)
 
     def counts(self, record: Record) -> bool:
-        """Always."""
         return True
 
     def fails(self, record: Record, threshold: float) -> bool:
-        """Whether the large model is called."""
         return record.exit_score < threshold
 
     def threshold(self, records: Sequence[Record], allowed: int) -> float:
@@ -194,5 +168,4 @@ class LargeCallBudget(Promise):
         return threshold
 
     def sentence(self) -> str:
-        """The promise in words."""
         return f"at most {percent(self.value)} of the questions go to the large model"

@@ -17,21 +17,13 @@ _INTERVAL_CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Proportion:
-    """A fraction of samples with its exact 95 % interval (Clopper and Pearson 1934).
+    """A fraction of samples with its exact 95 % interval (Clopper and Pearson 1934)."""
 
-    Attributes:
-        count: The number of samples.
-        total: The number of all samples.
-        value: The fraction.
-        low: The lower end of the interval.
-        high: The upper end.
-    """
-
-    count: int
-    total: int
-    value: float
-    low: float
-    high: float
+    count: int  # the number of samples
+    total: int  # the number of all samples
+    value: float  # the fraction
+    low: float  # the lower end of the interval
+    high: float  # the upper end
 
     @classmethod
     def of(cls, count: int, total: int) -> Proportion:
@@ -47,19 +39,12 @@ class Proportion:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What one threshold gives on the held-out part.
+    """What one threshold gives on the held-out part."""
 
-    Attributes:
-        threshold: The threshold; `None` never exits.
-        large_call_rate: The fraction of samples that goes to the large model.
-        accuracy: The pair's accuracy.
-        random_accuracy: The expected accuracy if as many samples, drawn at random, went to the large model.
-    """
-
-    threshold: float | None
-    large_call_rate: float
-    accuracy: float
-    random_accuracy: float
+    threshold: float | None  # the threshold; `None` never exits
+    large_call_rate: float  # the fraction of samples that goes to the large model
+    accuracy: float  # the pair's accuracy
+    random_accuracy: float  # the expected accuracy if as many samples, drawn at random, went to the large model
 
 
 @dataclass(frozen=True)

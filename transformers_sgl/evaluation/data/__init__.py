@@ -10,21 +10,17 @@ Whatever is wrong with the data is said in one sentence that names the line or r
 are opened later, one by one, because all of them need not fit into memory.
 """
 
-from transformers_sgl.evaluation.data.easy_vqa import EasyVQAQuestion, load_easy_vqa, question_only_prior
 from transformers_sgl.evaluation.data.json_lines import read_samples
 from transformers_sgl.evaluation.data.load import load_samples
 from transformers_sgl.evaluation.data.samples import Sample
 from transformers_sgl.evaluation.data.scenes import Question, Scene, SceneObject, Scenes
 
 __all__ = [
-    "EasyVQAQuestion",
     "Question",
     "Sample",
     "Scene",
     "SceneObject",
     "Scenes",
-    "load_easy_vqa",
     "load_samples",
-    "question_only_prior",
     "read_samples",
 ]

@@ -16,7 +16,6 @@ from transformers_sgl.evaluation.data.samples import UNREADABLE, Sample, check_i
 
 __all__ = ["load_data_set"]
 
-
 # What a data set may call what we look for, if nothing else is said.
 _DEFAULT_COLUMNS = {
     "image": ("image",),
@@ -25,8 +24,6 @@ _DEFAULT_COLUMNS = {
     "choices": ("choices", "options"),
     "kind": ("kind",),
 }
-
-
 _OPTIONAL_COLUMNS = ("choices", "kind")
 
 

@@ -16,11 +16,7 @@ from transformers_sgl.evaluation.data.scenes import Scenes
 __all__ = ["load_samples"]
 
 _EASY_VQA_SPLITS = ("test", "train")
-
-
 _SCENES_SPLITS = ("test", "calibration", "train")
-
-
 _NUM_SCENES = 2000
 
 
@@ -67,7 +63,8 @@ def load_samples(
     if columns and (built_in or name.endswith(".jsonl")):
         raise ValueError(f"{name!r} has no columns to be named: leave `columns` out.")
     if source == "easy-vqa":
-        return _easy_vqa(_known_split(source, split, _EASY_VQA_SPLITS), draw)
+        samples = load_easy_vqa(_known_split(source, split, _EASY_VQA_SPLITS))
+        return [samples[index] for index in draw(len(samples))]
     if source == "scenes":
         return _scenes(_known_split(source, split, _SCENES_SPLITS), draw)
     if name.endswith(".jsonl"):
@@ -87,21 +84,6 @@ def _known_split(source: str, split: str, known: Sequence[str]) -> str:
     if split and split not in known:
         raise ValueError(f"{source} has no split {split!r}: take one of {', '.join(known)}.")
     return split or known[0]
-
-
-def _easy_vqa(split: str, draw: Callable[[int], list[int]]) -> list[Sample]:
-    questions = load_easy_vqa(split)
-    return [
-        Sample(
-            image=questions[index].image_path,
-            question=questions[index].question,
-            answers=(questions[index].answer,),
-            kind="yes/no" if questions[index].is_yes_no else "other",
-            image_id=f"easy-vqa/{split}/{questions[index].image_id}",
-            where=f"'easy-vqa:{split}', row {index}",
-        )
-        for index in draw(len(questions))
-    ]
 
 
 def _scenes(split: str, draw: Callable[[int], list[int]]) -> list[Sample]:

@@ -26,8 +26,8 @@ class Sample:
         answers: The right answers; for multiple choice letters or texts of choices.
         choices: The choices in the order of their letters; empty for an open question.
         kind: The row of the tables that the question counts in, such as `"yes/no"`.
-        image_id: The same for all questions about one image, as far as that can be known.
-        where: Where it was read from, in the words of an error message.
+        image_id: The same for all questions about one image, as far as known.
+        where: Where it was read from, for error messages.
     """
 
     image: Path | Image.Image | Callable[[], Image.Image]
@@ -40,7 +40,7 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """The question, with the choices behind it, each on a line of its own.
+        """The question, followed by the choices, each on its own line.
 
         Example:
             ```python
@@ -69,7 +69,7 @@ class Sample:
 
 
 def checked_choices(sample: Sample) -> Sample:
-    """The sample, if its right answers are among its choices, where it has any."""
+    """The sample; raises if its right answers are not among its choices."""
     if sample.choices:
         try:
             choice_accuracy("", sample.answers, sample.choices)
@@ -79,7 +79,7 @@ def checked_choices(sample: Sample) -> Sample:
 
 
 def check_image(path: Path, where: str) -> None:
-    """Finds what is missing or no image at all; only the head of the file is read."""
+    """Raises if a file is missing or is no image; only its header is read."""
     if not path.is_file():
         raise OSError(
             f"{where}: `image` names {str(path)!r}, but there is no such file; give a path that is absolute or starts "

@@ -23,8 +23,6 @@ __all__ = [
 ]
 
 SHAPES = ("circle", "rectangle", "triangle")
-
-
 COLORS = {
     "black": (0, 0, 0),
     "blue": (0, 0, 255),
@@ -35,39 +33,22 @@ COLORS = {
     "teal": (0, 128, 128),
     "yellow": (255, 255, 0),
 }
-
-
 LABELS = tuple("ABCDEFHJKLMNPRSTUXYZ")  # no G, I, O, Q, V, W: each of the twenty is told apart at a glance
-
-
 CELL = 32  # pixels; two cells make a 64-pixel tile, so no object straddles two tiles
-
-
 SUPERSAMPLING = 4
-
-
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One labelled shape.
+    """One labelled shape."""
 
-    Attributes:
-        shape: One of `SHAPES`.
-        color: A key of `COLORS`.
-        label: The letter printed on it, or an empty string.
-        row: Row of its cell, from the top.
-        column: Column of its cell, from the left.
-        box: `(left, top, right, bottom)` of the shape in pixels.
-    """
-
-    shape: str
-    color: str
-    label: str
-    row: int
-    column: int
-    box: Box
+    shape: str  # one of `SHAPES`
+    color: str  # a key of `COLORS`
+    label: str  # the letter printed on it, or an empty string
+    row: int  # row of its cell, from the top
+    column: int  # column of its cell, from the left
+    box: Box  # `(left, top, right, bottom)` of the shape in pixels
 
 
 def random_background(rng: np.random.Generator) -> tuple[int, int, int]:

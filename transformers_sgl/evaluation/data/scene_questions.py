@@ -12,25 +12,17 @@ from transformers_sgl.evaluation.data.scene_objects import COLORS, LABELS, SHAPE
 __all__ = ["KINDS", "ORDINALS", "Question", "ask"]
 
 KINDS = ("label", "color", "shape", "where", "count", "yes_no", "negated", "describe", "list")
-
-
 ORDINALS = ("first", "second", "third", "fourth")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene.
+    """A question about a scene."""
 
-    Attributes:
-        kind: One of `KINDS`.
-        question: The question, lower case except for letters that name a label.
-        answer: The only correct answer.
-        objects: Indices into `Scene.objects` of the objects that the question is about, empty where it is about all.
-    """
-
-    kind: str
-    question: str
-    answer: str
+    kind: str  # one of `KINDS`
+    question: str  # the question, lower case except for letters that name a label
+    answer: str  # the only correct answer
+    # Indices into `Scene.objects` of the objects that the question is about, empty where it is about all.
     objects: tuple[int, ...] = ()
 
 

@@ -43,17 +43,11 @@ SPLITS = {"train": 0, "test": 1, "calibration": 2}
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture of labelled shapes, what is in it, and questions about it.
+    """A picture of labelled shapes, what is in it, and questions about it."""
 
-    Attributes:
-        image: The picture, `(size, size)` pixels, RGB.
-        objects: The objects, in reading order.
-        questions: The questions, answers included.
-    """
-
-    image: Image.Image
-    objects: tuple[SceneObject, ...]
-    questions: tuple[Question, ...] = field(default=(), repr=False)
+    image: Image.Image  # the picture, `(size, size)` pixels, RGB
+    objects: tuple[SceneObject, ...]  # the objects, in reading order
+    questions: tuple[Question, ...] = field(default=(), repr=False)  # the questions, answers included
 
     @property
     def grid(self) -> int:
@@ -76,14 +70,10 @@ class Scenes:
         split: `"train"`, `"calibration"` or `"test"`. Scenes of different splits never share a seed.
         seed: A number that names the sequence.
         size: Side of the canvas in pixels, a multiple of 32 up to 128. 128 gives a 4 x 4 grid of cells.
-        objects: The least and the greatest number of objects; 3 to 6 on a 4 x 4 grid and 1 to 4 on smaller ones
-            unless told.
+        objects: The least and the most objects; by default 3 to 6 on a 4 x 4 grid, 1 to 4 on smaller ones.
         questions_per_scene: Questions to draw for each scene.
         kinds: The kinds of question to draw, as often as they are named.
         length: How many scenes iterating gives.
-
-    Raises:
-        ValueError: If the split, the size or a kind is not one that exists.
     """
 
     def __init__(

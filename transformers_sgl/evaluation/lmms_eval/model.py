@@ -1,12 +1,12 @@
 """A pair as a model of lmms-eval, the harness that holds the field's benchmarks.
 
-lmms-eval finds it through an entry point of this package and `manifest`, and calls it `sgl`:
+lmms-eval finds it through an entry point and `manifest`, and calls it `sgl`:
 
     python -m lmms_eval --model sgl --model_args pretrained=my-pair,preset=fast --tasks textvqa_val --batch_size 8
 
-It hands over its requests, each a function that makes a conversation with images or videos, and the generation
-settings of its task. Those with the same settings are answered in batches, by the pair or, for comparison, by one of
-its models alone. Written for lmms-eval 0.7.3; nothing else imports this module, so nothing else needs lmms-eval.
+A request is a function that makes a conversation with images or videos, with the generation settings of its task.
+Requests with the same settings are answered in batches, by the pair or by one of its models alone. Written for
+lmms-eval 0.7.3; nothing else imports this module, so nothing else needs lmms-eval.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from transformers.utils import logging
 
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
+from transformers_sgl.opening import chat_inputs
 from transformers_sgl.processing_sgl import SGLProcessor
 
 __all__ = ["SGLChatModel"]
 
 # Below transformers' own logger, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
-
 _METHODS = ("pair", "large", "small")
 _PAIR_SETTINGS = vars(SGLGenerationConfig()).keys() - vars(GenerationConfig()).keys()
-# lmms-eval lets an answer end here wherever a task does not say where. It separates examples in one running text; in a
-# conversation every example has its turn, and only answers of several paragraphs would be cut off.
+# Where answers end if a task does not say where. It separates examples in one running text; in a conversation, where
+# every example has a turn, it would only cut off answers of several paragraphs.
 _SEPARATOR_OF_EXAMPLES = "\n\n"
 _SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -53,7 +53,7 @@ class SGLChatModel(lmms):
             as it is in transformers, where the settings of the pair are refused.
         preset (`str`, *optional*): `"quality"`, `"balanced"` or `"fast"`; by default the pair's own settings hold.
         batch_size (`int` or `str`, defaults to 1): How many requests are answered at once; lmms-eval's `--batch_size`.
-        max_batch_size (`int`, *optional*): Refused, as it is for batch sizes that are found out automatically.
+        max_batch_size (`int`, *optional*): Refused: it is for automatic batch sizes.
         device (`str`, *optional*): Where the models run; by default on the accelerator, if there is one. With
             `accelerate launch` every process has its own.
         device_map (`str`, *optional*): For models that are spread over several devices, in one process.
@@ -182,17 +182,10 @@ class SGLChatModel(lmms):
                     f"The task {task!r} holds audio, but a pair reads images and videos only: leave it out."
                 )
             conversations.append(messages)
-        options: dict[str, Any] = {"padding": True, "padding_side": "left"}
+        options: dict[str, Any] = {"padding_side": "left"}
         if "video" in kinds and self.num_frames is not None:
             options |= {"num_frames": self.num_frames, "do_sample_frames": True}
-        return self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=options,
-        ).to(self.model.device, dtype=self.model.dtype)
+        return chat_inputs(self.model, self.processor, conversations, **options)
 
     def _generation_settings(self, asked: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The arguments of `generate` for what a task asks for, and the texts that its answers end before."""

@@ -35,7 +35,6 @@ __all__ = [
     "find_method",
 ]
 
-
 METHODS: dict[str, Method] = {
     "large": Large(),
     "small": Small(),

@@ -16,7 +16,6 @@ class Large(Method):
     prunes = False
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """See [`Method.answer`]."""
         return _alone(pair, "large", batch)
 
 
@@ -27,7 +26,6 @@ class Small(Method):
     prunes = False
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """See [`Method.answer`]."""
         return [replace(answer, retention=None) for answer in _alone(pair, "small", batch)]
 
 

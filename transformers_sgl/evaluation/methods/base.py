@@ -39,16 +39,6 @@ class Setting:
     def of(cls, average: float, num_layers: int) -> Setting:
         """The setting for an average retention, interpolated between the paper's three operating points.
 
-        Args:
-            average (`float`): The target, in `(0, 1)`.
-            num_layers (`int`): The large model's decoder layers.
-
-        Returns:
-            `Setting`: The setting, with the nearest layer that leaves tokens to keep.
-
-        Raises:
-            ValueError: If the target is not in `(0, 1)`.
-
         Example:
             ```python
             >>> from transformers_sgl.evaluation.methods import Setting
@@ -149,17 +139,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that are answered together.
-
-    Attributes:
-        samples: The samples.
-        indices: Their places in the data. Random methods draw from them, so that a sample's draw does not depend on
-            the rest of its batch.
-        images: Their images.
-    """
+    """Samples that are answered together."""
 
     samples: Sequence[Sample]
-    indices: Sequence[int]
+    indices: Sequence[int]  # places in the data, as seeds of random methods: draws do not depend on the batch
     images: Sequence[Image.Image]
 
 
@@ -174,16 +157,7 @@ class Method(ABC):
 
     @abstractmethod
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """Answers a batch.
-
-        Args:
-            pair ([`Pair`]): The models.
-            batch ([`Batch`]): The samples.
-            setting ([`Setting`]): How many visual tokens the large model may process.
-
-        Returns:
-            `list[Answer]`: An answer for each sample.
-        """
+        """Answers each sample of a batch; `setting` is how many visual tokens the large model may process."""
 
 
 def answer_lengths(written: Tensor, model: Any) -> list[int]:

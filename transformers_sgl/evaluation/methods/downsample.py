@@ -25,7 +25,6 @@ class Downsample(Method):
     """
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """See [`Method.answer`]."""
         large, processor = pair.model.large, pair.processor.large_processor
         answers: dict[int, Answer] = {}
         groups: dict[_Size, list[int]] = {}
@@ -45,19 +44,12 @@ class Downsample(Method):
 
 @dataclass(frozen=True)
 class _Size:
-    """A smaller size of an image.
+    """A smaller size of an image."""
 
-    Attributes:
-        scale: The factor of the image's sides.
-        num_tokens_before: The visual tokens at full size.
-        tile_px: The side of a tile, for models that cut images into tiles.
-        max_tiles: The most tiles.
-    """
-
-    scale: float
-    num_tokens_before: int
-    tile_px: int | None = None
-    max_tiles: int | None = None
+    scale: float  # the factor of the image's sides
+    num_tokens_before: int  # the visual tokens at full size
+    tile_px: int | None = None  # the side of a tile, for models that cut images into tiles
+    max_tiles: int | None = None  # the most tiles
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The image at this size."""

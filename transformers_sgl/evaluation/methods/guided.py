@@ -25,7 +25,6 @@ class SGP(Method):
     scores_draft: bool = False
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """See [`Method.answer`]."""
         return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
@@ -78,5 +77,4 @@ class SGL(SGP):
     thresholds: dict[float, float] = field(default_factory=dict)
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """See [`Method.answer`]."""
         return self._generate(pair, batch, setting, self.thresholds[setting.average_retention])

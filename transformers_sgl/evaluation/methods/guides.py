@@ -37,34 +37,15 @@ class Guide(Method):
     def rank(
         self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens, setting: Setting
     ) -> Iterator[Callable[[], Tensor]]:
-        """Watches the large model while it runs, for guides that rank by what they see there.
+        """Watches the large model run; yields a function that gives the importance.
 
-        Args:
-            pair ([`Pair`]): The models.
-            batch ([`Batch`]): The samples.
-            inputs (`BatchFeature`): The large model's inputs.
-            tokens (`VisualTokens`): Their visual tokens.
-            setting ([`Setting`]): What will be kept.
-
-        Yields:
-            `Callable`: Gives the importance, of shape `(batch, num_visual_tokens)`; called when the large model's
-            prefill reaches the prune layer.
+        The function is called when the prefill reaches the prune layer.
         """
         importance = self.importance(pair, batch, inputs, tokens)
         yield lambda: importance
 
     def importance(self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens) -> Tensor:
-        """The importance of every visual token, known before the large model runs.
-
-        Args:
-            pair ([`Pair`]): The models.
-            batch ([`Batch`]): The samples.
-            inputs (`BatchFeature`): The large model's inputs.
-            tokens (`VisualTokens`): Their visual tokens.
-
-        Returns:
-            `Tensor` of shape `(batch, num_visual_tokens)`: The importance.
-        """
+        """The importance of every visual token, `(batch, num_visual_tokens)`, before the large model runs."""
         raise NotImplementedError(f"{type(self).__name__} gives no importance.")
 
     def setting(self, setting: Setting) -> Setting:
@@ -72,7 +53,6 @@ class Guide(Method):
         return setting
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        """See [`Method.answer`]."""
         large, processor = pair.model.large, pair.processor.large_processor
         setting = self.setting(setting)
         inputs = pair.inputs(processor, batch.samples, batch.images)
@@ -103,7 +83,6 @@ class Random(Guide):
     """Keeps visual tokens at random: the baseline that every guide has to beat."""
 
     def importance(self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens) -> Tensor:
-        """Drawn sample by sample; see [`Guide.importance`]."""
         draws = [np.random.default_rng([pair.seed, index]).random(tokens.num_visual_tokens) for index in batch.indices]
         drawn = torch.tensor(np.stack(draws), dtype=torch.float32, device=tokens.valid.device)
         return drawn * tokens.valid
@@ -119,7 +98,6 @@ class FastV(Guide):
     """
 
     def setting(self, setting: Setting) -> Setting:
-        """See [`Guide.setting`]."""
         if setting.prune_layer > 0:
             return setting
         average = average_retention(setting.retention_ratio, 1, setting.num_layers)
@@ -129,7 +107,6 @@ class FastV(Guide):
     def rank(
         self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens, setting: Setting
     ) -> Iterator[Callable[[], Tensor]]:
-        """See [`Guide.rank`]."""
         before = [setting.prune_layer - 1]
         with AttentionRecorder(pair.model.large, tokens, queries="last", layers=before) as recorder:
             yield lambda: recorder.importance
@@ -143,7 +120,6 @@ class Oracle(Guide):
     """
 
     def importance(self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens) -> Tensor:
-        """See [`Guide.importance`]."""
         with AttentionRecorder(pair.model.large, tokens) as recorder:
             pair.write(pair.model.large, inputs)
         return recorder.importance
@@ -164,14 +140,12 @@ class DivPrune(Guide):
     from_first_layer: bool = True
 
     def setting(self, setting: Setting) -> Setting:
-        """See [`Guide.setting`]."""
         return setting.from_layer(0) if self.from_first_layer else setting
 
     @contextmanager
     def rank(
         self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens, setting: Setting
     ) -> Iterator[Callable[[], Tensor]]:
-        """See [`Guide.rank`]."""
         ranked: list[Tensor] = []
 
         def read(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -189,28 +163,9 @@ class DivPrune(Guide):
 
 
 def max_min_diversity(features: Tensor, valid: Tensor, retention_ratio: float = 1.0) -> Tensor:
-    """Ranks visual tokens by the order in which max-min diversity chooses them.
+    """Ranks visual tokens, `(batch, num_visual_tokens)`, by the order in which max-min diversity chooses them.
 
-    Args:
-        features (`Tensor` of shape `(batch, num_visual_tokens, width)`): Each token's features.
-        valid (`Tensor` of shape `(batch, num_visual_tokens)`): `False` where a sample has fewer tokens.
-        retention_ratio (`float`, defaults to 1.0): The fraction that will be kept; the others are not ranked.
-
-    Returns:
-        `Tensor` of shape `(batch, num_visual_tokens)`: `num_visual_tokens` for the token chosen first, one less for
-        the next, and 0 for those not ranked.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.evaluation.methods import max_min_diversity
-
-        >>> angles = torch.tensor([[0.0, 0.1, 3.1, 1.5]])
-        >>> features = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        >>> max_min_diversity(features, torch.ones(1, 4, dtype=torch.bool), retention_ratio=0.5).tolist()
-        [[3.0, 0.0, 4.0, 0.0]]
-
-        ```
+    Those beyond the `retention_ratio` get 0. `features` has the shape `(batch, num_visual_tokens, width)`.
     """
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     valid = valid.to(unit.device)
