@@ -34,10 +34,10 @@ from tiny_pair_evaluation import (
 )
 from tqdm import tqdm
 
+from transformers_sgl.clock import now_ms
 from transformers_sgl.evaluation import KeepAccuracy, LargeCallBudget, Sample, load_samples
 from transformers_sgl.evaluation.calibration import Promise, Record
 from transformers_sgl.evaluation.calibration.threshold import choose_threshold
-from transformers_sgl.evaluation.cost import seconds_now
 
 NEVER = float("inf")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -135,9 +135,9 @@ def time_routes(evaluation: Evaluation, samples: Sequence[Sample], title: str, r
         times: dict[str, list[float]] = {name: [] for name in routes}
         for _ in range(rounds):
             for name, route in routes.items():
-                start = seconds_now(model.device)
+                start = now_ms(model.device)
                 output = route(inputs)
-                times[name].append(1000 * (seconds_now(model.device) - start))
+                times[name].append(now_ms(model.device) - start)
                 if name == "scored":
                     scores = float(output.confidence), float(output.consistency)
         for name in routes:

@@ -5,7 +5,7 @@ A place for a table is a pair of comments, and what stands between them belongs 
     <!-- table: NAME -->
     <!-- end table -->
 
-NAME is looked up in `benchmarks/*.json`, which benchmark scripts write:
+NAME is looked up in `benchmarks/results/*.json`, which benchmark scripts write:
 
     {"machine": ..., "versions": {...}, "seed": ..., "date": ...,
      "tables": {NAME: {"columns": [...], "rows": [[...]], "caption": "..."}}}
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="folder of the repository")
     arguments = parser.parse_args(argv)
 
-    tables = {"presets": presets_table(), **read_tables(arguments.root / "benchmarks")}
+    tables = {"presets": presets_table(), **read_tables(arguments.root / "benchmarks" / "results")}
     for path in arguments.root.glob("model_cards/*/training.json"):
         tables[f"{path.parent.name}-training"] = training_table(json.loads(path.read_text(encoding="utf-8")))
     stale = []
@@ -63,7 +63,7 @@ def read_tables(folder: Path) -> dict[str, str]:
             if name in tables:
                 raise ValueError(f"Two benchmarks have a table {name!r}, the second is {path.name}: rename one.")
             where = "; ".join([*_words(record["machine"]), ", ".join(_words(record["versions"]))])
-            source = f"{where}; seed {record['seed']}; {record['date']}; `benchmarks/{path.name}`"
+            source = f"{where}; seed {record['seed']}; {record['date']}; `benchmarks/results/{path.name}`"
             tables[name] = _markdown(table["columns"], table["rows"], f"{table['caption']} ({source})")
     return tables
 

@@ -18,8 +18,8 @@ RECORD = {
 
 @pytest.fixture
 def repository(tmp_path):
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "speed.json").write_text(json.dumps(RECORD))
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(RECORD))
     (tmp_path / "model_cards" / "tiny").mkdir(parents=True)
     place = "before\n\n<!-- table: {} -->\nold\n<!-- end table -->\n\nafter\n"
     (tmp_path / "README.md").write_text(place.format("speed") + place.format("unknown"))
@@ -36,7 +36,8 @@ def test_tables_are_filled_in_with_their_source(repository):
     assert (repository / "README.md").read_text() == (
         "before\n\n<!-- table: speed -->\n"
         "| what | ms |\n| --- | --: |\n| stock | 12.5 |\n| pair | 9 |\n\n"
-        "*Medians. (2 cores; torch 2.15.0, transformers 5.23.0; seed 0; 2026-11-22; `benchmarks/speed.json`)*\n"
+        "*Medians. (2 cores; torch 2.15.0, transformers 5.23.0; seed 0; 2026-11-22; "
+        "`benchmarks/results/speed.json`)*\n"
         "<!-- end table -->\n\nafter\n"
         "before\n\n<!-- table: unknown -->\n*Not measured yet.*\n<!-- end table -->\n\nafter\n"
     )
@@ -66,6 +67,6 @@ def test_check_is_content_after_writing(repository):
 
 
 def test_two_tables_of_one_name_are_refused(repository):
-    (repository / "benchmarks" / "speed2.json").write_text(json.dumps(RECORD))
+    (repository / "benchmarks" / "results" / "speed2.json").write_text(json.dumps(RECORD))
     with pytest.raises(ValueError, match="Two benchmarks have a table 'speed'"):
         render_tables.main(["--root", str(repository)])

@@ -5,7 +5,6 @@ Read [`generate`] from top to bottom: it is the method. Each step is one call in
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -30,6 +29,7 @@ from transformers_sgl.batching import (
     WholeBatchStreamer,
     merge_answers,
 )
+from transformers_sgl.clock import now_ms
 from transformers_sgl.generation_config_sgl import (
     PRESETS,
     SGLGenerationConfig,
@@ -406,22 +406,17 @@ class _Clock:
     """Wall-clock milliseconds of the steps, with the device's work waited for."""
 
     def __init__(self, *devices: torch.device) -> None:
-        self._devices = {device for device in devices if device.type == "cuda"}
-        self._started = self._last = self._now()
+        self._devices = devices
+        self._started = self._last = now_ms(*devices)
         self._laps = {"guidance_ms": 0.0, "large_ms": 0.0}
 
     def lap(self, name: str) -> None:
         """Names the time since the last lap."""
-        now = self._now()
-        self._laps[name] = (now - self._last) * 1000
+        now = now_ms(*self._devices)
+        self._laps[name] = now - self._last
         self._last = now
 
     @property
     def timings(self) -> dict[str, float]:
         """The laps and their total."""
-        return {**self._laps, "total_ms": (self._last - self._started) * 1000}
-
-    def _now(self) -> float:
-        for device in self._devices:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return {**self._laps, "total_ms": self._last - self._started}

@@ -15,20 +15,17 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "available_memory", "flop_counter", "measure_cost", "measure_working_memory", "seconds_now"]
+__all__ = ["Cost", "flop_counter", "measure_cost"]
 
 _CLEAR_PEAK = "5"  # makes Linux forget a process's peak memory; see proc_pid_clear_refs(5)
 # The attention kernels, and which of their arguments after query, key and value tells whether it is causal.
@@ -76,41 +73,6 @@ def _attention_flops(
         is_causal = more[is_causal_at] if len(more) > is_causal_at else named.get("is_causal", False)
         pairs -= num_queries * (num_queries - 1) // 2 if is_causal else 0
     return int(2 * batch_size * num_heads * pairs * (width + value[3]))
-
-
-def measure_working_memory(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most memory that the tensors of some work take at a time, in bytes.
-
-    The allocator tells it on CUDA devices and PyTorch's profiler elsewhere: to the byte, and reproducibly.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        work()  # memory that libraries keep from their first call on does not count
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0))
-
-
-def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """The free memory in bytes; `None` where the system does not tell."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-
-
-def seconds_now(device: torch.device) -> float:
-    """The clock in seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @contextmanager

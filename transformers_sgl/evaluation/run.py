@@ -21,7 +21,8 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from transformers_sgl.evaluation.cost import Cost, measure_cost, seconds_now
+from transformers_sgl.clock import now_ms
+from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import metric
@@ -201,9 +202,9 @@ def _run_batch(
     # The order changes from batch to batch, so that no run always follows the same other.
     for place in np.random.default_rng(indices.start).permutation(len(runs)):
         run: Run = runs[place]
-        start = seconds_now(pair.model.device)
+        start = now_ms(pair.model.device)
         answers = run.method.answer(pair, batch, run.setting)
-        seconds = (seconds_now(pair.model.device) - start) / len(answers)
+        seconds = (now_ms(pair.model.device) - start) / 1000 / len(answers)
         for index, sample, answer in zip(indices, batch.samples, answers, strict=True):
             fields = asdict(answer)
             text = fields.pop("text")

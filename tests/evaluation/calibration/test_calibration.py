@@ -506,7 +506,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatc
 def test_thresholds_of_the_embedded_pair_keep_their_promise_on_questions_they_have_not_seen(
     data: str, promise: Promise
 ) -> None:
-    measured = Path(__file__).parents[3] / "benchmarks" / "sgl_tiny_early_exit.json"
+    measured = Path(__file__).parents[3] / "benchmarks" / "results" / "sgl_tiny_early_exit.json"
     records = records_of({k: np.array(v) for k, v in json.loads(measured.read_text())["answers"][data].items()})
     reports = [choose_threshold(records, range(len(records)), promise, seed=seed) for seed in range(100)]
     assert sum(report.promise_held for report in reports) >= 95

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_sgl.evaluation import startup
+from benchmarks.parts import startup
 
 
 def test_one_round_measures_everything(embedded_pair_path: Path) -> None:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import IMAGE, TOKENS_PER_TILE, prompts, tiny_internvl
 
-from transformers_sgl.evaluation import benchmark
-from transformers_sgl.evaluation.benchmark import (
-    Pairing,
+from benchmarks.parts import guidance
+from benchmarks.parts.answers import prescribed, random_answer, random_draft
+from benchmarks.parts.break_even import measure_break_even
+from benchmarks.parts.decode import cache_bytes, measure_decode
+from benchmarks.parts.drafts import measure_drafts
+from benchmarks.parts.end_to_end import measure_end_to_end
+from benchmarks.parts.growth import measure_growth, power_law
+from benchmarks.parts.guidance import (
     attention_matrix_bytes,
-    break_even,
-    cache_bytes,
-    measure_break_even,
-    measure_decode,
-    measure_drafts,
-    measure_end_to_end,
-    measure_growth,
+    compare_importance,
     measure_guidance,
-    measure_prefill,
-    power_law,
     published_importance,
 )
+from benchmarks.parts.pairing import Pairing, random_keep_mask
+from benchmarks.parts.prefill import measure_prefill
+from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.generation_config_sgl import PRESETS
+from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.transformers_interface import cache_of
 
 NUM_LAYERS = 8
@@ -70,7 +72,7 @@ class TestGuidance:
         assert before == (small.config._attn_implementation, small.get_decoder().config._attn_implementation)
 
     def test_what_does_not_fit_is_left_out_with_its_reason(self, small, monkeypatch):
-        monkeypatch.setattr(benchmark, "available_memory", lambda device: 2**10)
+        monkeypatch.setattr(guidance, "available_memory", lambda device: 2**10)
         found = measure_guidance(small, question(), answer_tokens=2, rounds=1, memory=False)
         assert found["ways"]["published"] == found["ways"]["published_whole"]
         assert found["ways"]["published"]["skipped"].endswith("and 0.0 GiB are left")
@@ -79,8 +81,8 @@ class TestGuidance:
         assert not {"importance", "published_over_capture"} & set(found)
 
     def test_a_map_that_differs_is_told(self, small, monkeypatch):
-        monkeypatch.setattr(benchmark, "published_importance", lambda *_, **__: torch.ones(1, 3 * TOKENS_PER_TILE))
-        found = benchmark._compare_importance(small, question(), answer_tokens=2)
+        monkeypatch.setattr(guidance, "published_importance", lambda *_, **__: torch.ones(1, 3 * TOKENS_PER_TILE))
+        found = compare_importance(small, question(), answer_tokens=2)
         assert not found["equal"]
         assert found["largest_difference"] > found["tolerance"]
 
@@ -134,10 +136,10 @@ class TestPrefill:
             assert speed_up["min"] / ideal["max"] <= reached["median"] <= speed_up["max"] / ideal["min"]
 
     def test_each_sample_keeps_its_own_share(self, large):
-        tokens = benchmark.visual_tokens_of(large.config, prompts())  # 16, 32 and 2 x 16 visual tokens
-        kept = benchmark._random_keep_mask(tokens, 0.05, seed=0)
+        tokens = visual_tokens_of(large.config, prompts())  # 16, 32 and 2 x 16 visual tokens
+        kept = random_keep_mask(tokens, 0.05, seed=0)
         assert kept.sum(dim=1).tolist() == [1, 1, 1]
-        assert benchmark._random_keep_mask(tokens, 0.4, seed=0).sum(dim=1).tolist() == [6, 12, 12]
+        assert random_keep_mask(tokens, 0.4, seed=0).sum(dim=1).tolist() == [6, 12, 12]
 
 
 class TestDecode:
@@ -177,17 +179,17 @@ class TestDrafts:
 
     def test_drafts_are_wrong_as_often_as_asked_and_hold_no_special_token(self, large):
         inputs = question(batch_size=4)
-        answer = benchmark._answer(large, inputs, 500, seed=3)
+        answer = random_answer(large, inputs, 500, seed=3)
         assert answer.shape == (4, 500)
         for rate in (0.0, 0.8, 1.0):
-            draft = benchmark._draft(large, inputs, 500, rate, seed=3)
+            draft = random_draft(large, inputs, 500, rate, seed=3)
             assert float((draft == answer).float().mean()) == pytest.approx(rate, abs=0.03)
             assert not (draft == IMAGE).any()
 
     def test_the_answer_is_the_prescribed_one(self, large):
         inputs = question(batch_size=2)
-        written = large.generate(**inputs, max_new_tokens=5, **benchmark._prescribed(large, inputs, 5, seed=7))
-        assert torch.equal(written[:, -5:], benchmark._answer(large, inputs, 5, seed=7))
+        written = large.generate(**inputs, max_new_tokens=5, **prescribed(large, inputs, 5, seed=7))
+        assert torch.equal(written[:, -5:], random_answer(large, inputs, 5, seed=7))
 
 
 class TestEndToEnd:
@@ -207,20 +209,13 @@ class TestEndToEnd:
             assert preset["by_exit_share"]["0"] == preset["scored"]["time_over_large"]
             assert preset["by_exit_share"]["1"] == found["exit"]["time_over_large"]
 
-    @pytest.mark.parametrize(
-        ("scored", "exits", "share"), [(0.9, 0.3, 0.0), (1.2, 0.2, 0.2), (1.5, 1.0, None), (1.0, 0.5, 0.0)]
-    )
-    def test_break_even_share_by_hand(self, scored, exits, share):
-        found = benchmark._break_even_share(scored, {"time_over_large": {"median": exits}})
-        assert found == (None if share is None else pytest.approx(share))
-
     def test_what_runs_is_what_is_said(self, large, small):
         pairing, asked = Pairing(large, small, question()), {"max_new_tokens": 3, "verify_draft": False}
         asked |= {"return_dict_in_generate": True, **PRESETS["fast"]}
         out = pairing.guided(**asked, early_exit_threshold=0.0)
         assert out.exited_early.all()
         assert out.num_large_forward_passes == 0
-        on = pairing.guided(**asked, early_exit_threshold=benchmark.NEVER_EXIT, score_draft=True)
+        on = pairing.guided(**asked, early_exit_threshold=NEVER_EXIT, score_draft=True)
         assert not on.exited_early.any()
         assert on.decision_score is not None
         assert int(on.keep_mask.sum()) == 2
@@ -241,29 +236,14 @@ class TestBreakEven:
         assert [series["acceptance"] for series in found["series"]] == [None, 1.0]
         for series in found["series"]:
             assert [point["value"] for point in series["points"]] == [1, 4]
-            ratios = [point["time_over_large"]["median"] for point in series["points"]]
-            assert series["break_even"] == break_even([1, 4], ratios)
+            for point in series["points"]:
+                rounds_of = zip(point["pair"]["samples_ms"], point["large"]["samples_ms"], strict=True)
+                assert point["time_over_large"]["median"] == statistics.median(
+                    pair / alone for pair, alone in rounds_of
+                )
 
     def test_without_points_there_is_none(self):
-        assert measure_break_even(())["series"] == [{"acceptance": None, "points": [], "break_even": None}]
-
-    @pytest.mark.parametrize(
-        ("ratios", "pays", "at"),
-        [
-            ([1.2, 1.1, 1.0], "never", None),
-            ([0.9, 0.8, 0.99], "always", None),
-            ([1.5, 0.5, 0.4], "above", 15.0),
-            ([0.5, 0.9, 1.1], "below", 30.0),
-            ([1.2, 0.8, 1.2], "below", 30.0),  # twice: the last
-        ],
-    )
-    def test_by_hand(self, ratios, pays, at):
-        found = break_even([10, 20, 40], ratios)
-        assert found == {"pays": pays, "at": None if at is None else pytest.approx(at)}
-
-    def test_nothing_to_compare_is_refused(self):
-        with pytest.raises(ValueError, match="There are 0 values and 0 ratios"):
-            break_even([], [])
+        assert measure_break_even(())["series"] == [{"acceptance": None, "points": []}]
 
 
 class TestGrowth:
@@ -280,7 +260,7 @@ class TestGrowth:
 
     def test_what_was_left_out_is_no_point(self, small, monkeypatch):
         points = ((small, number, question(number), 2) for number in (1, 2, 8))
-        monkeypatch.setattr(benchmark, "available_memory", lambda device: 2**20)
+        monkeypatch.setattr(guidance, "available_memory", lambda device: 2**20)
         found = measure_growth(points, rounds=1, memory=False)
         assert found["power_laws"]["published"]["time"]["num_points"] == 2
         assert found["power_laws"]["capture"]["time"]["num_points"] == 3

@@ -12,10 +12,11 @@ from tiny_families import picture
 from tiny_processors import PROCESSORS, square
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.random_models import random_inputs, random_model
+from benchmarks.shapes import SHAPES
 from transformers_sgl import AttentionRecorder, VisualTokenPruner, VisualTokens
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.evaluation.cost import measure_cost
-from transformers_sgl.evaluation.random_models import SHAPES, random_inputs, random_model
 from transformers_sgl.transformers_interface import cache_of
 
 pytestmark = pytest.mark.mechanics

@@ -3,9 +3,8 @@ from __future__ import annotations
 import gc
 
 import pytest
-import torch
 
-from transformers_sgl.evaluation.timing import Timing, now_ms, ratio, spread, take_turns
+from benchmarks.timing import Timing, ratio, spread, take_turns
 
 
 def test_contenders_take_turns_and_warm_up_does_not_count():
@@ -52,10 +51,3 @@ def test_a_timing_as_json():
 def test_no_round_is_refused():
     with pytest.raises(ValueError, match="`rounds` is 0: pass a whole number of 1 or more"):
         take_turns({}, rounds=0)
-
-
-def test_the_clock_counts_milliseconds_and_waits_for_the_device(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    assert now_ms(torch.device("cpu")) <= now_ms(torch.device("cuda", 0))
-    assert waited == [torch.device("cuda", 0)]

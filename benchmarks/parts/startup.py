@@ -1,17 +1,16 @@
-"""What it costs to begin: importing the package, and loading a pair.
+"""Start-up: importing the package, and loading a pair.
 
 Both are compared with what a user of stock transformers waits for anyway: importing it, and loading the pair's two
-models one after the other. Things that are compared take turns, so that a machine that slows down slows both.
+models one after the other. Things that are compared take turns.
 
-Imports are timed inside processes of their own, from their first statement on; what Python itself needs to start is
-not counted. Loading is timed in this process, after a first time that is not counted. That also brings every file that
-is imported into the operating system's cache, so that no import pays for the disk.
+Imports are timed inside processes of their own, from their first statement on; Python's own start is not counted.
+Loading is timed in this process, after a first time that is not counted. That also brings every file that is imported
+into the operating system's cache, so that no import pays for the disk.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForImageTextToText
+
+from benchmarks.timing import spread
 
 __all__ = ["measure_startup"]
 
@@ -48,15 +49,14 @@ def measure_startup(pair: Path, rounds: int = 5) -> dict[str, Any]:
 
     Args:
         pair (`Path`): A bundle: a folder with `large/` and `small/`.
-        rounds (`int`, defaults to 5): How often everything is measured; a round takes some ten seconds and the time to
-            load the pair twice.
+        rounds (`int`, defaults to 5): How often everything is measured.
 
     Returns:
         `dict`: Ready for JSON. `import_s` holds the seconds of `import transformers`, of the same with
         `transformers_sgl` behind it, and of `import transformers_sgl` alone; `auto_class_s`, of the first two, the
         seconds until `AutoModelForImageTextToText` is imported as well; `load_s` those of `from_pretrained` of the two
         models alone and of the pair. Each is a `dict` of median, min and max. So are `import_ratio`,
-        `auto_class_ratio` and `load_ratio`, which compare, in each round, with this package to without it.
+        `auto_class_ratio` and `load_ratio`: with this package over without it, in each round.
 
     Raises:
         OSError: If there is no bundle.
@@ -73,11 +73,11 @@ def measure_startup(pair: Path, rounds: int = 5) -> dict[str, Any]:
                 measured[name].append(seconds)
     return {
         "rounds": rounds,
-        "import_s": {name: _summary(seconds) for name, seconds in imported.items()},
+        "import_s": {name: spread(seconds) for name, seconds in imported.items()},
         "import_ratio": _ratio(imported["transformers and transformers_sgl"], imported["transformers"]),
-        "auto_class_s": {name: _summary(seconds) for name, seconds in auto_class.items()},
+        "auto_class_s": {name: spread(seconds) for name, seconds in auto_class.items()},
         "auto_class_ratio": _ratio(auto_class["transformers and transformers_sgl"], auto_class["transformers"]),
-        "load_s": {"two models": _summary(models), "pair": _summary(whole)},
+        "load_s": {"two models": spread(models), "pair": spread(whole)},
         "load_ratio": _ratio(whole, models),
     }
 
@@ -97,13 +97,9 @@ def _loading_seconds(pair: Path, rounds: int) -> tuple[list[float], list[float]]
             start = time.perf_counter()
             loaded = [AutoModelForImageTextToText.from_pretrained(folder, dtype="auto") for folder in folders]
             measured.append(time.perf_counter() - start)
-            del loaded  # before the next are loaded, whose memory might not be there else
+            del loaded  # the next may need its memory
     return seconds[0][1:], seconds[1][1:]
 
 
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def _ratio(values: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
-    return _summary([value / other for value, other in zip(values, stock, strict=True)])
+    return spread([value / other for value, other in zip(values, stock, strict=True)])
