@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.arguments import read_arguments
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput
+from transformers_sgl.generation_sgl import generate
 from transformers_sgl.tokens.importance_process import ImportanceProcessor
 from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers
 
@@ -72,13 +74,15 @@ def generate_with_small_model(
             f"Guidance needs a small model, but `small_model` is {small_model!r}: load one with `from_pretrained` and "
             "pass it, or call the `generate` of a pair without `custom_generate`."
         )
-    settings, model_inputs, generate_kwargs = read_arguments(inputs, generation_config, kwargs)
+    settings, model_inputs, generate_kwargs = read_arguments(
+        inputs, generation_config, kwargs, model.generation_config
+    )
     tokenizers = generate_kwargs.get("tokenizer"), small_tokenizer
     return generate(
         model,
         small_model,
         model_inputs,
-        settings.resolved(model.generation_config),
+        settings,
         _vocabularies(model, small_model, *tokenizers),
         importance_processor,
         **generate_kwargs,

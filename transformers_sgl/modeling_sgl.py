@@ -30,9 +30,11 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from transformers_sgl.architectures import check_supported
+from transformers_sgl.arguments import read_arguments
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput
+from transformers_sgl.generation_sgl import generate
 from transformers_sgl.storage.checkpoints import (
     HUB_KWARGS,
     PARTS,
@@ -464,12 +466,14 @@ class SGLForConditionalGeneration(AnyAttention, PreTrainedModel, GenerationMixin
         Raises:
             ValueError: If a setting or an input cannot be used, with cause and cure.
         """
-        settings, model_inputs, generate_kwargs = read_arguments(inputs, generation_config, kwargs)
+        settings, model_inputs, generate_kwargs = read_arguments(
+            inputs, generation_config, kwargs, self.generation_config, self.large.generation_config
+        )
         return generate(
             self.large,
             self.small,
             model_inputs,
-            settings.resolved(self.generation_config),
+            settings,
             self._vocabularies(generate_kwargs.get("tokenizer"), small_tokenizer),
             importance_processor,
             **generate_kwargs,

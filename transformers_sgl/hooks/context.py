@@ -6,15 +6,29 @@ Whatever this package changes about a model, it changes inside such a context.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from threading import Lock, RLock
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
 
 from transformers_sgl.versions import name_versions
 
-__all__ = ["HookContext"]
+__all__ = ["HookContext", "one_at_a_time"]
 
 _Context = TypeVar("_Context", bound="HookContext")
+
+_LOCKS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
+
+
+def one_at_a_time(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """The lock to hold while a model runs: hooks belong to one call, so threads that share a model take turns."""
+    with _LOCKS_LOCK:
+        lock: AbstractContextManager[Any] = _LOCKS.setdefault(model, RLock())
+        return lock
 
 
 class HookContext(ABC):
