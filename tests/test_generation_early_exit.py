@@ -488,4 +488,4 @@ def test_the_pair_needs_no_tokenizer_for_models_of_one_file(tmp_path, monkeypatc
     for _ in range(2):
         loaded.generate(**prompts(), **GREEDY)
     assert [str(path) for path in calls] == [str(tmp_path / "large"), str(tmp_path / "small")]
-    assert loaded._vocabularies().shared is False
+    assert loaded._vocabularies.shared is False

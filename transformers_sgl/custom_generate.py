@@ -1,7 +1,6 @@
 """Guided generation for a stock large model: `large.generate(custom_generate="me/sgl-generate", small_model=small)`.
 
-A repository's `custom_generate/generate.py` calls
-[`generate_with_small_model`], which transformers hands the call as it was made.
+A repository's `custom_generate/generate.py` calls [`generate_with_small_model`] with the call's own arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers_sgl.arguments import read_arguments
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.tokens.importance_process import ImportanceProcessor
-from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers
+from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers, vocabulary_sizes
 
 __all__ = ["generate_with_small_model"]
 
@@ -77,33 +76,26 @@ def generate_with_small_model(
     settings, model_inputs, generate_kwargs = read_arguments(
         inputs, generation_config, kwargs, model.generation_config
     )
-    tokenizers = generate_kwargs.get("tokenizer"), small_tokenizer
     return generate(
         model,
         small_model,
         model_inputs,
         settings,
-        _vocabularies(model, small_model, *tokenizers),
+        _vocabularies(model, small_model).given(generate_kwargs.get("tokenizer"), small_tokenizer),
         importance_processor,
         **generate_kwargs,
     )
 
 
-# Reading tokenizers takes long, so it is done once for any two models; who forgets the models, forgets these.
 _VOCABULARIES: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, Vocabularies]] = (
     WeakKeyDictionary()
 )
 
 
-def _vocabularies(
-    large: PreTrainedModel, small: PreTrainedModel, tokenizer: Any = None, small_tokenizer: Any = None
-) -> Vocabularies:
-    """What is known about the models' tokenizers: those given, or those beside the checkpoints."""
-    large_size, small_size = (each.config.get_text_config(decoder=True).vocab_size for each in (large, small))
-    if tokenizer is not None and small_tokenizer is not None:
-        return Vocabularies(lambda: (tokenizer, small_tokenizer), (large_size, small_size))
-    paths = large.name_or_path, small.name_or_path  # and not the models, which the cache must not keep alive
+def _vocabularies(large: PreTrainedModel, small: PreTrainedModel) -> Vocabularies:
+    """The models' vocabularies; tokenizers are read from the checkpoints, once for any two models."""
+    paths = large.name_or_path, small.name_or_path  # not the models, which the cache must not keep alive
     known = _VOCABULARIES.setdefault(large, WeakKeyDictionary())
     return known.setdefault(
-        small, Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), (large_size, small_size))
+        small, Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), vocabulary_sizes(large, small))
     )

@@ -18,7 +18,7 @@ __all__ = ["Clock", "SGLGenerateOutput", "passed_on", "sequences_of"]
 
 @dataclass(repr=False)
 class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
-    """What guided generation returns with `return_dict_in_generate=True`: stock `generate`'s output, and more.
+    """The output of guided generation with `return_dict_in_generate=True`: stock `generate`'s output, and more.
 
     The fields are the same whatever the settings; `None` where a part did not run or was not asked for.
 
@@ -26,12 +26,12 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         sequences (`Tensor` of shape `(batch, prompt_length + answer_length)`): Prompts and answers in the large
             model's vocabulary, as from any `generate`.
         importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention that each visual token
-            received in the small model, in float32; handed over to the large model's visual tokens.
-        importance_transfer (`str`, *optional*): How it was handed over: `"identity"`, token by token, or
+            received in the small model, in float32, carried over to the large model's visual tokens.
+        importance_transfer (`str`, *optional*): How it was carried over: `"identity"`, token by token, or
             `"resampling"`, through image coordinates, where the models cut the images differently.
         keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the visual tokens that the
-            large model kept: none of a sample that exited early.
-        num_visual_tokens (`Tensor` of shape `(batch,)`, *optional*): How many visual tokens each prompt has.
+            large model kept; none in a sample that exited early.
+        num_visual_tokens (`Tensor` of shape `(batch,)`, *optional*): The number of visual tokens in each prompt.
         prune_layer (`int`, *optional*): The first decoder layer of the large model that saw only the kept tokens.
         draft_sequences (`Tensor` of shape `(batch, draft_length)`, *optional*): The small model's own answers, in the
             small model's vocabulary.
@@ -44,20 +44,14 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             most important visual tokens.
         decision_score (`Tensor` of shape `(batch,)`, *optional*): The mean of both, to which `early_exit_threshold` is
             compared.
-        num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): How many tokens of each draft the large
+        num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
             model confirmed.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
-        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` (0 where the small model did not run),
-            `large_ms` (0 where the large one did not) and `total_ms`.
-        scores (`tuple` of `Tensor`, *optional*): This field and those below: as the large model's `generate` returns
-            them, for the samples that it was called for.
-        logits (`tuple` of `Tensor`, *optional*): As above.
-        attentions (`tuple`, *optional*): As above; pruned layers have smaller matrices.
-        hidden_states (`tuple`, *optional*): As above; pruned layers have shorter states.
-        cache (`Cache`, *optional*): As above; pruned layers have shorter caches. The field has the name that the
-            installed transformers gives it; the name on the other side of the renaming in 5.24 can be read, too.
-        sequences_scores (`Tensor`, *optional*): As above, with beams.
-        beam_indices (`Tensor`, *optional*): As above, with beams.
+        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
+            run) and `total_ms`.
+        scores, logits, attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large
+        model's `generate` returns them, for the samples that it was called for; in pruned layers shorter. The cache
+        can be read under its name before and since transformers 5.24.
     """
 
     importance: Tensor | None = None

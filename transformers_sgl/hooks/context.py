@@ -32,7 +32,7 @@ def one_at_a_time(model: PreTrainedModel) -> AbstractContextManager[Any]:
 
 
 class HookContext(ABC):
-    """A context manager that registers hooks and takes them back: on return, on an exception, when nested.
+    """A context manager that registers hooks and removes them: on return, on an exception, when nested.
 
     Example:
         ```python
@@ -61,7 +61,7 @@ class HookContext(ABC):
 
     @abstractmethod
     def _register(self, stack: ExitStack) -> None:
-        """Registers the hooks; `stack` is told, step by step, how to undo each."""
+        """Registers the hooks, and tells `stack` how to undo each."""
 
     def __enter__(self: _Context) -> _Context:
         """Registers the hooks; if one cannot be registered, none stays."""
@@ -75,7 +75,7 @@ class HookContext(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Removes the hooks; an error that leaves the block says whether untested versions may be its cause."""
+        """Removes the hooks; an error that leaves the block names untested versions."""
         name_versions(error)
         undo, self._undo = self._undo, None
         if undo is not None:
