@@ -170,13 +170,9 @@ class AnswerRules:
                 raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
 
     def draft_settings(self, small: GenerationConfig) -> dict[str, Any]:
-        """Arguments of the small model's `generate` that make its draft obey these rules.
+        """Arguments of the small model's `generate` so that its draft obeys these rules; `small` are its own settings.
 
-        Args:
-            small (`GenerationConfig`): The small model's own settings.
-
-        Raises:
-            ValueError: If stop strings are wanted, but there is no tokenizer to find them with.
+        Raises `ValueError` if stop strings are wanted, but there is no tokenizer to find them with.
         """
         settings, shared = self.settings, self.vocabularies.shared
         names = [*_SHAPING_SETTINGS, *(_SHAPING_SETTINGS_BY_ID if shared else ())]
@@ -206,15 +202,10 @@ class AnswerRules:
         return {**shaping, "stopping_criteria": criteria}
 
     def in_large_vocabulary(self, draft: Tensor, mask: Tensor, ended_with_eos: Tensor) -> tuple[Tensor, Tensor]:
-        """The drafts as the large model would have written them.
+        """The drafts in the large model's tokens and its own end of sequence, and their mask.
 
-        Args:
-            draft (`Tensor` of shape `(batch, draft_length)`): The drafts in the small model's vocabulary.
-            mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
-            ended_with_eos (`Tensor` of shape `(batch,)`): `True` where a draft ends with an end of sequence.
-
-        Returns:
-            `tuple` of two `Tensor` of shape `(batch, large_draft_length)`: The ids and their mask.
+        `draft` and `mask` have the shape `(batch, draft_length)`; `ended_with_eos`, `(batch,)`, is `True` where a
+        draft ends with an end of sequence.
         """
         eos = self.eos_token_ids
         if self.vocabularies.shared is False:

@@ -35,28 +35,15 @@ def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """The sample to which each row of an image input belongs; the rows stand in the order of the samples.
+    """The sample of each row of an image input, `(num_rows,)`; the rows stand in the order of the samples.
 
     Args:
         num_rows (`int`): The rows of the input: tiles, patches, or images.
         weights (`Tensor` of shape `(batch,)`): Each sample's share of the input, in visual tokens or images.
         sizes (`Tensor` of shape `(num_rows,)`, *optional*): Each row's share; all the same if not given.
 
-    Returns:
-        `Tensor` of shape `(num_rows,)`: The samples' indices.
-
     Raises:
         ValueError: If the rows cannot be divided that way.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.batching import row_owners
-
-        >>> row_owners(3, torch.tensor([8, 4])).tolist()  # tiles of four tokens each
-        [0, 0, 1]
-
-        ```
     """
     sizes = torch.ones(num_rows, dtype=torch.long) if sizes is None else sizes.long().cpu()
     weights = weights.long().cpu()
@@ -71,16 +58,10 @@ def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> T
 
 
 def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Tensor]) -> dict[str, Any]:
-    """The inputs of some samples, without the padding that only the others needed.
+    """The inputs of the `chosen` samples, `(batch,)`, without the padding that only the others needed.
 
-    Args:
-        inputs (`dict`): Model inputs, padded on the left.
-        chosen (`Tensor` of shape `(batch,)`): `True` for the samples to take; their order stays.
-        owners (`dict` from `str` to `Tensor` of shape `(num_rows,)`): For each image input whose rows are not samples,
-            the sample to which each row belongs; see [`row_owners`].
-
-    Raises:
-        ValueError: If an input cannot be divided.
+    `owners` tells for each image input whose rows are not samples to which sample a row belongs; see [`row_owners`].
+    Raises `ValueError` if an input cannot be divided.
     """
     per_token = _per_token(inputs)
     mask = inputs.get("attention_mask")
@@ -110,14 +91,10 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
 def append_tokens(
     inputs: dict[str, Any], tokens: Tensor, extend: Callable[..., dict[str, Any]], token_type: int | None = None
 ) -> dict[str, Any]:
-    """The inputs of a forward pass that reads further text tokens.
+    """The inputs of a forward pass that reads further text tokens, of shape `(batch, num_tokens)`.
 
-    Args:
-        inputs (`dict`): Inputs as `generate` has prepared them, with `input_ids` of shape `(batch, length)`; not
-            changed.
-        tokens (`Tensor` of shape `(batch, num_tokens)`): The further tokens.
-        extend (`Callable`): The model's own way to lengthen its inputs: `extend(inputs, num_new_tokens=1)`.
-        token_type (`int`, *optional*): Their mark in `token_type_ids`, if it is not the last token's.
+    `extend(inputs, num_new_tokens=1)` is the model's own way to lengthen its inputs; `token_type` marks the new tokens
+    in `token_type_ids`, if they do not have the last token's mark.
     """
     ids, extended, num_tokens = inputs["input_ids"], dict(inputs), tokens.shape[1]
     if num_tokens:
@@ -149,24 +126,10 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
 
 
 def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_token_id: int) -> Tensor:
-    """The answers of a whole batch, from those that exited early and those of the others.
+    """The answers of a whole batch, padded on the right; `(batch, answer_length)`.
 
-    Args:
-        early (`Tensor` of shape `(batch, early_length)`): Answers, read where `is_early`.
-        late (`Tensor` of shape `(num_late, late_length)`, *optional*): Answers of the other samples, in their order.
-        is_early (`Tensor` of shape `(batch,)`): Where the early answers count.
-        pad_token_id (`int`): The padding after shorter answers.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.batching import merge_answers
-
-        >>> early, late = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 4, 5]])
-        >>> merge_answers(early, late, torch.tensor([True, False]), pad_token_id=0).tolist()
-        [[1, 2, 0], [3, 4, 5]]
-
-        ```
+    `early` answers, `(batch, early_length)`, count where `is_early`, `(batch,)`; `late` ones,
+    `(num_late, late_length)`, belong to the other samples, in their order.
     """
     if late is not None and not is_early.any():
         return late  # several answers to one prompt, perhaps
@@ -181,12 +144,8 @@ def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_toke
 class WholeBatchStreamer:
     """Passes the whole batch on to a streamer, though the large model runs only a part of it.
 
-    Args:
-        streamer (`BaseStreamer`): Anything with `put` and `end`.
-        prompts (`Tensor` of shape `(batch, prompt_length)`): All prompts, as they were passed.
-        early (`Tensor` of shape `(batch, early_length)`): The answers of the samples that exited early.
-        is_early (`Tensor` of shape `(batch,)`): Which those are.
-        pad_token_id (`int`): The padding after the end of an answer.
+    All `prompts` are put at once; the `early` answers, `(batch, early_length)`, count for the samples that are
+    `is_early`.
     """
 
     def __init__(self, streamer: Any, prompts: Tensor, early: Tensor, is_early: Tensor, pad_token_id: int) -> None:

@@ -20,8 +20,15 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 
 _DEFAULT_PRESET = "balanced"
-_GUIDANCE_QUERIES = ("prompt", "last", "generated", "both")
-_CONSISTENCY_REDUCTIONS = ("product", "geometric_mean")
+_FRACTIONS = {
+    "retention_ratio": "visual tokens that are kept",
+    "consistency_retention_ratio": "visual tokens that are kept",
+    "guidance_layers": "the small model's layers that rank the visual tokens",
+}
+_CHOICES = {
+    "guidance_queries": ("prompt", "last", "generated", "both"),
+    "consistency_reduction": ("product", "geometric_mean"),
+}
 
 
 def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
@@ -213,26 +220,16 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Checks every field, the stock ones included; raises `ValueError` as the class says."""
         super().validate(*args, **kwargs)
-        for name in ("retention_ratio", "consistency_retention_ratio"):
+        for name, meaning in _FRACTIONS.items():
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise ValueError(
-                    f"`{name}` is {value!r}, but it is the fraction of visual tokens that are kept: pass a number "
-                    "above 0 and up to 1, where 1 keeps all."
+                    f"`{name}` is {value!r}, but it is the fraction of {meaning}: pass a number above 0 and up to 1, "
+                    "where 1 means all."
                 )
-        if self.guidance_layers is not None and not (
-            _is_number(self.guidance_layers) and 0 < self.guidance_layers <= 1
-        ):
-            raise ValueError(
-                f"`guidance_layers` is {self.guidance_layers!r}, but it is the fraction of the small model's layers "
-                "that rank the visual tokens: pass a number above 0 and up to 1, where 1 counts all."
-            )
         if self.prune_layer is not None:
             _check_prune_layer(self.prune_layer)
-        for name, choices in (
-            ("guidance_queries", _GUIDANCE_QUERIES),
-            ("consistency_reduction", _CONSISTENCY_REDUCTIONS),
-        ):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")

@@ -6,11 +6,12 @@ import contextlib
 import copy
 import os
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -27,7 +28,7 @@ from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
-from transformers_sgl.placement import MovedTogether, device_map
+from transformers_sgl.pair_of_models import PairOfModels, device_map
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
 from transformers_sgl.storage.processors import PROCESSOR_CONFIG, copy_processors, write_processor_config
@@ -50,7 +51,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 _MARKER_OF_A_FINISHED_SAVE = "config.json"
 
 
-class SGLForConditionalGeneration(MovedTogether, AnyAttention, PreTrainedModel, GenerationMixin):
+class SGLForConditionalGeneration(PairOfModels, AnyAttention, PreTrainedModel, GenerationMixin):
     """A large vision-language model (VLM) whose visual tokens are pruned under the guidance of a small one.
 
     `generate` lets the small VLM answer first. The attention that visual tokens receive meanwhile ranks them, and the
@@ -125,7 +126,6 @@ class SGLForConditionalGeneration(MovedTogether, AnyAttention, PreTrainedModel, 
         self.small = small
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
         self._checkpoints: dict[str, Checkpoint] = {}
-        self._vocabularies = Vocabularies(self._load_tokenizers, vocabulary_sizes(large, small))
         self.training = large.training or small.training
         self.post_init()
         placed = device_map(large=large, small=small)
@@ -414,9 +414,13 @@ class SGLForConditionalGeneration(MovedTogether, AnyAttention, PreTrainedModel, 
             **generate_kwargs,
         )
 
+    @cached_property  # at the first call, because embeddings may be resized before
+    def _vocabularies(self) -> Vocabularies:
+        return Vocabularies(self._load_tokenizers, vocabulary_sizes(self.large, self.small))
+
     def _load_tokenizers(self) -> list[Any]:
-        checkpoints = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
-        return load_tokenizers(*((checkpoint.path, checkpoint.where) for checkpoint in checkpoints))
+        places = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
+        return load_tokenizers(*((place.path, place.where) for place in places))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raises `ValueError`: a paged cache cannot hold layers of different lengths."""
@@ -426,18 +430,6 @@ class SGLForConditionalGeneration(MovedTogether, AnyAttention, PreTrainedModel, 
         )
 
     generate_batch = init_continuous_batching
-
-    def get_decoder(self) -> nn.Module:
-        """The large model's text decoder."""
-        return self.large.get_decoder()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The large model's token embeddings."""
-        return self.large.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The large model's language modelling head."""
-        return self.large.get_output_embeddings()
 
 
 def _known(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Checkpoint:

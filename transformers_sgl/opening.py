@@ -50,10 +50,6 @@ def open_pair(
 def find_pair(name: str | Path, **hub_kwargs: Any) -> str:
     """Checks that there is a pair, without loading its weights, and returns its name as `from_pretrained` takes it.
 
-    Args:
-        name (`str` or `Path`): A folder, or a Hub repository such as `org/name`.
-        hub_kwargs: Passed to `AutoConfig.from_pretrained`, such as `revision`.
-
     Raises:
         OSError: If there is no pair of that name.
         ValueError: If it is a single model.

@@ -31,15 +31,7 @@ class Prompt:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, inputs: dict[str, Any]) -> Prompt:
-        """Reads the prompts in a model's inputs, whatever their padding side.
-
-        Args:
-            config (`PreTrainedConfig`): The model's configuration.
-            inputs (`dict`): Its inputs, with `input_ids` of shape `(batch, prompt_length)`; not changed.
-
-        Raises:
-            ValueError: If the architecture is not supported, or `attention_mask` has another shape.
-        """
+        """The prompts in a model's inputs, whatever their padding side; raises `ValueError` as its parts do."""
         inputs = left_padded(inputs)
         return cls(config, inputs, visual_tokens_of(config, inputs))
 
@@ -52,14 +44,7 @@ class Prompt:
         return cls.of(config, inputs)
 
     def select(self, chosen: Tensor) -> Prompt:
-        """Some of the prompts, without the padding that only the others needed.
-
-        Args:
-            chosen (`Tensor` of shape `(batch,)`): `True` for the prompts to take; their order stays.
-
-        Raises:
-            ValueError: If an input cannot be divided.
-        """
+        """The prompts that are `chosen`, `(batch,)`, without the padding that only the others needed."""
         return Prompt.of(self.config, select_samples(self.inputs, chosen, self.row_owners()))
 
     def row_owners(self) -> dict[str, Tensor]:

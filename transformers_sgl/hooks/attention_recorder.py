@@ -215,11 +215,9 @@ class AttentionRecorder(HookContext):
     def record(self, module: nn.Module, query: Tensor, key: Tensor, scores: Callable[[], AttentionScores]) -> None:
         """Adds one layer's attention on the visual tokens; called by the attention function.
 
-        Args:
-            module (`nn.Module`): The layer's attention.
-            query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The last queries of this pass, rotated.
-            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The last keys, rotated.
-            scores (`Callable`): Returns an `AttentionScores`: how queries and keys become attention.
+        `query` has the shape `(batch, heads, query_length, head_dim)`, `key`
+        `(batch, key_value_heads, key_length, head_dim)`: the last ones, rotated. `scores` returns how they become
+        attention.
         """
         end, first_query = self._end, self._end - query.shape[2]  # positions in the whole sequence
         if key.shape[2] > end:

@@ -56,10 +56,8 @@ class AttentionScores:
     def __call__(self, query: Tensor, key: Tensor, behind: int = 0) -> Tensor:
         """The attention of consecutive queries, `(batch, heads, rows, key_length)` in float32.
 
-        Args:
-            query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
-            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The keys.
-            behind (`int`, defaults to 0): How many of the keys, and of the mask's rows, come after the last query.
+        `query` has the shape `(batch, heads, rows, head_dim)`, `key` `(batch, key_value_heads, key_length, head_dim)`;
+        `behind` is how many of the keys, and of the mask's rows, come after the last query.
         """
         batch_size, num_heads, num_rows, width = query.shape
         # The heads that share a key are grouped, so no key has to be repeated.
@@ -100,17 +98,9 @@ class AttentionScores:
 
 
 def received_attention(query: Tensor, key: Tensor, scores: AttentionScores, behind: int, weights: Tensor) -> Tensor:
-    """The attention that every key gets from consecutive queries, summed over heads and queries.
+    """The attention that every key gets from consecutive queries, summed over both; `(batch, key_length)`.
 
-    Args:
-        query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
-        key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys.
-        scores (`AttentionScores`): How they become attention.
-        behind (`int`): How many keys come after the last query.
-        weights (`Tensor` of shape `(batch, rows)`): `True` for the rows that count in a sample.
-
-    Returns:
-        `Tensor` of shape `(batch, key_length)`: The sums in float32.
+    Arguments as in [`AttentionScores`]; `weights`, `(batch, rows)`, is `True` for the rows that count in a sample.
     """
     received = torch.zeros(query.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
     num_rows = query.shape[2]

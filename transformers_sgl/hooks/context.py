@@ -32,30 +32,7 @@ def one_at_a_time(model: PreTrainedModel) -> AbstractContextManager[Any]:
 
 
 class HookContext(ABC):
-    """A context manager that registers hooks and removes them: on return, on an exception, when nested.
-
-    Example:
-        ```python
-        >>> from torch import nn
-        >>> from transformers_sgl.hooks.context import HookContext
-
-        >>> class Quiet(HookContext):
-        ...     def __init__(self, module):
-        ...         self.module = module
-        ...
-        ...     def _register(self, stack):
-        ...         hook = self.module.register_forward_hook(lambda module, args, output: output * 0)
-        ...         stack.callback(hook.remove)
-
-        >>> module = nn.Identity()
-        >>> with Quiet(module):
-        ...     len(module._forward_hooks)
-        1
-        >>> len(module._forward_hooks)
-        0
-
-        ```
-    """
+    """A context manager that registers hooks and removes them: on return, on an exception, when nested."""
 
     _undo: ExitStack | None = None
 

@@ -94,15 +94,7 @@ class DraftVerifier:
         stopping_criteria: StoppingCriteriaList,
         **kwargs: Any,
     ) -> Any:
-        """Replaces the model's decoding loop for greedy search and sampling, and runs it.
-
-        Args:
-            view (`PreTrainedModel`): The view of the model.
-            loop (`Callable`): The decoding loop.
-            input_ids (`Tensor` of shape `(batch, prompt_length)`): The prompts.
-            stopping_criteria (`StoppingCriteriaList`): The prepared criteria.
-            **kwargs: The loop's other arguments.
-        """
+        """Runs the model's decoding loop, called in its place by the view; `input_ids` are the prompts."""
         config, past = kwargs["generation_config"], cache_of(kwargs)
         if past is not None and past.is_compileable:
             # Compiled code stays on the model, so it must be compiled from the model, not from a view of it.
@@ -126,12 +118,10 @@ class DraftVerifier:
         return output
 
     def run_pass(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Replaces a call of the model; makes it only where the next token's logits are not yet known.
+        """Makes a call of the model, or only returns the next token's logits where they are known already.
 
-        Args:
-            forward (`Callable`): The call of the model.
-            extend (`Callable`): The model's own way to lengthen its inputs by new tokens.
-            inputs (`dict`): The arguments of the call.
+        `forward` is the call, `inputs` are its arguments, and `extend` is the model's own way to lengthen them by new
+        tokens.
         """
         run = self._run
         if run is None:

@@ -60,13 +60,7 @@ class KeptTokens:
         return self.prompt_length - self.positions.shape[1]
 
     def cut(self, past: int, inputs: Tensor, query_length: int) -> Cut:
-        """The cut of a forward pass.
-
-        Args:
-            past (`int`): The tokens of the whole sequence before this pass.
-            inputs (`Tensor` of shape `(batch, ...)`): The pass's input; tells batch size and device.
-            query_length (`int`): The number of tokens in this pass, before the cut.
-        """
+        """The cut of a pass over `query_length` tokens after `past` others; `inputs` tells batch size and device."""
         end = past + query_length
         # Beams and `num_return_sequences` repeat each prompt, one copy after the other.
         repeats, remainder = divmod(inputs.shape[0], self.positions.shape[0])
@@ -133,13 +127,7 @@ class Cut:
         return torch.arange(self.past, self.end, device=self.device)[None]
 
     def once(self, form: Any, whole: Any, cut_down: Callable[[], Any]) -> Any:
-        """The cut form of an argument that many layers are handed, computed once.
-
-        Args:
-            form (hashable): What else the result depends on.
-            whole (any): The argument.
-            cut_down (`Callable`): Computes the result.
-        """
+        """What `cut_down` makes of the argument `whole` of many layers, computed once for each `form`."""
         known, result = self.memo.get(form, (self, None))
         if known is not whole:
             result = cut_down()
@@ -176,13 +164,9 @@ class Cut:
     ) -> Tensor | None:
         """The attention mask of a pruned layer, in the form that the model's attention function takes.
 
-        Args:
-            attention_mask (`Tensor` or `None`): The mask of an unpruned layer: 4-D boolean or additive, 2-D, or none.
-            pattern (`AttentionPattern`): The earlier tokens that a token sees in this layer.
-            num_queries (`int`): The number of tokens that the layer reads, the last ones.
-            num_keys (`int`): The number of the layer's keys; with a sliding window perhaps only the last ones.
-            implementation (`str`): The name of the attention function.
-            dtype (`torch.dtype`): The dtype of an additive mask.
+        `attention_mask` is that of an unpruned layer: 4-D boolean or additive (then of `dtype`), 2-D, or none. The
+        layer reads the last `num_queries` tokens and has `num_keys` keys, with a sliding window perhaps only the last
+        ones.
         """
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4)

@@ -105,11 +105,8 @@ class SavedPair:
     ) -> dict[str, Checkpoint]:
         """Where the two models are, by name; nothing is looked up yet.
 
-        Models in the recipe's own repository have the recipe's revision, others the one that the recipe names.
-
-        Args:
-            recipe (`Mapping`, *optional*): The recipe's entries `large` and `small`; `None` for a bundle.
-            options (`Mapping`): The user's arguments for each model; those that say where it is win.
+        Models in the recipe's own repository have the recipe's revision, others the one that the recipe names. Of the
+        user's `options` for each model, those that say where it is win. A bundle has no `recipe`.
 
         Raises:
             OSError: If a folder is not there.
@@ -137,24 +134,7 @@ class SavedPair:
 
 
 def check_recipe(parts: Mapping[str, Any]) -> None:
-    """Raises unless a recipe's two entries name checkpoints and use allowed options only.
-
-    Args:
-        parts (`Mapping`): The entries `large` and `small` of the recipe's `config.json`.
-
-    Raises:
-        ValueError: If a model is missing or has no name, or an option may not stand in a recipe.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.storage.checkpoints import check_recipe
-
-        >>> check_recipe({"large": {"name_or_path": "org/large", "dtype": "bfloat16"}, "small": {}})
-        Traceback (most recent call last):
-        ValueError: The recipe's `small` names no checkpoint: give it a `name_or_path`, a Hub repository or a folder.
-
-        ```
-    """
+    """Raises `ValueError` unless a recipe's two entries name checkpoints, with allowed options only."""
     missing = [name for name in PARTS if parts.get(name) is None]
     if missing:
         other = next(name for name in PARTS if name not in missing)
@@ -186,12 +166,7 @@ def check_recipe(parts: Mapping[str, Any]) -> None:
 def locate(path: str | os.PathLike[str], *folders: str | None) -> tuple[str, dict[str, str]]:
     """A folder of a bundle, as the first argument of `from_pretrained` and the keyword arguments to pass with it.
 
-    Args:
-        path (`str` or `os.PathLike`): The bundle: a folder or a Hub repository.
-        *folders (`str`, *optional*): The folders that lead from its root to the wanted part.
-
-    Raises:
-        OSError: If the bundle is a folder without that part.
+    `folders` lead from the bundle's root to the wanted part. Raises `OSError` if a local bundle does not have it.
     """
     path, subfolder = os.fspath(path), "/".join(folder for folder in folders if folder)
     if not os.path.isdir(path):
@@ -224,17 +199,7 @@ def hub_kwargs(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
 
 
 def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Splits loading arguments by model: `large_*` and `small_*` go to one, the others to both.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.storage.checkpoints import split_kwargs
-
-        >>> split_kwargs({"dtype": "auto", "small_dtype": "float32"})
-        {'large': {'dtype': 'auto'}, 'small': {'dtype': 'float32'}}
-
-        ```
-    """
+    """Splits loading arguments by model: `large_*` and `small_*` go to one, the others to both."""
     prefixes = tuple(f"{name}_" for name in PARTS)
     if kwargs.get("offload_folder") is not None:  # weights of one name in both models must not share a file
         folder = kwargs["offload_folder"]
@@ -258,14 +223,9 @@ def first_sentence(error: Exception) -> str:
 def read_config(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> dict[str, Any]:
     """The `config.json` of one of a pair's models, read without running any code.
 
-    Args:
-        name (`str`): `"large"` or `"small"`.
-        checkpoint ([`Checkpoint`]): Where it is.
-        recipe (`str`, *optional*): The recipe that names it.
-
     Raises:
         OSError: If there is none.
-        ValueError: If it is that of a pair, which cannot be half of another.
+        ValueError: If it is that of a pair, perhaps of the `recipe` itself, which cannot be half of another.
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(checkpoint.path, **checkpoint.where)

@@ -24,11 +24,6 @@ _PICKLED = (
 def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tuple[Checkpoint, PreTrainedConfig]:
     """The checkpoint at its commit, and its configuration, known before any weights are read.
 
-    Args:
-        name (`str`): `"large"` or `"small"`.
-        checkpoint ([`Checkpoint`]): Where the model is.
-        recipe (`str`, *optional*): The recipe that names it.
-
     Raises:
         OSError: If it cannot be found.
         ValueError: If transformers has no code for it, or its weights are pickled.

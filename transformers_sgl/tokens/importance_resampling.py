@@ -20,15 +20,9 @@ _LEAST_SHARE = 1e-4
 
 
 def pad_boxes(boxes: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Joins the boxes of a batch of prompts.
+    """Joins the boxes of each image of each prompt, `(num_tokens, 4)`, to one tensor, `(batch, num_tokens, 5)`.
 
-    Args:
-        boxes (sequence of sequences of `Tensor` of shape `(num_tokens, 4)`): For every prompt, for each of its images,
-            the boxes of the image's tokens: left, top, right, bottom.
-
-    Returns:
-        `Tensor` of shape `(batch, num_tokens, 5)`: Rows of image number within the prompt, left, top, right, bottom,
-        padded on the right with image number -1.
+    Its rows are image number within the prompt, left, top, right, bottom, padded on the right with image number -1.
     """
     rows = []
     for images in boxes:

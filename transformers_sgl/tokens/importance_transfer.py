@@ -45,13 +45,6 @@ class ImportanceTransfer:
     ) -> ImportanceTransfer:
         """Through the boxes if the inputs have them, else token by token.
 
-        Args:
-            large (`PreTrainedConfig`): The large model's configuration.
-            small (`PreTrainedConfig`): The small model's configuration.
-            visual_tokens (`VisualTokens`): The visual tokens of the large model's prompts.
-            small_tokens (`VisualTokens`): The visual tokens of the small model's prompts.
-            boxes (`tuple` of two `Tensor`, *optional*): The boxes of both.
-
         Raises:
             ValueError: If the visual tokens differ and nothing tells their places, or the boxes are those of other
                 tokens.

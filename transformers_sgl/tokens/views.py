@@ -42,15 +42,9 @@ class Layout:
 
 
 class Processed:
-    """The three probe images, as a processor prepares them.
+    """The three probe images of width and height `size`, as a processor with arguments `kwargs` prepares them.
 
-    Args:
-        processor (`ProcessorMixin`): The processor.
-        layout (`Layout`): Its entry in the table.
-        size (`tuple` of `int`): Width and height of the original image.
-        in_company (`bool`): Whether there are further images in the prompt.
-        kwargs (`dict`): Arguments of the processor.
-        num_frames (`int`, *optional*): How often a probe image is repeated to make a video; 0 for an image.
+    `in_company` adds a further image to the prompt; with `num_frames` a probe is repeated to make a video.
     """
 
     def __init__(

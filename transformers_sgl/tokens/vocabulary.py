@@ -34,11 +34,8 @@ def load_tokenizers(*checkpoints: tuple[str, dict[str, Any]]) -> list[Any]:
 class Vocabularies:
     """The vocabularies of a large and a small model.
 
-    Args:
-        load_tokenizers (`Callable`): Returns the large and the small model's tokenizer, or raises `OSError`; called
-            once, when first needed.
-        sizes (`tuple` of two `int`): The models' vocabulary sizes. Without tokenizers, equal sizes count as equal
-            vocabularies.
+    `load_tokenizers` returns both tokenizers, or raises `OSError`; it is called once, when first needed. Without
+    tokenizers, equal `sizes` count as equal vocabularies.
     """
 
     def __init__(self, load_tokenizers: Callable[[], Any], sizes: tuple[int, int]) -> None:
@@ -69,16 +66,9 @@ class Vocabularies:
         return True if self._sizes[0] == self._sizes[1] else None
 
     def to_large(self, draft: Tensor, draft_mask: Tensor, ended: Tensor, eos_token_id: int | None) -> list[list[int]]:
-        """Re-encodes drafts where the vocabularies differ: the same text in the large model's tokens.
+        """The same texts in the large model's tokens, a list for each draft of `(batch, draft_length)`.
 
-        Args:
-            draft (`Tensor` of shape `(batch, draft_length)`): The drafts in the small model's tokens.
-            draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
-            ended (`Tensor` of shape `(batch,)`): Which drafts end with an end of sequence.
-            eos_token_id (`int`, *optional*): The large model's own.
-
-        Returns:
-            `list` of `list` of `int`: One draft for each sample, of different lengths.
+        Drafts that have `ended`, `(batch,)`, get the large model's `eos_token_id`.
         """
         rows = [row[mask] for row, mask in zip(draft.cpu(), draft_mask.cpu(), strict=True)]
         assert self.tokenizers is not None  # only tokenizers tell that vocabularies differ

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_sgl.storage.checkpoints import PARTS
 
-__all__ = ["MovedTogether", "device_map"]
+__all__ = ["PairOfModels", "device_map"]
 
-_Pair = TypeVar("_Pair", bound="MovedTogether")
+_Pair = TypeVar("_Pair", bound="PairOfModels")
 
 
-class MovedTogether:
-    """Mixin for a model that consists of a large and a small one."""
+class PairOfModels:
+    """Mixin for a model of a large and a small one: both move together; decoder and embeddings are the large one's."""
 
     large: PreTrainedModel
     small: PreTrainedModel
@@ -41,6 +42,18 @@ class MovedTogether:
         for model in sorted(models, key=lambda model: not _may_refuse(model)):
             getattr(model, method)(*args, **kwargs)
         return self
+
+    def get_decoder(self) -> nn.Module:
+        """The large model's text decoder."""
+        return self.large.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The large model's token embeddings."""
+        return self.large.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The large model's language modelling head."""
+        return self.large.get_output_embeddings()
 
 
 def device_map(**models: PreTrainedModel) -> dict[str, Any]:
