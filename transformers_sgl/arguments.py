@@ -28,17 +28,10 @@ def read_arguments(
     kwargs: dict[str, Any],
     *defaults: GenerationConfig,
 ) -> tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]]:
-    """Reads a call that looks like stock `generate`.
+    """The resolved settings, the model inputs and the remaining arguments of a call that looks like stock `generate`.
 
-    Args:
-        inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
-        generation_config (`GenerationConfig`, *optional*): Settings; not changed.
-        kwargs (`dict`): The keyword arguments; single settings win over those of a `preset`.
-        *defaults (`GenerationConfig`): Where unset fields come from, the first one first.
-
-    Returns:
-        `tuple` of [`SGLGenerationConfig`], `dict` and `dict`: The resolved settings, the model inputs, and the
-        remaining arguments of stock `generate`.
+    Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; unset fields come
+    from `defaults`, the first one first. `early_exit_threshold=None` among `kwargs` means never to exit.
     """
     settings = SGLGenerationConfig.from_generation_config(generation_config)
     kwargs = dict(kwargs)

@@ -37,16 +37,13 @@ def generate_with_small_model(
         model (`PreTrainedModel`): The large model.
         small_model (`PreTrainedModel`): The small model.
         inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
-        generation_config (`GenerationConfig`, *optional*): Settings; what is not set comes from the large model's.
-        importance_processor ([`ImportanceProcessor`] or several, *optional*): Your own steps between the small
-            model's attention and the choice of tokens.
-        small_tokenizer (`PreTrainedTokenizerBase`, *optional*): The small model's tokenizer, as `tokenizer` is the
-            large model's; both are read from the checkpoints if not given.
+        generation_config (`GenerationConfig`, *optional*): Settings; unset ones come from the large model's.
+        importance_processor ([`ImportanceProcessor`] or several, *optional*): As in a pair's `generate`.
+        small_tokenizer (`PreTrainedTokenizerBase`, *optional*): As in a pair's `generate`.
         **kwargs: Model inputs, settings and arguments of stock `generate`.
 
     Returns:
-        `Tensor` of shape `(batch, prompt_length + answer_length)`: Prompts and answers; with
-        `return_dict_in_generate=True` an [`SGLGenerateOutput`].
+        `Tensor` or [`SGLGenerateOutput`]: As from [`SGLForConditionalGeneration.generate`].
 
     Raises:
         ValueError: If there is no small model, or a setting or an input cannot be used.

@@ -64,11 +64,6 @@ def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
 def average_retention(retention_ratio: float, prune_layer: int, num_layers: int) -> float:
     """The fraction of visual tokens that the large model processes, averaged over its layers (paper, section 4.1).
 
-    Args:
-        retention_ratio (`float`): The fraction of visual tokens kept from `prune_layer` on.
-        prune_layer (`int`): The index of the first layer that sees fewer tokens.
-        num_layers (`int`): The number of decoder layers.
-
     Example:
         ```python
         >>> from transformers_sgl.generation_config_sgl import average_retention
@@ -194,13 +189,9 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
     def resolved(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
-        """A copy in which no SGL field is unset.
+        """A copy in which no SGL field is unset: they come from `defaults`, the first one first, then from the class.
 
         Stock fields that no default sets stay `None`; stock `generate` fills them.
-
-        Args:
-            *defaults (`GenerationConfig`): Where unset fields come from, the first one first; the class's own come
-                last.
         """
         resolved = self.from_generation_config(self)
         for settings in defaults:

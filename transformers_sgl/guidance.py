@@ -90,20 +90,9 @@ def guide(
 ) -> Guidance:
     """Lets the small model answer first, greedily, and records its attention (paper, section 3.2).
 
-    Args:
-        small (`PreTrainedModel`): The small model.
-        inputs (`dict`): Its inputs: `input_ids` of shape `(batch, small_prompt_length)`, `attention_mask`,
-            `pixel_values` and whatever else its `generate` takes, settings included.
-        visual_tokens (`VisualTokens`): The visual tokens of these inputs.
-        generation_config (`SGLGenerationConfig`): The resolved settings.
-        ranks (`bool`, defaults to `True`): Whether the importance is wanted.
-        scores (`bool`, defaults to `False`): Whether confidence and consistency are wanted.
-        logits_processor (`LogitsProcessorList`, *optional*): Further rules for the small model's answer.
-        stopping_criteria (`StoppingCriteriaList`, *optional*): Further ends of the small model's answer.
-        **settings: Further settings of the small model's `generate`; those in `inputs` win.
-
-    Returns:
-        `Guidance`: The draft and what was asked for, on the small model's device.
+    `inputs` are the arguments of its `generate`, with `input_ids` of shape `(batch, small_prompt_length)`; they win
+    over `settings`. `ranks` asks for the importance, `scores` for confidence and consistency; `logits_processor` and
+    `stopping_criteria` also hold for the draft. The result is on the small model's device.
 
     Raises:
         ValueError: If a sample has no token whose attention could rank its visual tokens.

@@ -85,15 +85,10 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
 
 
 def video_token_boxes(processor: ProcessorMixin, num_frames: int, size: tuple[int, int]) -> list[tuple[int, Tensor]]:
-    """The part of which frame every visual token of a video stands for.
+    """For every view of a video, the number of its first frame, and its tokens' boxes as in [`visual_token_boxes`].
 
-    Args:
-        processor (`ProcessorMixin`): The processor, which is given every frame (`do_sample_frames=False`).
-        num_frames (`int`): The number of frames.
-        size (`tuple` of `int`): Width and height of a frame.
-
-    Returns: `list` of `tuple` of `int` and `Tensor` of shape `(num_tokens, 4)`: For every view, one or several frames
-        that a model reads as one, the number of its first frame, and boxes as in [`visual_token_boxes`].
+    A view is one frame, or several that a model reads as one. The processor is given every frame of width and height
+    `size` (`do_sample_frames=False`).
 
     Raises:
         ValueError: If the layout of the processor's tokens is unknown, or differs from the known one.

@@ -46,12 +46,8 @@ def confidence(log_probs: Tensor, draft_mask: Tensor) -> Tensor:
 def consistency(log_probs: Tensor, draft_mask: Tensor, reduction: str = "product") -> Tensor:
     """How probable the draft stays when the small model sees only its most important visual tokens.
 
-    Args:
-        log_probs (`Tensor` of shape `(batch, draft_length)`): Each draft token's log-probability, given the pruned
-            prompt and the draft tokens before it.
-        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
-        reduction (`str`, defaults to `"product"`): `"product"` of the probabilities, as in the paper, or their
-            `"geometric_mean"`, which does not penalize long drafts.
+    Each token's probability is given the pruned prompt and the draft tokens before it. `reduction` is their
+    `"product"`, as in the paper, or their `"geometric_mean"`, which does not penalize long drafts.
 
     Example:
         ```python

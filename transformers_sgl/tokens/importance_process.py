@@ -107,11 +107,7 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
         return processors
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
-        """Runs every processor in turn; arguments and result as in [`ImportanceProcessor`].
-
-        Raises:
-            ValueError: If a processor changes the shape or returns NaN.
-        """
+        """Runs every processor in turn; raises `ValueError` if one changes the shape or returns NaN."""
         for processor in self:
             shape = importance.shape
             importance = processor(visual_tokens, importance)
