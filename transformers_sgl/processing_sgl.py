@@ -46,8 +46,7 @@ class SGLProcessor(ProcessorMixin):
 
     The large model's inputs have the usual names; inputs that differ for the small model stand beside them as
     `small_*`. Where both models read the same, no key is doubled, and the large model's own processor would do as
-    well. Everything
-    else (`tokenizer`, `decode`, `image_processor`, ...) is the large model's.
+    well. Everything else (`tokenizer`, `decode`, `image_processor`, ...) is the large model's.
 
     Two processors of one class that cut every image alike hand importance over token by token (`importance_transfer`
     is `"identity"`). Any other two do it through image coordinates (`"resampling"`): then the inputs also give each
