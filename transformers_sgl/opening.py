@@ -48,14 +48,7 @@ def open_pair(
 
 
 def find_pair(name: str | Path, **hub_kwargs: Any) -> str:
-    """Checks that there is a pair, without loading its weights.
-
-    Args:
-        name (`str` or `Path`): A folder, or a Hub repository such as `org/name`.
-        hub_kwargs: Passed to `AutoConfig.from_pretrained`, such as `revision`.
-
-    Returns:
-        `str`: The name as `from_pretrained` takes it.
+    """Checks that there is a pair, without loading its weights, and returns its name as `from_pretrained` takes it.
 
     Raises:
         OSError: If there is no pair of that name.
@@ -87,14 +80,7 @@ def naming_pair(source: str) -> Iterator[None]:
 
 
 def check_device(name: str) -> None:
-    """Checks that torch finds a device.
-
-    Args:
-        name (`str`): Such as `"cpu"` or `"cuda:0"`.
-
-    Raises:
-        ValueError: If there is no such device on this machine.
-    """
+    """Raises `ValueError` if torch finds no device of that name, such as `"cpu"` or `"cuda:0"`, on this machine."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -21,7 +21,7 @@ import wrapt
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import average_retention
-from transformers_sgl.generation_sgl import SGLGenerateOutput
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.serving.requests import PATHS, check_request
 from transformers_sgl.transformers_interface import server_class, server_model_tables, server_models
