@@ -29,7 +29,7 @@ from benchmarks.parts.startup import measure_startup
 from benchmarks.settings import PART_NAMES, BenchmarkSettings
 from benchmarks.shapes import SHAPES
 from benchmarks.workbench import Workbench, count_visual_tokens, num_parameters
-from transformers_sgl.evaluation.records import claim, measurement_record
+from transformers_sgl.evaluation.run_folder import claim, measurement_record
 from transformers_sgl.storage.files import write_atomically
 
 __all__ = ["PARTS", "run_benchmark"]

@@ -1,4 +1,4 @@
-"""Compares guided pruning of the embedded pair with everything else that prunes, by `transformers-sgl evaluate`.
+"""Compares guided pruning of the embedded pair with everything else that prunes.
 
     python scripts/evaluate_methods.py --work methods
 
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_sgl.cli import main as transformers_sgl
-from transformers_sgl.evaluation.evaluation_report import p_value, points
+from transformers_sgl.evaluation import evaluate
+from transformers_sgl.evaluation.report import p_value, points
 
 ROOT = Path(__file__).parents[1]
 DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
@@ -59,22 +59,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    shared = ["--batch-size", arguments.batch_size, "--seed", arguments.seed]
     found: dict[str, dict[str, Any]] = {}
     for data in DATA:
-        asked = {data: ["--methods", ",".join(METHODS)]}
-        asked[f"{data}-guides"] = ["--methods", ",".join(GUIDES), "--limit", GUIDES_LIMIT]
-        for name, options in asked.items():
+        for name, methods, limit in ((data, METHODS, None), (f"{data}-guides", GUIDES, GUIDES_LIMIT)):
             folder = arguments.work / name
-            command = ["evaluate", arguments.model, "--data", data, *options, *shared, "--out", folder]
-            if transformers_sgl([str(part) for part in command]) != 0:
-                raise SystemExit(f"{name} was not evaluated.")
-            found[name] = {
-                part: json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-                for part in ("summary", "speed")
-            }
-            if name in DATA:
-                shutil.copy(folder / "figure.png", ROOT / "model_cards" / "sgl-tiny" / f"methods-{name}.png")
+            evaluation = evaluate(
+                arguments.model,
+                data,
+                out=folder,
+                methods=methods,
+                retentions=RETENTIONS,
+                limit=limit,
+                batch_size=arguments.batch_size,
+                seed=arguments.seed,
+            )
+            print(f"{name}\n{evaluation.to_markdown()}\n")
+            found[name] = {"summary": evaluation.report, "speed": evaluation.speed}
+        shutil.copy(arguments.work / data / "figure.png", ROOT / "model_cards" / "sgl-tiny" / f"methods-{data}.png")
 
     speed = found["easy-vqa"]["speed"]
     tables = {f"methods-{data}": methods_table(found[data]) for data in DATA}

@@ -32,7 +32,7 @@ from transformers_sgl.architectures import (
     decoder_layers,
     key_sources,
 )
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.tokens.layouts import LAYOUTS, PLACELESS
 from transformers_sgl.transformers_interface import processor_name, server_model_tables
 

@@ -135,8 +135,18 @@ def test_a_threshold_of_the_pair_holds_and_a_call_overrides_it(
     pair.generation_config = SGLGenerationConfig(early_exit_threshold=0.0, eos_token_id=EOS, pad_token_id=PAD)
     batch = prompts()
     assert pair.generate(**batch, **GREEDY, return_dict_in_generate=True).exited_early.all()
-    output = pair.generate(**batch, **GREEDY, early_exit_threshold=2.0, return_dict_in_generate=True)
-    assert not output.exited_early.any()
+    for never in (None, 2.0):
+        output = pair.generate(**batch, **GREEDY, early_exit_threshold=never, return_dict_in_generate=True)
+        assert not output.exited_early.any()
+    # In a configuration, None is what it is in every `GenerationConfig`: not set.
+    for number, exits in ((None, True), (2.0, False)):
+        settings = SGLGenerationConfig(**GREEDY, early_exit_threshold=number)
+        output = pair.generate(**batch, generation_config=settings, return_dict_in_generate=True)
+        assert output.exited_early.all() == exits
+        output = pair.generate(
+            **batch, generation_config=settings, early_exit_threshold=None, return_dict_in_generate=True
+        )
+        assert not output.exited_early.any()
 
 
 # --- some of a batch -------------------------------------------------------------------------------------------------
@@ -478,4 +488,4 @@ def test_the_pair_needs_no_tokenizer_for_models_of_one_file(tmp_path, monkeypatc
     for _ in range(2):
         loaded.generate(**prompts(), **GREEDY)
     assert [str(path) for path in calls] == [str(tmp_path / "large"), str(tmp_path / "small")]
-    assert loaded._vocabularies().shared is False
+    assert loaded._vocabularies.shared is False

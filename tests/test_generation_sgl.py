@@ -11,10 +11,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import (
     PRESETS,
-    AttentionMassProcessor,
     AttentionRecorder,
     ImportanceProcessor,
     MinimumPerImageProcessor,
+    RetentionRatioProcessor,
     SGLForConditionalGeneration,
     SGLGenerateOutput,
     SGLGenerationConfig,
@@ -288,7 +288,7 @@ def test_several_importance_processors() -> None:
     pair, inputs = tiny_pair(), prompts()
     output = pair.generate(
         **inputs, **GREEDY, retention_ratio=0.05, return_dict_in_generate=True,
-        importance_processor=[MinimumPerImageProcessor(2), AttentionMassProcessor(0.5)],
+        importance_processor=[MinimumPerImageProcessor(2), RetentionRatioProcessor(0.1)],
     )  # fmt: skip
     image_index = find_visual_tokens(inputs).image_index
     for sample, numbers in enumerate(IMAGES):
@@ -413,9 +413,7 @@ class TestRefusals:
     def test_a_prompt_that_nothing_ranks(self) -> None:
         inputs = prompts(images=[[1]], text=[0])
         inputs = {**inputs, **{name: inputs[name][:, :-1] for name in ("input_ids", "attention_mask")}}
-        with pytest.raises(
-            ValueError, match="Nothing ranks the visual tokens of a sample: .* put the question behind"
-        ):
+        with pytest.raises(ValueError, match="Nothing ranks the visual tokens of a sample: .* put the question after"):
             self.pair.generate(**inputs, max_new_tokens=1)
 
     def test_an_own_step_that_fails(self) -> None:

@@ -15,14 +15,13 @@ from transformers_sgl.versions import warn_if_untested
 if TYPE_CHECKING:
     from transformers_sgl.configuration_sgl import SGLConfig
     from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
-    from transformers_sgl.generation_sgl import SGLGenerateOutput
+    from transformers_sgl.generation_output_sgl import SGLGenerateOutput
     from transformers_sgl.hooks.attention_recorder import AttentionRecorder
     from transformers_sgl.hooks.draft_verifier import DraftVerifier
     from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
     from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
     from transformers_sgl.processing_sgl import SGLProcessor
     from transformers_sgl.tokens.importance_process import (
-        AttentionMassProcessor,
         ImportanceProcessor,
         ImportanceProcessorList,
         MinimumPerImageProcessor,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
-    "AttentionMassProcessor",
     "AttentionRecorder",
     "DraftVerifier",
     "ImportanceProcessor",
@@ -53,7 +51,6 @@ __version__ = "0.1.0"
 # Which file defines a public name: what the imports above say to type checkers, said to Python.
 _DEFINED_IN = {
     "PRESETS": "generation_config_sgl",
-    "AttentionMassProcessor": "tokens.importance_process",
     "AttentionRecorder": "hooks.attention_recorder",
     "DraftVerifier": "hooks.draft_verifier",
     "ImportanceProcessor": "tokens.importance_process",
@@ -62,7 +59,7 @@ _DEFINED_IN = {
     "RetentionRatioProcessor": "tokens.importance_process",
     "SGLConfig": "configuration_sgl",
     "SGLForConditionalGeneration": "modeling_sgl",
-    "SGLGenerateOutput": "generation_sgl",
+    "SGLGenerateOutput": "generation_output_sgl",
     "SGLGenerationConfig": "generation_config_sgl",
     "SGLProcessor": "processing_sgl",
     "VisualTokenPruner": "hooks.visual_token_pruner",

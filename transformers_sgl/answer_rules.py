@@ -1,6 +1,6 @@
-"""What an answer has to obey, whichever model writes it: limits, ends and padding; and what is refused.
+"""The rules of an answer, whichever model writes it: limits, ends and padding; and what is refused.
 
-A draft that may become the answer obeys what the large model's own answer would.
+A draft that may become the answer obeys the same rules as the large model's own answer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from transformers_sgl.transformers_interface import cache_of
 
 __all__ = ["AnswerRules"]
 
-# Caches whose layers may differ in length, and that can be cut back; "hybrid", as older checkpoints have it, means
-# nothing to transformers any more.
+# Caches whose layers may differ in length, and that can be cut back; transformers now ignores "hybrid", which older
+# checkpoints have.
 _DYNAMIC_CACHES = (None, "dynamic", "offloaded", "hybrid")
-# What `generate` writes at the most where nobody said, as in transformers.
+# As in transformers, where no limit is set.
 _DEFAULT_MAX_NEW_TOKENS = 20
-# Settings that shape an answer, and so the draft, too: in any vocabulary, and where both models share one.
+# Settings that shape an answer and so the draft: in any vocabulary, and where both models share one.
 _SHAPING_SETTINGS = ("max_time", "no_repeat_ngram_size", "repetition_penalty")
 _SHAPING_SETTINGS_BY_ID = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
 _SHAPING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
@@ -57,18 +57,7 @@ class AnswerRules:
         vocabularies: Vocabularies,
         inputs: Mapping[str, Any],
     ) -> AnswerRules:
-        """The rules that settings and arguments make for these prompts.
-
-        Args:
-            settings ([`SGLGenerationConfig`]): The resolved settings.
-            arguments (`Mapping`): Further arguments of `generate`.
-            vocabularies (`Vocabularies`): What is known about the models' tokenizers.
-            inputs (`Mapping`): The large model's inputs, perhaps with `input_ids` of shape
-                `(batch, prompt_length)`.
-
-        Returns:
-            `AnswerRules`: The rules.
-        """
+        """The rules that the resolved settings and `generate`'s other arguments make for the large model's inputs."""
         input_ids = inputs.get("input_ids")
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         at_least = max(settings.min_new_tokens or 0, (settings.min_length or 0) - prompt_length)
@@ -88,7 +77,7 @@ class AnswerRules:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether one answer is written, and of every token the most probable."""
+        """Whether a single answer is written, of the most probable tokens."""
         settings = self.settings
         return (
             not settings.do_sample and settings.num_beams in (None, 1) and settings.num_return_sequences in (None, 1)
@@ -107,19 +96,12 @@ class AnswerRules:
 
     @property
     def pad_token_id(self) -> int:
-        """What `generate` fills up finished answers with."""
+        """The padding that `generate` puts after finished answers."""
         padding: int | None = self.settings.pad_token_id
         return padding if padding is not None else [*self.eos_token_ids, 0][0]
 
     def can_use_draft(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the small model shall run even for its draft alone, and the large one can make use of it.
-
-        Args:
-            inputs (`Mapping`): The large model's inputs.
-
-        Returns:
-            `bool`: Whether it shall.
-        """
+        """Whether the small model runs even for its draft alone, and the large one can use it."""
         return (
             self.settings.verify_draft is True
             and self.is_greedy
@@ -131,14 +113,7 @@ class AnswerRules:
         )
 
     def check_guidable(self, inputs: Mapping[str, Any]) -> None:
-        """Raises if the small model cannot be asked about these inputs.
-
-        Args:
-            inputs (`Mapping`): The large model's inputs.
-
-        Raises:
-            ValueError: If there are no `input_ids`, or a cache that already holds tokens.
-        """
+        """Raises `ValueError` without `input_ids`, or with a cache that already holds tokens."""
         cache = cache_of(inputs)
         if inputs.get("input_ids") is None:
             raise ValueError(
@@ -153,11 +128,7 @@ class AnswerRules:
             )
 
     def check_exits(self) -> None:
-        """Raises if the small model's answer cannot stand for the large one's.
-
-        Raises:
-            ValueError: With what cannot be obeyed, and the cure.
-        """
+        """Raises `ValueError` if the small model's answer cannot stand for the large one's, with cause and cure."""
         cure = "or set `early_exit_threshold` above 1, which never exits."
         if not self.is_greedy:
             raise ValueError(
@@ -178,14 +149,7 @@ class AnswerRules:
             )
 
     def check_prunable(self, inputs: Mapping[str, Any]) -> None:
-        """Raises if a setting of stock `generate` does not go together with pruning.
-
-        Args:
-            inputs (`Mapping`): The large model's inputs.
-
-        Raises:
-            ValueError: With the setting, and the cure.
-        """
+        """Raises `ValueError` if a setting of stock `generate` rules out pruning, with the cure."""
         settings = self.settings
         cure = "or set `retention_ratio=1.0` to run the large model unpruned."
         cache = cache_of(inputs)
@@ -206,16 +170,9 @@ class AnswerRules:
                 raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
 
     def draft_settings(self, small: GenerationConfig) -> dict[str, Any]:
-        """What the draft must obey so that it can stand for an answer: arguments of the small model's `generate`.
+        """Arguments of the small model's `generate` so that its draft obeys these rules; `small` are its own settings.
 
-        Args:
-            small (`GenerationConfig`): The small model's own settings.
-
-        Returns:
-            `dict`: The arguments, `stopping_criteria` among them.
-
-        Raises:
-            ValueError: If stop strings are wanted, but there is no tokenizer to find them with.
+        Raises `ValueError` if stop strings are wanted, but there is no tokenizer to find them with.
         """
         settings, shared = self.settings, self.vocabularies.shared
         names = [*_SHAPING_SETTINGS, *(_SHAPING_SETTINGS_BY_ID if shared else ())]
@@ -223,7 +180,7 @@ class AnswerRules:
         shaping["max_new_tokens"] = settings.guidance_max_new_tokens or self.max_new_tokens
         if self.min_new_tokens > 0:
             shaping["min_new_tokens"] = min(self.min_new_tokens, shaping["max_new_tokens"])
-        # The small model stops where the large one would, and where it was trained to.
+        # The small model stops where the large one would, and at its own end of sequence.
         eos = [*_ids(small.eos_token_id), *(self.eos_token_ids if shared else ())]
         if eos:
             shaping["eos_token_id"] = list(dict.fromkeys(eos))
@@ -236,7 +193,7 @@ class AnswerRules:
             if not shared and self.vocabularies.tokenizers is not None:
                 tokenizer = self.vocabularies.tokenizers[1]
             criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
-        # The user's own objects may keep a state, so the draft has to obey them only where it may become the answer.
+        # The user's objects may keep state, so the draft obeys them only where it may become the answer.
         if self.may_exit:
             criteria += self.arguments.get("stopping_criteria") or []
             for name in ("logits_processor", "prefix_allowed_tokens_fn"):
@@ -245,15 +202,10 @@ class AnswerRules:
         return {**shaping, "stopping_criteria": criteria}
 
     def in_large_vocabulary(self, draft: Tensor, mask: Tensor, ended_with_eos: Tensor) -> tuple[Tensor, Tensor]:
-        """The drafts as the large model would have written them.
+        """The drafts in the large model's tokens and its own end of sequence, and their mask.
 
-        Args:
-            draft (`Tensor` of shape `(batch, draft_length)`): The drafts in the small model's vocabulary.
-            mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
-            ended_with_eos (`Tensor` of shape `(batch,)`): `True` where a draft ends with an end of sequence.
-
-        Returns:
-            `tuple` of two `Tensor` of shape `(batch, large_draft_length)`: The ids and their mask.
+        `draft` and `mask` have the shape `(batch, draft_length)`; `ended_with_eos`, `(batch,)`, is `True` where a
+        draft ends with an end of sequence.
         """
         eos = self.eos_token_ids
         if self.vocabularies.shared is False:
@@ -261,35 +213,22 @@ class AnswerRules:
             ids, mask = (tensor.to(draft.device) for tensor in pad_rows(rows, self.pad_token_id))
             return ids, mask
         draft = draft.masked_fill(~mask, self.pad_token_id)
-        if eos:  # whatever ended the small model's answer, it is the large one's end that follows it
+        if eos:  # the small model's own end of sequence becomes the large one's
             last = (mask.sum(dim=1) - 1)[:, None]
             foreign = ended_with_eos & ~torch.isin(draft.gather(1, last)[:, 0], draft.new_tensor(eos))
             draft = draft.scatter(1, last, torch.where(foreign[:, None], eos[0], draft.gather(1, last)))
         return draft, mask
 
     def is_complete(self, ended: Tensor, lengths: Tensor) -> Tensor:
-        """Which drafts are whole answers.
+        """Which drafts are whole answers, by whether they ended and by their lengths; all of shape `(batch,)`.
 
-        Args:
-            ended (`Tensor` of shape `(batch,)`): `True` where a draft came to its end.
-            lengths (`Tensor` of shape `(batch,)`): How many tokens it has.
-
-        Returns:
-            `Tensor` of shape `(batch,)`: `True` for whole answers. One that was cut off is whole only where the large
-            model's answer would be cut off, too.
+        A draft that was cut off is whole only where the large model's answer would be cut off too.
         """
         fits = torch.where(ended, lengths <= self.max_new_tokens, lengths == self.max_new_tokens)
         return fits & (lengths >= self.min_new_tokens)
 
     def counting_new_tokens(self, generation_config: SGLGenerationConfig) -> SGLGenerationConfig:
-        """The same settings for prompts of another length: limits that count the prompt would shift.
-
-        Args:
-            generation_config ([`SGLGenerationConfig`]): The settings; they are not changed.
-
-        Returns:
-            [`SGLGenerationConfig`]: A copy whose limits count new tokens.
-        """
+        """A copy of the settings for prompts of another length: its limits count new tokens, not the prompt."""
         settings = SGLGenerationConfig.from_generation_config(generation_config)
         settings.update(
             min_new_tokens=self.min_new_tokens or None,

@@ -1,7 +1,7 @@
-"""What this package must know about a transformers architecture.
+"""What this package must know about each transformers architecture, as a table.
 
-Where a model keeps its decoder layers, which ids stand for visual tokens, and what is peculiar about it. An
-architecture is an entry in a table; nothing outside this file asks for a model's type.
+Where a model keeps its decoder layers, which ids stand for visual tokens, and other peculiarities. Nothing outside
+this file asks for a model's type.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ class Architecture:
         decoder_attribute (`str`, *optional*): The attribute of `model.get_decoder()` that holds the decoder, where
             that is not the decoder itself.
         attention_attributes (`tuple` of `str`): The attributes of a decoder layer that may hold its attention. A layer
-            with none of them mixes its tokens otherwise: by linear attention or a convolution.
+            without any mixes its tokens otherwise: by linear attention or a convolution.
         per_token_arguments (`dict` from `str` to `int`): Further arguments of a decoder layer that hold one row per
             token, and along which dimension.
-        deepstack (`tuple` of `str`, *optional*): The arguments of the decoder that hold the places of visual tokens
-            and what is added to them between its first layers.
-        inputs (`dict`): What a row of each image input belongs to: a `"tile"` or a patch, all of which give equally
-            many visual tokens; an `"image"`; a `"video"`; a `"sample"`; the name of the input that holds the height
-            and width of each row, whose product goes with its visual tokens; or `"batch"`, where only the whole can
-            be understood.
-        answer_token_type (`int`, *optional*): What marks the answer's tokens in `token_type_ids`, where that is not
-            what marks the prompt's last token.
-        image_gap (`int`): The most text tokens that may stand between two visual tokens of one image.
+        deepstack (`tuple` of `str`, *optional*): The decoder's arguments for the places of visual tokens and for the
+            features added to them between its first layers.
+        inputs (`dict`): What a row of each image input belongs to: a `"tile"` or patch (all give equally many visual
+            tokens), an `"image"`, a `"video"`, a `"sample"`, the name of the input that holds each row's height and
+            width (their product goes with its visual tokens), or `"batch"` (only the whole can be understood).
+        answer_token_type (`int`, *optional*): The mark of the answer's tokens in `token_type_ids`, where it is not
+            that of the prompt's last token.
+        image_gap (`int`): The most text tokens between two visual tokens of one image.
     """
 
     visual_token_attributes: tuple[str, ...] = ("image_token_id", "video_token_id")
@@ -68,19 +67,19 @@ class Architecture:
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """Which of the tokens before it a layer's token may attend to; all of them if nothing is set.
+    """The earlier tokens to which a layer's token may attend; all of them if nothing is set.
 
     Attributes:
-        window (`int`, *optional*): Only the last so many, itself included.
-        chunk (`int`, *optional*): Only those of its own chunk of so many.
+        window (`int`, *optional*): The last so many, itself included.
+        chunk (`int`, *optional*): Those of its own chunk of so many.
     """
 
     window: int | None = None
     chunk: int | None = None
 
 
-# How image inputs are divided: pictures of one size; patches and the grids that they form; images of different sizes;
-# views of different sizes; rows of samples; and what only the whole batch tells.
+# How image inputs are divided: pictures of one size; patches and their grids; images of different sizes; views of
+# different sizes; rows of samples; and inputs that only the whole batch explains.
 _PATCHES = {
     "pixel_values": "tile",
     "image_grid_thw": "image_grid_thw",
@@ -200,7 +199,7 @@ _MASKED_PLACES = (
 _INDEXED = "its layers choose single tokens by their index"
 _DISTANCES = "its layers count the distances between tokens in their caches, which a shorter prompt would change"
 
-# Why the others cannot be guided and cannot guide.
+# Why the others can neither guide nor be guided.
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS_ATTENTION,
     "blip-2": _INNER_GENERATE,
@@ -233,28 +232,18 @@ UNSUPPORTED: dict[str, str] = {
     "vision-encoder-decoder": _ENCODER_DECODER,
 }
 
-# Kinds of decoder layers that can be handed fewer tokens.
+# Kinds of decoder layers that can run on fewer tokens.
 _LAYER_TYPES = {
     *("full_attention", "sliding_attention", "chunked_attention"),
     *("linear_attention", "conv", "moe", "mlp"),
 }
 
-# Attention functions that are handed a block mask or a paged cache, which can neither be recorded nor cut.
+# Attention functions with a block mask or a paged cache, which can neither be recorded nor cut.
 _UNSUPPORTED_ATTENTION = ("flex_attention", "paged")
 
 
 def check_supported(config: PreTrainedConfig) -> Architecture:
-    """The table's entry for a model, if guidance and pruning are known to be right for it.
-
-    Args:
-        config (`PreTrainedConfig`): The model's configuration.
-
-    Returns:
-        `Architecture`: The entry.
-
-    Raises:
-        ValueError: If the architecture is not supported.
-    """
+    """The table's entry for a model; raises `ValueError` if its architecture is not supported."""
     if config.model_type in UNSUPPORTED:
         raise ValueError(
             f"Models of type {config.model_type!r} are not supported, because {UNSUPPORTED[config.model_type]}: use "
@@ -279,15 +268,7 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
 
 
 def check_prunable(config: PreTrainedConfig, prune_layer: int) -> None:
-    """Raises if a model's layers cannot be handed fewer tokens from some layer on.
-
-    Args:
-        config (`PreTrainedConfig`): The model's configuration.
-        prune_layer (`int`): The first layer that would see fewer tokens.
-
-    Raises:
-        ValueError: If a layer above reads keys and values of a layer below.
-    """
+    """Raises `ValueError` if layers from `prune_layer` on read keys and values of a layer below."""
     check_supported(config)
     lowest = min(key_sources(config).values(), default=prune_layer)
     if lowest < prune_layer:
@@ -298,14 +279,7 @@ def check_prunable(config: PreTrainedConfig, prune_layer: int) -> None:
 
 
 def key_sources(config: PreTrainedConfig) -> dict[int, int]:
-    """Which layers have no keys and values of their own, and whose they read.
-
-    Args:
-        config (`PreTrainedConfig`): The model's configuration.
-
-    Returns:
-        `dict` from `int` to `int`: The index of such a layer, and of the lower one; empty in most models.
-    """
+    """The layers without keys and values of their own, each with the lower layer whose keys it reads; mostly empty."""
     text: Any = config.get_text_config(decoder=True)
     num_shared = getattr(text, "num_kv_shared_layers", None) or 0
     first = text.num_hidden_layers - num_shared
@@ -317,14 +291,11 @@ def key_sources(config: PreTrainedConfig) -> dict[int, int]:
 
 
 def visual_token_ids(config: PreTrainedConfig, modality: str = "") -> tuple[int, ...]:
-    """The token ids that stand for visual tokens in a model's prompts.
+    """The token ids that stand for visual tokens in a model's prompts; only those of a `modality` if given.
 
     Args:
         config (`PreTrainedConfig`): The model's configuration.
-        modality (`str`, *optional*): Only those for an `"image"`, or for a `"video"`.
-
-    Returns:
-        `tuple` of `int`: The ids.
+        modality (`str`, *optional*): `"image"` or `"video"`.
     """
     names = check_supported(config).visual_token_attributes
     ids = (getattr(config, name, None) for name in names if modality in name)
@@ -338,39 +309,19 @@ def visual_tokens_of(config: PreTrainedConfig, inputs: dict[str, Any], modality:
         config (`PreTrainedConfig`): The model's configuration.
         inputs (`dict`): Its inputs: `input_ids` of shape `(batch, prompt_length)`, perhaps `attention_mask`.
         modality (`str`, *optional*): Only those of an `"image"`, or of a `"video"`.
-
-    Returns:
-        `VisualTokens`: Their places.
     """
     ids, gap = visual_token_ids(config, modality), check_supported(config).image_gap
     return VisualTokens.from_input_ids(inputs["input_ids"], ids, inputs.get("attention_mask"), gap)
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The text decoder of a vision-language model, without the language modelling head.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-
-    Returns:
-        `PreTrainedModel`: The decoder.
-    """
+    """The text decoder of a vision-language model, without the language modeling head."""
     attribute = check_supported(model.config).decoder_attribute
     return model.get_decoder() if attribute is None else getattr(model.get_decoder(), attribute)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
-    """The name of the attention function that a model's decoder uses.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-
-    Returns:
-        `str`: `"sdpa"`, `"eager"`, `"flash_attention_2"` or another that guidance and pruning can work with.
-
-    Raises:
-        ValueError: If they cannot work with it.
-    """
+    """The name of the attention function of a model's decoder; raises `ValueError` for an unsupported one."""
     name = attention_name(decoder(model).config)
     if any(unsupported in name for unsupported in _UNSUPPORTED_ATTENTION):
         raise ValueError(
@@ -381,26 +332,12 @@ def attention_implementation(model: PreTrainedModel) -> str:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a vision-language model, first to last.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-
-    Returns:
-        `nn.ModuleList`: The layers.
-    """
+    """The decoder layers of a vision-language model, first to last."""
     return decoder(model).layers
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention of those decoder layers that have one.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-
-    Returns:
-        `dict` from `int` to `nn.Module`: The modules, in order, by the index of their layer.
-    """
+    """The attention modules of the decoder layers that have one, by the index of the layer."""
     attributes = check_supported(model.config).attention_attributes
     found: dict[int, nn.Module] = {}
     for index, layer in enumerate(decoder_layers(model)):
@@ -412,15 +349,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 def attention_pattern(model: PreTrainedModel, index: int) -> AttentionPattern:
-    """Which of the tokens before it a token may attend to in a decoder layer.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        index (`int`): The layer's index.
-
-    Returns:
-        `AttentionPattern`: A sliding window, a chunk, or all of them.
-    """
+    """The earlier tokens to which a token may attend in a decoder layer: a sliding window, a chunk, or all."""
     config: Any = decoder(model).config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None)
     if types is None:

@@ -1,7 +1,6 @@
-"""A batch's samples: padded on the left, picked out, and put together again.
+"""The samples of a batch: padded on the left, selected, and put together again. Pure tensors.
 
-Pure tensors. Samples that exit early leave the batch before the large model runs; whoever called `generate`,
-and whoever listens to its stream, gets the whole batch all the same.
+Samples that exit early leave the batch before the large model runs; callers and streamers still get the whole batch.
 """
 
 from __future__ import annotations
@@ -26,12 +25,7 @@ __all__ = [
 def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same inputs with all padding on the left, where `generate` needs it to continue a prompt.
 
-    Args:
-        inputs (`dict`): Model inputs with `input_ids` of shape `(batch, prompt_length)`; every tensor of the shape of
-            `attention_mask` is taken for one value per token.
-
-    Returns:
-        `dict`: The inputs, unchanged where nothing had to move.
+    Every tensor of the shape of `input_ids`, `(batch, prompt_length)`, counts as one value per token.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape != inputs["input_ids"].shape or bool(mask[:, -1].all()):
@@ -41,30 +35,15 @@ def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """Which sample each row of an image input belongs to; the rows stand in the order of the samples.
+    """The sample of each row of an image input, `(num_rows,)`; the rows stand in the order of the samples.
 
     Args:
-        num_rows (`int`): How many rows the input has: tiles, patches, or images.
-        weights (`Tensor` of shape `(batch,)`): How much of the input each sample has: visual tokens, or images.
-        sizes (`Tensor` of shape `(num_rows,)`, *optional*): How much of it each row is; all the same if not given.
-
-    Returns:
-        `Tensor` of shape `(num_rows,)`: The samples' indices.
+        num_rows (`int`): The rows of the input: tiles, patches, or images.
+        weights (`Tensor` of shape `(batch,)`): Each sample's share of the input, in visual tokens or images.
+        sizes (`Tensor` of shape `(num_rows,)`, *optional*): Each row's share; all the same if not given.
 
     Raises:
         ValueError: If the rows cannot be divided that way.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.batching import row_owners
-
-        >>> row_owners(3, torch.tensor([8, 4])).tolist()  # tiles of four tokens each
-        [0, 0, 1]
-        >>> row_owners(3, torch.tensor([8, 4]), sizes=torch.tensor([4, 12, 8])).tolist()
-        [0, 0, 1]
-
-        ```
     """
     sizes = torch.ones(num_rows, dtype=torch.long) if sizes is None else sizes.long().cpu()
     weights = weights.long().cpu()
@@ -79,32 +58,10 @@ def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> T
 
 
 def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Tensor]) -> dict[str, Any]:
-    """The inputs of some samples, without the padding that only the others needed.
+    """The inputs of the `chosen` samples, `(batch,)`, without the padding that only the others needed.
 
-    Args:
-        inputs (`dict`): Model inputs, padded on the left.
-        chosen (`Tensor` of shape `(batch,)`): `True` for the samples that are wanted.
-        owners (`dict` from `str` to `Tensor` of shape `(num_rows,)`): For each image input whose rows are not samples,
-            which sample a row belongs to; see [`row_owners`].
-
-    Returns:
-        `dict`: The inputs of the chosen samples, in their order.
-
-    Raises:
-        ValueError: If an input cannot be divided.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.batching import select_samples
-
-        >>> inputs = {"input_ids": torch.tensor([[1, 9, 9], [9, 9, 9]]), "pixel_values": torch.rand(5, 3, 8, 8)}
-        >>> owners = {"pixel_values": torch.tensor([0, 0, 1, 1, 1])}
-        >>> some = select_samples(inputs, torch.tensor([False, True]), owners)
-        >>> some["input_ids"].tolist(), some["pixel_values"].shape[0]
-        ([[9, 9, 9]], 3)
-
-        ```
+    `owners` tells for each image input whose rows are not samples to which sample a row belongs; see [`row_owners`].
+    Raises `ValueError` if an input cannot be divided.
     """
     per_token = _per_token(inputs)
     mask = inputs.get("attention_mask")
@@ -134,20 +91,14 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
 def append_tokens(
     inputs: dict[str, Any], tokens: Tensor, extend: Callable[..., dict[str, Any]], token_type: int | None = None
 ) -> dict[str, Any]:
-    """The inputs of a forward pass that reads more tokens, all of them text.
+    """The inputs of a forward pass that reads further text tokens, of shape `(batch, num_tokens)`.
 
-    Args:
-        inputs (`dict`): Inputs as `generate` has prepared them, `input_ids` of shape `(batch, length)` among them.
-        tokens (`Tensor` of shape `(batch, num_tokens)`): What follows.
-        extend (`Callable`): The model's own way to lengthen its inputs: `extend(inputs, num_new_tokens=1)`.
-        token_type (`int`, *optional*): What marks them in `token_type_ids`, if it is not the last token's.
-
-    Returns:
-        `dict`: The lengthened inputs; those passed stay as they are.
+    `extend(inputs, num_new_tokens=1)` is the model's own way to lengthen its inputs; `token_type` marks the new tokens
+    in `token_type_ids`, if they do not have the last token's mark.
     """
     ids, extended, num_tokens = inputs["input_ids"], dict(inputs), tokens.shape[1]
     if num_tokens:
-        # The first alone, because only one token is given its type as it should be; the others are given the same.
+        # The first alone: models give the right type only to a single token; the others get the same.
         extended = extend(extended)
         types = extended.get("token_type_ids")
         extended = extend(extended, num_new_tokens=num_tokens - 1)
@@ -163,14 +114,9 @@ def append_tokens(
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one tensor, filled up on the right.
+    """Rows of different lengths as one tensor, padded on the right, and `True` where it is not padding.
 
-    Args:
-        rows (sequence of sequences of `int`): The rows.
-        pad_token_id (`int`): What fills up.
-
-    Returns:
-        `tuple` of two `Tensor` of shape `(batch, length)`: The ids, and `True` where they are not filling.
+    Both have the shape `(batch, length)`.
     """
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), pad_token_id)
@@ -180,27 +126,10 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
 
 
 def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_token_id: int) -> Tensor:
-    """The answers of a whole batch, from those that exited early and those of the others.
+    """The answers of a whole batch, padded on the right; `(batch, answer_length)`.
 
-    Args:
-        early (`Tensor` of shape `(batch, early_length)`): Answers, read where `is_early`.
-        late (`Tensor` of shape `(num_late, late_length)`, *optional*): Answers of the other samples, in their order.
-        is_early (`Tensor` of shape `(batch,)`): Where the early answers count.
-        pad_token_id (`int`): What fills up the shorter ones.
-
-    Returns:
-        `Tensor` of shape `(batch, answer_length)`: One answer for each sample.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.batching import merge_answers
-
-        >>> early, late = torch.tensor([[1, 2], [0, 0]]), torch.tensor([[3, 4, 5]])
-        >>> merge_answers(early, late, torch.tensor([True, False]), pad_token_id=0).tolist()
-        [[1, 2, 0], [3, 4, 5]]
-
-        ```
+    `early` answers, `(batch, early_length)`, count where `is_early`, `(batch,)`; `late` ones,
+    `(num_late, late_length)`, belong to the other samples, in their order.
     """
     if late is not None and not is_early.any():
         return late  # several answers to one prompt, perhaps
@@ -213,14 +142,10 @@ def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_toke
 
 
 class WholeBatchStreamer:
-    """Lets a streamer hear the whole batch, of which the large model runs only a part.
+    """Passes the whole batch on to a streamer, though the large model runs only a part of it.
 
-    Args:
-        streamer (`BaseStreamer`): The listener, or anything with its `put` and `end`.
-        prompts (`Tensor` of shape `(batch, prompt_length)`): All prompts, as they were passed.
-        early (`Tensor` of shape `(batch, early_length)`): The answers of the samples that exited early.
-        is_early (`Tensor` of shape `(batch,)`): Which those are.
-        pad_token_id (`int`): What stands behind the end of an answer.
+    All `prompts` are put at once; the `early` answers, `(batch, early_length)`, count for the samples that are
+    `is_early`.
     """
 
     def __init__(self, streamer: Any, prompts: Tensor, early: Tensor, is_early: Tensor, pad_token_id: int) -> None:
@@ -228,21 +153,17 @@ class WholeBatchStreamer:
         self._early = early.cpu()
         self._is_early = is_early.cpu()
         self._pad_token_id = pad_token_id
-        self._step = -1  # the large model's first value are its prompts
+        self._step = -1  # the large model first puts its prompts
         streamer.put(prompts.cpu())
 
     def put(self, value: Tensor) -> None:
-        """Passes on one token of every sample.
-
-        Args:
-            value (`Tensor` of shape `(num_late,)`): The tokens of the samples that the large model runs.
-        """
+        """Passes on one token of every sample, given those of the samples that the large model runs; `(num_late,)`."""
         if self._step >= 0:
             self._streamer.put(self._column(value))
         self._step += 1
 
     def end(self) -> None:
-        """Passes on what is left of the early answers, and the end."""
+        """Passes on the rest of the early answers, and the end."""
         nothing = torch.full((int((~self._is_early).sum()),), self._pad_token_id)
         self._step = max(self._step, 0)
         while self._step < self._early.shape[1]:

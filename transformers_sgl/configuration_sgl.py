@@ -1,7 +1,4 @@
-"""The configuration of a pair: one large and one small vision-language model.
-
-Knows what a pair consists of, and nothing about how it runs.
-"""
+"""The configuration of a pair: one large and one small vision-language model."""
 
 from __future__ import annotations
 
@@ -21,17 +18,16 @@ _MODELS = (*_SUB_CONFIGS, *PARTS)
 class SGLConfig(PreTrainedConfig):
     """Configuration of a large vision-language model (VLM) that is guided by a small one.
 
-    It holds the two models' own configurations, whatever their architectures, or, as a recipe, their names. Either
-    round-trips through `AutoConfig`.
-    Settings of the method itself (how many visual tokens are kept, from which layer on) belong to
-    [`SGLGenerationConfig`], because they may change with every call of `generate`.
+    It holds the two models' own configurations, of any architecture, or, as a recipe, their names. Settings of the
+    method (how many visual tokens are kept, from which layer on) belong to [`SGLGenerationConfig`], because they may
+    change with every call of `generate`.
 
     Args:
         large_config (`PreTrainedConfig` or `dict`): The configuration of the large VLM.
         small_config (`PreTrainedConfig` or `dict`): The configuration of the small VLM.
-        large (`dict`): In a recipe, the checkpoint of the large VLM: `name_or_path` (a Hub repository, a folder, or
-            one that begins with `./` or `../` and is meant from the recipe on), and where wanted `revision`,
-            `subfolder`, `variant`, `dtype`, `quantization_config`, `attn_implementation`, `device_map`, `max_memory`.
+        large (`dict`): In a recipe, the checkpoint of the large VLM: `name_or_path` (a Hub repository, a folder, or a
+            path relative to the recipe that begins with `./` or `../`), and optionally `revision`, `subfolder`,
+            `variant`, `dtype`, `quantization_config`, `attn_implementation`, `device_map`, `max_memory`.
         small (`dict`): In a recipe, the checkpoint of the small VLM.
 
     Raises:
@@ -63,8 +59,8 @@ class SGLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turns sub-configurations given as `dict` into configuration objects."""
-        # transformers builds every configuration class once without arguments, to know its defaults: the pair is
-        # then simply empty. Half a pair is always a mistake.
+        # transformers builds every configuration class once without arguments, to learn its defaults. So a pair may be
+        # empty, but never half.
         given = [name for name in _SUB_CONFIGS if getattr(self, name) is not None]
         if len(given) == 1:
             missing = next(name for name in _SUB_CONFIGS if name not in given)
@@ -79,40 +75,32 @@ class SGLConfig(PreTrainedConfig):
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """What a recipe says of its two models, by their names; `None` where the models are described here."""
+        """A recipe's entries for its two models; `None` where the models are described here."""
         named = {name: getattr(self, name) for name in PARTS}
         return named if any(part is not None for part in named.values()) else None
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing, so that saving later copies no file of this package: `auto_map` already leads to it."""
+        """Does nothing: `auto_map` already leads to this package, so saving copies none of its files."""
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `config.json` says: of each model only what differs from its architecture's defaults, and no paths."""
+        """The contents of `config.json`: each model's differences from its architecture's defaults, without paths."""
         output = super().to_diff_dict()
         for name in _SUB_CONFIGS:
             if getattr(self, name) is not None:
                 output[name] = changed_settings(getattr(self, name))
-        # A bundle does not speak of recipes, nor the other way round.
+        # A bundle does not mention recipes, nor the other way round.
         return {key: value for key, value in output.items() if value is not None or key not in _MODELS}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The large model's text configuration: what the pair writes, the large model's decoder writes.
-
-        Args:
-            decoder (`bool`, *optional*): As in transformers; passed on to the large model's configuration.
-            encoder (`bool`, *optional*): As in transformers; passed on to the large model's configuration.
-
-        Returns:
-            `PreTrainedConfig`: The text configuration of the large model, or this one while the pair is empty.
-        """
+        """The large model's text configuration, as its decoder writes the answers; while the pair is empty, itself."""
         if not isinstance(self.large_config, PreTrainedConfig):
             return self
         return self.large_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
 def _as_config(name: str, config: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
-    """One sub-configuration as an object of its own class."""
+    """A sub-configuration as an object of its own class."""
     if isinstance(config, PreTrainedConfig):
         return config
     if "model_type" not in config:

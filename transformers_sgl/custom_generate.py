@@ -1,7 +1,6 @@
 """Guided generation for a stock large model: `large.generate(custom_generate="me/sgl-generate", small_model=small)`.
 
-A repository's `custom_generate/generate.py` calls
-[`generate_with_small_model`], which transformers hands the call as it was made.
+A repository's `custom_generate/generate.py` calls [`generate_with_small_model`] with the call's own arguments.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from transformers_sgl.generation_sgl import SGLGenerateOutput, generate, read_arguments
+from transformers_sgl.arguments import read_arguments
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput
+from transformers_sgl.generation_sgl import generate
 from transformers_sgl.tokens.importance_process import ImportanceProcessor
-from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers
+from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers, vocabulary_sizes
 
 __all__ = ["generate_with_small_model"]
 
@@ -36,16 +37,13 @@ def generate_with_small_model(
         model (`PreTrainedModel`): The large model.
         small_model (`PreTrainedModel`): The small model.
         inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
-        generation_config (`GenerationConfig`, *optional*): Settings; what is not set comes from the large model's.
-        importance_processor ([`ImportanceProcessor`] or several, *optional*): Your own steps between the small
-            model's attention and the choice of tokens.
-        small_tokenizer (`PreTrainedTokenizerBase`, *optional*): The small model's tokenizer, as `tokenizer` is the
-            large model's; both are read from the checkpoints if not given.
+        generation_config (`GenerationConfig`, *optional*): Settings; unset ones come from the large model's.
+        importance_processor ([`ImportanceProcessor`] or several, *optional*): As in a pair's `generate`.
+        small_tokenizer (`PreTrainedTokenizerBase`, *optional*): As in a pair's `generate`.
         **kwargs: Model inputs, settings and arguments of stock `generate`.
 
     Returns:
-        `Tensor` of shape `(batch, prompt_length + answer_length)`: Prompts and answers; with
-        `return_dict_in_generate=True` an [`SGLGenerateOutput`].
+        `Tensor` or [`SGLGenerateOutput`]: As from [`SGLForConditionalGeneration.generate`].
 
     Raises:
         ValueError: If there is no small model, or a setting or an input cannot be used.
@@ -72,34 +70,29 @@ def generate_with_small_model(
             f"Guidance needs a small model, but `small_model` is {small_model!r}: load one with `from_pretrained` and "
             "pass it, or call the `generate` of a pair without `custom_generate`."
         )
-    settings, model_inputs, generate_kwargs = read_arguments(inputs, generation_config, kwargs)
-    tokenizers = generate_kwargs.get("tokenizer"), small_tokenizer
+    settings, model_inputs, generate_kwargs = read_arguments(
+        inputs, generation_config, kwargs, model.generation_config
+    )
     return generate(
         model,
         small_model,
         model_inputs,
-        settings.resolved(model.generation_config),
-        _vocabularies(model, small_model, *tokenizers),
+        settings,
+        _vocabularies(model, small_model).given(generate_kwargs.get("tokenizer"), small_tokenizer),
         importance_processor,
         **generate_kwargs,
     )
 
 
-# Reading tokenizers takes long, so it is done once for any two models; who forgets the models, forgets these.
 _VOCABULARIES: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, Vocabularies]] = (
     WeakKeyDictionary()
 )
 
 
-def _vocabularies(
-    large: PreTrainedModel, small: PreTrainedModel, tokenizer: Any = None, small_tokenizer: Any = None
-) -> Vocabularies:
-    """What is known about the models' tokenizers: those given, or those beside the checkpoints."""
-    large_size, small_size = (each.config.get_text_config(decoder=True).vocab_size for each in (large, small))
-    if tokenizer is not None and small_tokenizer is not None:
-        return Vocabularies(lambda: (tokenizer, small_tokenizer), (large_size, small_size))
-    paths = large.name_or_path, small.name_or_path  # and not the models, which the cache must not keep alive
+def _vocabularies(large: PreTrainedModel, small: PreTrainedModel) -> Vocabularies:
+    """The models' vocabularies; tokenizers are read from the checkpoints, once for any two models."""
+    paths = large.name_or_path, small.name_or_path  # not the models, which the cache must not keep alive
     known = _VOCABULARIES.setdefault(large, WeakKeyDictionary())
     return known.setdefault(
-        small, Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), (large_size, small_size))
+        small, Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), vocabulary_sizes(large, small))
     )

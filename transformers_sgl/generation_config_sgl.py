@@ -1,7 +1,4 @@
-"""The settings of guided generation, as an extension of transformers' `GenerationConfig`.
-
-Knows what can be set and what is legal. The paper's three settings are here as presets.
-"""
+"""The settings of guided generation, as an extension of transformers' `GenerationConfig`; the presets."""
 
 from __future__ import annotations
 
@@ -23,23 +20,26 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 
 _DEFAULT_PRESET = "balanced"
-_GUIDANCE_QUERIES = ("prompt", "last", "generated", "both")
-_CONSISTENCY_REDUCTIONS = ("product", "geometric_mean")
+_FRACTIONS = {
+    "retention_ratio": "visual tokens that are kept",
+    "consistency_retention_ratio": "visual tokens that are kept",
+    "guidance_layers": "the small model's layers that rank the visual tokens",
+}
+_CHOICES = {
+    "guidance_queries": ("prompt", "last", "generated", "both"),
+    "consistency_reduction": ("product", "geometric_mean"),
+}
 
 
 def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
     """The index of the first decoder layer that sees fewer visual tokens.
 
     Args:
-        prune_layer (`int` or `float`): An index, or a fraction of the depth in `[0, 1)`, which is rounded to the
-            nearest layer.
+        prune_layer (`int` or `float`): An index, or a fraction of the depth in `[0, 1)`, rounded to the nearest layer.
         num_layers (`int`): The number of decoder layers.
 
-    Returns:
-        `int`: An index in `[0, num_layers)`.
-
     Raises:
-        ValueError: If the layer does not exist in a decoder of this depth.
+        ValueError: If a decoder of this depth has no such layer.
 
     Example:
         ```python
@@ -62,15 +62,7 @@ def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
 
 
 def average_retention(retention_ratio: float, prune_layer: int, num_layers: int) -> float:
-    """Visual tokens that the large model processes, averaged over its layers (paper, section 4.1).
-
-    Args:
-        retention_ratio (`float`): The fraction of visual tokens kept from `prune_layer` on.
-        prune_layer (`int`): The index of the first layer that sees fewer tokens.
-        num_layers (`int`): The number of decoder layers.
-
-    Returns:
-        `float`: A fraction in `(0, 1]`; 1 means that nothing is pruned.
+    """The fraction of visual tokens that the large model processes, averaged over its layers (paper, section 4.1).
 
     Example:
         ```python
@@ -85,40 +77,42 @@ def average_retention(retention_ratio: float, prune_layer: int, num_layers: int)
 
 
 class SGLGenerationConfig(ExtraSettings, GenerationConfig):
-    """Generation settings of a pair: everything `GenerationConfig` knows, and how the small model guides.
+    """Generation settings of a pair: all of `GenerationConfig`, and how the small model guides.
 
-    As in `GenerationConfig`, a field that is `None` is not set; [`SGLForConditionalGeneration.generate`] takes it from
-    the model's own `generation_config`, and from the preset "balanced" last.
+    As in `GenerationConfig`, a field that is `None` is not set. [`SGLForConditionalGeneration.generate`] takes it from
+    the model's own `generation_config`, and last from the preset "balanced". So `early_exit_threshold=None` in a
+    configuration leaves a calibrated pair's threshold in force; passed to `generate` itself, `None` means never to
+    exit.
 
     Args:
         retention_ratio (`float`, *optional*, defaults to 0.2): The fraction of visual tokens, in `(0, 1]`, that the
-            large model keeps from `prune_layer` on; `max(1, floor(retention_ratio * V))` of `V` tokens are kept. With
-            1 nothing is dropped and the output is the stock large model's.
+            large model keeps from `prune_layer` on: `max(1, floor(retention_ratio * V))` of `V` tokens. With 1 nothing
+            is dropped and the output is the stock large model's.
         prune_layer (`int` or `float`, *optional*, defaults to 9/48): The first decoder layer that sees fewer visual
             tokens: an `int` is an index, a `float` in `[0, 1)` a fraction of the depth.
-        min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image, or of every frame of a
-            video, are kept whatever their rank, so that none vanishes; with 0 some may.
-        guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens:
-            `"prompt"` (the prompt after the last visual token), its `"last"` token alone, `"generated"` (the small
-            model's own answer) or `"both"`, prompt and answer (paper, section 3.2).
+        min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image or video frame are kept
+            whatever their rank, so that none vanishes; with 0 some may.
+        guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens: `"prompt"`
+            (the prompt after the last visual token), its `"last"` token alone, `"generated"` (the small model's own
+            answer) or `"both"`, prompt and answer (paper, section 3.2).
         guidance_layers (`float`, *optional*, defaults to 1.0): The fraction, in `(0, 1]`, of the small model's layers
             whose attention counts, from the first one on.
         guidance_max_new_tokens (`int`, *optional*): The most tokens the small model may write; by default as many as
             the large model.
         early_exit_threshold (`float`, *optional*): The decision score, 0 or more, from which on the small model's
-            answer is returned and the large model not called (paper, section 3.3). Scores lie between 0 and 1: with 0
-            the large model is never called, with `None` or above 1 always.
+            answer is returned and the large model not called (paper, section 3.3). Scores lie between 0 and 1: 0 never
+            calls the large model, a number above 1 always does.
         consistency_retention_ratio (`float`, *optional*, defaults to 0.05): The fraction of visual tokens, in
             `(0, 1]`, that the small model sees when its answer's consistency is scored.
         consistency_reduction (`str`, *optional*, defaults to `"product"`): How the probabilities of an answer's tokens
             become one consistency: their `"product"`, as in the paper, or their `"geometric_mean"`, which does not
-            punish long answers.
-        score_draft (`bool`, *optional*): Whether the small model's answer is scored, which takes one more pass of it.
-            By default where an early exit depends on it, and with `return_dict_in_generate`; with `False` only for an
+            penalize long answers.
+        score_draft (`bool`, *optional*): Whether to score the small model's answer, which takes one more pass of it.
+            By default where an early exit depends on it and with `return_dict_in_generate`; with `False` only for an
             early exit.
         verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
-            goes on behind what it agrees with. What it writes stays the same. By default wherever the small model has
-            answered; with `True` it answers for this even where nothing is pruned; with `False` never.
+            continues after the part it agrees with. The output stays the same. By default wherever the small model has
+            answered; with `True` the small model answers for this even where nothing is pruned; with `False` never.
         **kwargs: Every field of `GenerationConfig`.
 
     Raises:
@@ -141,7 +135,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         # Set before `super().__init__`, which ends by calling `validate`.
         for field in self.extra_defaults():
             setattr(self, field, kwargs.pop(field, None))
-        for name in kwargs:  # stock settings may have any name; a slip of the pen must not pass for one
+        for name in kwargs:  # stock settings may have any name, so a typo would pass for one
             meant = get_close_matches(name, self.extra_defaults(), n=1, cutoff=0.85)
             if meant:
                 raise ValueError(f"There is no setting `{name}`: did you mean `{meant[0]}`?")
@@ -149,15 +143,12 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **kwargs: Any) -> SGLGenerationConfig:
-        """The settings of one of the paper's three operating points.
+        """The settings of one of the paper's three operating points (section 4.1).
 
         Args:
             preset (`str`): `"quality"`, `"balanced"` or `"fast"`: 64 %, 35 % and 9 % average retention on a large
                 model of 48 layers.
             **kwargs: Further fields; they win over the preset's.
-
-        Returns:
-            `SGLGenerationConfig`: The settings.
 
         Raises:
             ValueError: If there is no preset of that name.
@@ -168,32 +159,18 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig | None) -> SGLGenerationConfig:
-        """Extends a stock configuration.
-
-        Args:
-            generation_config (`GenerationConfig`, *optional*): Any generation settings; they are not changed.
-
-        Returns:
-            `SGLGenerationConfig`: A copy with this class's fields, which are unset unless they were there.
-        """
+        """Extends a stock configuration: a copy with this class's fields, unset unless they were there."""
         fields = {} if generation_config is None else generation_config.to_dict()
         return cls(**{name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def from_model_config(cls, model_config: PreTrainedConfig | dict[str, Any]) -> SGLGenerationConfig:
-        """The settings a model's configuration implies; as in `GenerationConfig`.
-
-        Args:
-            model_config (`PreTrainedConfig` or `dict`): The model's configuration.
-
-        Returns:
-            `SGLGenerationConfig`: The settings.
-        """
+        """The settings that a model's configuration implies, as in `GenerationConfig`."""
         return cls.from_generation_config(GenerationConfig.from_model_config(model_config))
 
     @staticmethod
     def extra_defaults() -> dict[str, Any]:
-        """The fields that this class adds, with the values they take where nobody set them."""
+        """The fields that this class adds, with their defaults."""
         return {
             **PRESETS[_DEFAULT_PRESET],
             "min_tokens_per_image": 1,
@@ -208,37 +185,23 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `generation_config.json` says: only fields that are set."""
+        """The contents of `generation_config.json`: only fields that are set."""
         return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
-    def resolved(self, defaults: GenerationConfig) -> SGLGenerationConfig:
-        """A copy in which no SGL field is unset.
+    def resolved(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
+        """A copy in which no SGL field is unset: they come from `defaults`, the first one first, then from the class.
 
-        Only what guided generation needs is filled in: the stock fields that are still `None` are left for the large
-        model's own `generate`, which knows its checkpoint's defaults.
-
-        Args:
-            defaults (`GenerationConfig`): Where unset fields, stock ones included, are taken from first: the pair's
-                own `generation_config`.
-
-        Returns:
-            `SGLGenerationConfig`: The resolved copy.
+        Stock fields that no default sets stay `None`; stock `generate` fills them.
         """
         resolved = self.from_generation_config(self)
-        inherited = {key: value for key, value in defaults.to_dict().items() if value is not None}
-        resolved.update(defaults_only=True, allow_custom_entries=True, **inherited)
+        for settings in defaults:
+            inherited = {key: value for key, value in settings.to_dict().items() if value is not None}
+            resolved.update(defaults_only=True, allow_custom_entries=True, **inherited)
         resolved.update(defaults_only=True, **self.extra_defaults())
         return resolved
 
     def average_retention(self, num_layers: int) -> float:
-        """Visual tokens that the large model processes under these settings, averaged over its layers.
-
-        Args:
-            num_layers (`int`): The number of the large model's decoder layers.
-
-        Returns:
-            `float`: A fraction in `(0, 1]`; see [`average_retention`].
-        """
+        """The average retention under these settings; see the function [`average_retention`]."""
         ratio, layer = (
             self.extra_defaults()[field] if getattr(self, field) is None else getattr(self, field)
             for field in ("retention_ratio", "prune_layer")
@@ -246,36 +209,18 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         return average_retention(ratio, resolve_prune_layer(layer, num_layers), num_layers)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
-        """Checks every field, the stock ones included.
-
-        Args:
-            *args: As in `GenerationConfig.validate`.
-            **kwargs: As in `GenerationConfig.validate`.
-
-        Raises:
-            ValueError: If a field has a value that is not allowed.
-        """
+        """Checks every field, the stock ones included; raises `ValueError` as the class says."""
         super().validate(*args, **kwargs)
-        for name in ("retention_ratio", "consistency_retention_ratio"):
+        for name, meaning in _FRACTIONS.items():
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value <= 1):
                 raise ValueError(
-                    f"`{name}` is {value!r}, but it is the fraction of visual tokens that are kept: pass a number "
-                    "above 0 and up to 1, where 1 keeps all."
+                    f"`{name}` is {value!r}, but it is the fraction of {meaning}: pass a number above 0 and up to 1, "
+                    "where 1 means all."
                 )
-        if self.guidance_layers is not None and not (
-            _is_number(self.guidance_layers) and 0 < self.guidance_layers <= 1
-        ):
-            raise ValueError(
-                f"`guidance_layers` is {self.guidance_layers!r}, but it is the fraction of the small model's layers "
-                "that rank the visual tokens: pass a number above 0 and up to 1, where 1 counts all."
-            )
         if self.prune_layer is not None:
             _check_prune_layer(self.prune_layer)
-        for name, choices in (
-            ("guidance_queries", _GUIDANCE_QUERIES),
-            ("consistency_reduction", _CONSISTENCY_REDUCTIONS),
-        ):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
@@ -302,7 +247,6 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
 
 
 def _check_prune_layer(prune_layer: Any) -> None:
-    """Raises unless `prune_layer` is an index or a fraction of the depth."""
     is_index = isinstance(prune_layer, int) and not isinstance(prune_layer, bool) and prune_layer >= 0
     is_fraction = isinstance(prune_layer, float) and 0 <= prune_layer < 1
     if not (is_index or is_fraction):

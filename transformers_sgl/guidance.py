@@ -1,8 +1,7 @@
 """Running the small model: its answer is the draft, its attention the importance of the visual tokens.
 
-One `generate` call of the small model gives the draft, the importance and the confidence. The consistency
-costs one more pass of the model, which reads the prompt a second time with most visual tokens dropped; what the vision
-encoder saw is remembered, so it does not run again.
+One `generate` call of the small model gives the draft, the importance and the confidence. The consistency costs one
+more pass, which reads the prompt again with most visual tokens dropped; the vision encoder does not run again.
 """
 
 from __future__ import annotations
@@ -36,6 +35,9 @@ from transformers_sgl.transformers_interface import cache_name, extended_inputs
 
 __all__ = ["Guidance", "guide", "guiding_layers"]
 
+# Whatever the large model does: the draft is the small model's best guess, and reproducible.
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "cache_implementation": "dynamic"}
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -45,11 +47,11 @@ class Guidance:
         draft_sequences (`Tensor` of shape `(batch, draft_length)`): The small model's answers in its own vocabulary,
             without the prompts.
         draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for an answer's tokens, its end of sequence
-            included, `False` for what follows.
+            included.
         ended (`Tensor` of shape `(batch,)`): `True` where an answer came to its end, `False` where it was cut off.
         ended_with_eos (`Tensor` of shape `(batch,)`): `True` where that end is an end-of-sequence token.
         importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention each visual token
-            received, in float32; 0 where a sample has fewer tokens than the batch's maximum.
+            received, in float32; 0 in padding.
         confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was.
         consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays with few visual tokens.
     """
@@ -70,14 +72,7 @@ class Guidance:
         return early_exit.decision_score(self.confidence, self.consistency)
 
     def to(self, device: torch.device) -> Guidance:
-        """The same on another device.
-
-        Args:
-            device (`torch.device`): Where the tensors shall be.
-
-        Returns:
-            `Guidance`: A copy.
-        """
+        """The same on another device."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
@@ -93,41 +88,17 @@ def guide(
     stopping_criteria: StoppingCriteriaList | None = None,
     **settings: Any,
 ) -> Guidance:
-    """Lets the small model answer first, greedily, and watches where it looks (paper, section 3.2).
+    """Lets the small model answer first, greedily, and records its attention (paper, section 3.2).
 
-    Args:
-        small (`PreTrainedModel`): The small model.
-        inputs (`dict`): Its inputs: `input_ids` of shape `(batch, small_prompt_length)`, `attention_mask`,
-            `pixel_values` and whatever else its `generate` takes, settings included.
-        visual_tokens (`VisualTokens`): The visual tokens of these inputs.
-        generation_config (`SGLGenerationConfig`): The resolved settings.
-        ranks (`bool`, defaults to `True`): Whether the importance is wanted.
-        scores (`bool`, defaults to `False`): Whether confidence and consistency are wanted.
-        logits_processor (`LogitsProcessorList`, *optional*): What the small model's answer has to obey, too.
-        stopping_criteria (`StoppingCriteriaList`, *optional*): What ends the small model's answer, too.
-        **settings: Further settings of the small model's `generate`; those in `inputs` win.
-
-    Returns:
-        `Guidance`: The draft and what was asked for, on the small model's device.
+    `inputs` are the arguments of its `generate`, with `input_ids` of shape `(batch, small_prompt_length)`; they win
+    over `settings`. `ranks` asks for the importance, `scores` for confidence and consistency; `logits_processor` and
+    `stopping_criteria` also hold for the draft. The result is on the small model's device.
 
     Raises:
         ValueError: If a sample has no token whose attention could rank its visual tokens.
     """
-    if small.device.type != "meta":  # else its weights are offloaded, and hooks fetch the inputs when they are needed
-        inputs = {
-            name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
-        }
-        visual_tokens = visual_tokens.to(small.device)
-    settings = {
-        # Greedy whatever the large model does: the draft is the small model's best guess, and reproducible.
-        "do_sample": False,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "cache_implementation": "dynamic",
-        **settings,
-        **inputs,
-        "return_dict_in_generate": False,
-    }
+    inputs, visual_tokens = _beside(small, inputs, visual_tokens)
+    settings = {**_GREEDY, **settings, **inputs, "return_dict_in_generate": False}
     with ExitStack() as stack:
         recorder = None
         if ranks or scores:
@@ -144,59 +115,64 @@ def guide(
     draft_sequences = sequences[:, visual_tokens.prompt_length :]
     draft_mask = watch.mask(draft_sequences)
 
-    importance = confidence = consistency = None
-    if recorder is not None:
-        importance = _of_queries(recorder, generation_config.guidance_queries)
-        if ranks and (visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
-            raise ValueError(
-                "Nothing ranks the visual tokens of a sample: its prompt ends with the image and the small model "
-                "wrote a single token, so put the question behind the image or allow a longer answer."
-            )
-    if draft is not None and importance is not None:
-        confidence = early_exit.confidence(draft.log_probs, draft_mask)
-        log_probs = _log_probs_when_pruned(
-            small, draft, draft_sequences, visual_tokens, importance, generation_config.consistency_retention_ratio
-        )
-        consistency = early_exit.consistency(log_probs, draft_mask, generation_config.consistency_reduction)
-    return Guidance(
-        draft_sequences,
-        draft_mask,
-        watch.ended,
-        watch.ended_with_eos,
-        importance if ranks else None,
-        confidence,
-        consistency,
+    guidance = Guidance(draft_sequences, draft_mask, watch.ended, watch.ended_with_eos)
+    if recorder is None:
+        return guidance
+    importance = _of_queries(recorder, generation_config.guidance_queries)
+    if ranks:
+        _check_ranked(visual_tokens, importance)
+        guidance = replace(guidance, importance=importance)
+    if draft is None:
+        return guidance
+    log_probs = _log_probs_when_pruned(
+        small, draft, draft_sequences, visual_tokens, importance, generation_config.consistency_retention_ratio
+    )
+    return replace(
+        guidance,
+        confidence=early_exit.confidence(draft.log_probs, draft_mask),
+        consistency=early_exit.consistency(log_probs, draft_mask, generation_config.consistency_reduction),
     )
 
 
 def guiding_layers(small: PreTrainedModel, settings: SGLGenerationConfig) -> list[int]:
-    """The decoder layers whose attention counts under these settings.
-
-    Args:
-        small (`PreTrainedModel`): The small model.
-        settings (`SGLGenerationConfig`): The resolved settings.
-
-    Returns:
-        `list` of `int`: The indices of layers with attention, in order.
-    """
+    """The indices of the decoder layers whose attention counts under these settings, in order."""
     layers = sorted(attention_modules(small))
     return layers[: max(1, round((settings.guidance_layers or 1.0) * len(layers)))]
+
+
+def _beside(
+    small: PreTrainedModel, inputs: dict[str, Any], visual_tokens: VisualTokens
+) -> tuple[dict[str, Any], VisualTokens]:
+    """Inputs and visual tokens on the small model's device."""
+    if small.device.type == "meta":  # with offloaded weights, accelerate's hooks move the inputs
+        return inputs, visual_tokens
+    moved = {name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return moved, visual_tokens.to(small.device)
 
 
 def _attention_recorder(
     small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig
 ) -> AttentionRecorder:
-    """Who watches the layers and the queries that the settings name."""
+    """A recorder of the layers and queries that the settings name."""
     # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
     queries: Literal["last", "both"] = "last" if settings.guidance_queries == "last" else "both"
     return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings))
 
 
+def _check_ranked(visual_tokens: VisualTokens, importance: Tensor) -> None:
+    """Raises if a sample has visual tokens, and none of them received any attention."""
+    if (visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
+        raise ValueError(
+            "Nothing ranks the visual tokens of a sample: its prompt ends with the image and the small model wrote a "
+            "single token, so put the question after the image or allow a longer answer."
+        )
+
+
 def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
     """The importance that the wanted queries give; `(batch, num_visual_tokens)`.
 
-    Where a sample has no such queries, it is ranked by the others: an answer of a single token is never read again, so
-    it has no generated queries, and a prompt that ends with its image has no prompt queries.
+    A sample without such queries is ranked by the others: an answer of one token is never read again, so it has no
+    generated queries, and a prompt that ends with its image has no prompt queries.
     """
     wanted = {
         "prompt": recorder.prompt_importance,
@@ -215,10 +191,9 @@ def _log_probs_when_pruned(
     importance: Tensor,
     retention_ratio: float,
 ) -> Tensor:
-    """The log-probabilities of the draft where only the most important visual tokens are seen (paper, section 3.3).
+    """The draft's log-probabilities from one teacher-forced pass, pruned at layer 0; `(batch, draft_length)`.
 
-    Returns:
-        `Tensor` of shape `(batch, draft_length)`: One teacher-forced pass, pruned at layer 0.
+    Only the most important visual tokens are seen (paper, section 3.3).
     """
     keep_mask = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(
         visual_tokens, importance
@@ -236,8 +211,7 @@ def _log_probs_when_pruned(
 class _FeatureMemo(HookContext):
     """Lets a model's vision encoder see an image once, however often the model is given it.
 
-    Newer versions of transformers encode images before the first pass and hand the features to it; then there is
-    nothing to remember.
+    Newer versions of transformers encode images before the first pass; then there is nothing to remember.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -262,11 +236,11 @@ class _FeatureMemo(HookContext):
 
 
 class _DraftRecorder(HookContext, LogitsProcessor):
-    """Notes, while the small model writes, what scoring its draft needs.
+    """Collects what scoring a draft needs while the small model writes it.
 
     Attributes:
-        prompt_inputs (`dict`): What its first pass was given.
-        features (`_FeatureMemo`): What its vision encoder saw.
+        prompt_inputs (`dict`): The inputs of its first pass.
+        features (`_FeatureMemo`): The vision encoder's output.
     """
 
     prompt_inputs: dict[str, Any]
@@ -297,10 +271,10 @@ class _DraftRecorder(HookContext, LogitsProcessor):
         self._logits = output.logits[:, -1]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The last of the logits processors: it sees what is chosen, and changes nothing.
+        """Runs as the last logits processor: sees what is chosen, and changes nothing.
 
-        The probability is the model's own, before processors reshaped it: a token that was forced upon the model
-        counts with the little trust that the model has in it.
+        The probability is the model's own, before processors reshaped it: a forced token counts with the model's own
+        trust.
         """
         assert self._logits is not None
         self._log_probs.append(early_exit.token_log_probs(self._logits.to(scores.device), scores.argmax(dim=-1)))
@@ -311,7 +285,7 @@ class _EndWatch(StoppingCriteria):
     """Ends an answer where it has to end, and remembers where that was.
 
     Attributes:
-        recorder ([`AttentionRecorder`], *optional*): Who is told, so that padding behind an answer does not count.
+        recorder ([`AttentionRecorder`], *optional*): Told of ends, so that padding after an answer does not count.
         ended (`Tensor` of shape `(batch,)`): Which answers have ended.
         ended_with_eos (`Tensor` of shape `(batch,)`): Which of them with an end-of-sequence token.
     """

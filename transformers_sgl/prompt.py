@@ -31,40 +31,26 @@ class Prompt:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, inputs: dict[str, Any]) -> Prompt:
-        """The prompts in a model's inputs, whatever their padding side.
-
-        Args:
-            config (`PreTrainedConfig`): The model's configuration.
-            inputs (`dict`): Its inputs, with `input_ids` of shape `(batch, prompt_length)`; they are not changed.
-
-        Returns:
-            `Prompt`: The prompts.
-
-        Raises:
-            ValueError: If the architecture is not supported, or `attention_mask` has another shape.
-        """
+        """The prompts in a model's inputs, whatever their padding side; raises `ValueError` as its parts do."""
         inputs = left_padded(inputs)
         return cls(config, inputs, visual_tokens_of(config, inputs))
 
+    @classmethod
+    def find(cls, config: PreTrainedConfig, inputs: dict[str, Any]) -> Prompt | None:
+        """The same, or `None` where only a part of the prompts, or only embeddings, were passed."""
+        input_ids, attention_mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if input_ids is None or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+            return None
+        return cls.of(config, inputs)
+
     def select(self, chosen: Tensor) -> Prompt:
-        """Some of the prompts, without the padding that only the others needed.
-
-        Args:
-            chosen (`Tensor` of shape `(batch,)`): `True` for those that are wanted.
-
-        Returns:
-            `Prompt`: They, in their order.
-
-        Raises:
-            ValueError: If an input cannot be divided.
-        """
+        """The prompts that are `chosen`, `(batch,)`, without the padding that only the others needed."""
         return Prompt.of(self.config, select_samples(self.inputs, chosen, self.row_owners()))
 
     def row_owners(self) -> dict[str, Tensor]:
-        """Which prompt each row of the image inputs belongs to; inputs with one row per prompt are left out.
+        """The prompt to which each row of an image input belongs, by input name; tensors of shape `(num_rows,)`.
 
-        Returns:
-            `dict` from `str` to `Tensor` of shape `(num_rows,)`: The prompts' indices.
+        Inputs with one row per prompt are left out.
 
         Raises:
             ValueError: If nothing tells to which prompts the rows of an input belong.

@@ -1,11 +1,9 @@
-"""Tells transformers' Auto classes of the model type "sgl", at no cost to whoever does not use them.
-
-Names the files that define a pair's classes, and imports none of them by itself.
+"""Tells transformers' Auto classes of the model type "sgl", without importing the pair's classes.
 
 transformers imports its Auto classes where they are first used. Each is told right after that, or at once if it has
-been imported already, so the order of imports does not matter. Importing the model's class there, in the middle of
-transformers' own imports, would be slow and could go in circles. So the Auto classes get a stand-in, which imports the
-class when it is first used; and the class's file, once imported, puts the class itself in its place.
+been imported already, so the order of imports does not matter. Importing the model's class at that point, in the
+middle of transformers' own imports, would be slow and could be circular. So the Auto classes get a stand-in that
+imports the class when it is first used; the class's own file then replaces it.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ __all__ = ["register_when_imported"]
 
 
 def register_when_imported() -> None:
-    """Has the model type "sgl" registered with each Auto class as soon as that is imported, or now if it has been."""
+    """Registers the model type "sgl" with each Auto class as soon as that is imported, or now if it has been."""
     for kind, register in (
         ("configuration", _register_configuration),
         ("modeling", _register_model),
@@ -31,12 +29,12 @@ def register_when_imported() -> None:
         wrapt.register_post_import_hook(register, AUTO_MODULES[kind])
 
 
-# The hooks import what they need instead of taking it from the module that they are handed: if another thread is just
-# importing that, they wait until it is finished.
+# The hooks import what they need and ignore the module that they are handed: if another thread is still importing it,
+# they wait for it.
 
 
 def _register_configuration(_: Any) -> None:
-    # Registers itself at its end. No name is asked of it, because it may be what imports the Auto classes.
+    # Registers itself at its end. No name is read from it, because it may be what imports the Auto classes.
     importlib.import_module("transformers_sgl.configuration_sgl")
 
 
@@ -57,7 +55,7 @@ def _own(file: str, name: str) -> Any:
 
 
 class _LazyClass(wrapt.LazyObjectProxy):
-    """The stand-in: in all but identity the class, which is imported when anything is asked of it."""
+    """The stand-in: in all but identity the class, which is imported at the first access."""
 
     def __new__(cls, file: str, name: str) -> _LazyClass:
         return super().__new__(cls, interface=type)
@@ -65,7 +63,7 @@ class _LazyClass(wrapt.LazyObjectProxy):
     def __init__(self, file: str, name: str) -> None:
         super().__init__(lambda: _own(file, name), interface=type)
 
-    # What is copied or pickled is the class itself, as with any class.
+    # Copying and pickling give the class itself, as with any class.
 
     def __copy__(self) -> type:
         return self.__wrapped__

@@ -1,7 +1,7 @@
-"""Which versions of its main dependencies this package was tested with.
+"""The tested versions of the main dependencies.
 
-Inside these ranges every promise is tested. Outside them the package goes on, says so once when it is
-imported, and again in every error.
+Inside these ranges every promise is tested. Outside them the package still runs, but warns once at import and says so
+in every error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import metadata
 
 __all__ = ["TESTED", "name_versions", "names_versions", "untested", "warn_if_untested"]
 
-# The packages whose new releases have broken this one, or may. The same ranges stand in `setup.cfg`.
+# Packages whose new releases may break this one. The same ranges stand in `setup.cfg`.
 TESTED = {
     "transformers": ">=5.17,<5.25",
     "torch": ">=2.11,<2.16",
@@ -25,7 +25,7 @@ TESTED = {
 
 @functools.cache
 def untested() -> str:
-    """One sentence that names every installed version outside the tested range; empty if all are inside."""
+    """One sentence that names every installed version outside the tested range; empty if there is none."""
     outside = []
     for package, bounds in TESTED.items():
         try:
@@ -47,11 +47,7 @@ def warn_if_untested() -> None:
 
 
 def name_versions(error: BaseException | None) -> None:
-    """Adds to an error that an installed version was not tested, because that may be its cause.
-
-    Args:
-        error (`BaseException`, *optional*): The error; unchanged if its message is not its first argument.
-    """
+    """Adds to an error's message that an installed version was not tested, because that may be its cause."""
     sentence = untested()
     if sentence and isinstance(error, Exception) and error.args and isinstance(error.args[0], str):
         message = error.args[0]
@@ -81,5 +77,5 @@ def _is_inside(version: str, bounds: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what follows them: `5.25.0.dev0` is the first of what 5.25 may bring."""
+    """The numbers of a version without suffixes, so that `5.25.0.dev0` counts as 5.25."""
     return tuple(int(number) for number in re.findall(r"\d+", re.match(r"[\d.]*", version)[0]))  # type: ignore[index]

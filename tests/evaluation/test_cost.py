@@ -15,8 +15,8 @@ from transformers_sgl.evaluation import Scenes
 from transformers_sgl.evaluation import cost as cost_module
 from transformers_sgl.evaluation.cost import Cost, flop_counter, measure_cost
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.evaluation.evaluation_run import measure_costs, plan
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Large, Pair, Setting
+from transformers_sgl.evaluation.run import measure_costs, plan
 
 THIRD = Setting(0.35, 2, 10)
 

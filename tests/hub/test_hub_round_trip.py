@@ -105,7 +105,7 @@ def test_what_comes_back_is_what_was_pushed(
         assert answer(model, processor, embedded_pair_path) == ANSWER
         pipe = pipeline("image-text-to-text", model="me/pair")
         assert answer(pipe.model, pipe.processor, embedded_pair_path) == ANSWER
-        assert model._vocabularies().shared  # the tokenizers are found there too
+        assert model._vocabularies.shared  # the tokenizers are found there too
 
 
 def test_a_second_load_needs_no_hub(pushed: HubStub, tmp_path: Path, embedded_pair_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_private_pair_takes_a_token_which_ends_up_nowhere(
         model = AutoModel.from_pretrained("org/secret", token=hub.token)
         processor = AutoProcessor.from_pretrained("org/secret", token=hub.token)
         assert answer(model, processor, embedded_pair_path) == ANSWER
-        assert model._vocabularies().shared
+        assert model._vocabularies.shared
         model.save_recipe(tmp_path / "recipe")
         model.save_pretrained(tmp_path / "bundle")
     assert hub.token not in caplog.text + repr(model._checkpoints) + repr(model.config)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformers_sgl import (
-    AttentionMassProcessor,
     ImportanceProcessor,
     ImportanceProcessorList,
     MinimumPerImageProcessor,
@@ -102,36 +101,6 @@ def test_the_count_is_what_floor_says_in_plain_python(ratio, count, kept):
     assert result == [[0.5] * kept + [DROPPED] * (count - kept)]  # of equal tokens the earlier ones
 
 
-# --- a share of the importance ---
-
-
-@RANDOMLY
-@given(samples(), st.integers(1, 8).map(lambda number: number / 8))
-def test_attention_mass_keeps_the_smallest_prefix_that_holds_the_share(batch, share):
-    result = batch.unpadded(AttentionMassProcessor(share)(batch.tokens, batch.importance))
-
-    expected = []
-    for values in batch.flat:
-        mass = [0.0 if math.isinf(value) else value for value in values]
-        order = descending(values)
-        sizes = [size for size in range(1, len(order) + 1) if sum(mass[i] for i in order[:size]) >= share * sum(mass)]
-        prefix = order[: sizes[0]] if sizes else []
-        expected.append(only(values, {*prefix, *(i for i in order if values[i] == PROTECTED)}))
-    assert result == expected
-
-
-def test_attention_mass_of_one_drops_only_what_nobody_looks_at():
-    batch = Samples([[[0.25, 0.0, 0.5]]])
-
-    assert batch.unpadded(AttentionMassProcessor(1.0)(batch.tokens, batch.importance)) == [[0.25, DROPPED, 0.5]]
-
-
-def test_attention_mass_keeps_the_first_token_where_there_is_no_importance_at_all():
-    batch = Samples([[[0.0, 0.0, 0.0]]])
-
-    assert batch.unpadded(AttentionMassProcessor(0.5)(batch.tokens, batch.importance)) == [[0.0, DROPPED, DROPPED]]
-
-
 # --- a minimum per image ---
 
 
@@ -172,23 +141,22 @@ def test_a_minimum_protects_nothing_where_there_is_no_token():
     assert protected.tolist() == [[1.0, PROTECTED, PROTECTED], [PROTECTED, 0.0, 0.0]]
 
 
-def test_a_minimum_protects_from_the_mass_processor_too():
+def test_a_minimum_protects_from_a_processor_of_the_users_too():
+    class AboveHalf(ImportanceProcessor):
+        def __call__(self, visual_tokens, importance):
+            return importance.masked_fill(importance < 0.5, DROPPED)
+
     batch = Samples([[[8.0, 0.0], [0.0, 0.25]]])
 
-    keep_mask = ImportanceProcessorList([MinimumPerImageProcessor(1), AttentionMassProcessor(0.5)]).keep_mask(
-        batch.tokens, batch.importance
-    )
+    processors = ImportanceProcessorList([MinimumPerImageProcessor(1), AboveHalf()])
 
-    assert keep_mask[0, 0]
-    assert keep_mask[0, 3]
+    assert processors.keep_mask(batch.tokens, batch.importance).tolist() == [[True, False, False, True]]
 
 
 # --- what holds for all of them ---
 
 
-@pytest.mark.parametrize(
-    "processor", [RetentionRatioProcessor(0.4), AttentionMassProcessor(0.6), MinimumPerImageProcessor(2)]
-)
+@pytest.mark.parametrize("processor", [RetentionRatioProcessor(0.4), MinimumPerImageProcessor(2)])
 @RANDOMLY
 @given(batch=samples())
 def test_dropped_stays_dropped_protected_stays_protected_and_the_input_is_not_changed(processor, batch):
@@ -201,9 +169,7 @@ def test_dropped_stays_dropped_protected_stays_protected_and_the_input_is_not_ch
     assert (after[before == PROTECTED] == PROTECTED).all()
 
 
-@pytest.mark.parametrize(
-    "processor", [RetentionRatioProcessor(0.4), AttentionMassProcessor(0.6), MinimumPerImageProcessor(2)]
-)
+@pytest.mark.parametrize("processor", [RetentionRatioProcessor(0.4), MinimumPerImageProcessor(2)])
 def test_prompts_without_images_pass_through(processor):
     tokens = VisualTokens.from_input_ids(torch.ones(2, 3, dtype=torch.long), IMAGE)
 
@@ -319,13 +285,9 @@ def test_a_processor_must_implement_call():
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.01, 2, True, False, "0.5", None, math.nan, math.inf])
-@pytest.mark.parametrize(
-    ("processor_class", "name"),
-    [(RetentionRatioProcessor, "retention_ratio"), (AttentionMassProcessor, "attention_mass")],
-)
-def test_a_fraction_outside_its_range_is_refused(processor_class, name, value):
-    with pytest.raises(ValueError, match=f"`{name}` is .*: pass a number above 0 and up to 1"):
-        processor_class(value)
+def test_a_fraction_outside_its_range_is_refused(value):
+    with pytest.raises(ValueError, match=r"`retention_ratio` is .*: pass a number above 0 and up to 1"):
+        RetentionRatioProcessor(value)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "2", None])

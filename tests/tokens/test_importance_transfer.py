@@ -31,6 +31,7 @@ from transformers_sgl import (
 from transformers_sgl.architectures import visual_token_ids
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.evaluation import Scenes
+from transformers_sgl.tokens import comparison, prompt_images
 from transformers_sgl.tokens.boxes import visual_token_boxes
 from transformers_sgl.tokens.importance_resampling import resample_importance
 from transformers_sgl.tokens.layouts import LAYOUTS
@@ -136,7 +137,8 @@ def test_nothing_is_measured_where_both_read_the_same(monkeypatch: pytest.Monkey
     def measure(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("boxes were computed")
 
-    monkeypatch.setattr(processing_sgl, "visual_token_boxes", measure)
+    for module in (processing_sgl, comparison):
+        monkeypatch.setattr(module, "visual_token_boxes", measure)
     prepare(SGLProcessor(internvl_processor(), internvl_processor()), chats(pictures()))
 
 
@@ -253,7 +255,7 @@ def test_every_known_processor_pairs_with_one_of_another_family(name: str, neste
         images = pictures([[(80, 48)], [(80, 48)]])
     for large, small in ((built, other), (other, built)):
         processor = SGLProcessor(large, small)
-        place = processing_sgl._placeholder(large)
+        place = prompt_images.image_placeholder(large)
         texts = [place * len(few) for few in images]
 
         inputs = processor(
@@ -571,7 +573,7 @@ def test_an_unknown_layout_is_refused_when_it_is_paired(side: str) -> None:
 
 @mechanics
 def test_more_images_than_places_are_refused() -> None:
-    by_hand = functools.partial(processing_sgl._by_prompt, placeholder="<image>")
+    by_hand = functools.partial(prompt_images.images_by_prompt, placeholder="<image>")
     assert by_hand([1, 2, 3], ["<image>", "", "<image><image>"]) == [[1], [], [2, 3]]
     with pytest.raises(ValueError, match=r"3 images, but the prompts have places for \[1, 1\]"):
         by_hand([1, 2, 3], ["<image>", "<image>"])

@@ -1,11 +1,10 @@
-"""Capturing the attention that visual tokens receive, beside the model's own attention kernel.
+"""Captures the attention that visual tokens receive, beside the model's own attention kernel.
 
-While an [`AttentionRecorder`] is active, the decoder's attention function is its own (`sdpa`,
-`flash_attention_2`, `eager`, ...) wrapped in `_recording_attention`, which computes, next to the kernel's output, only
-those rows of the attention matrix that matter: the queries after the last visual token. Each layer's rows are summed
-to `(batch, num_visual_tokens)` and dropped. That is done for the prompt on arrival, and for the generated tokens all
-at once in the end: a decoding step only remembers its query, because the cache keeps the keys anyway. Layers without
-attention, which mix their tokens by a linear recurrence or a convolution, tell nothing.
+While an [`AttentionRecorder`] is active, the decoder's attention function is its own (`sdpa`, `flash_attention_2`,
+`eager`, ...) wrapped in `_recording_attention`. Next to the kernel's output that computes only the attention rows that
+matter: the queries after the last visual token. Each layer's rows are summed to `(batch, num_visual_tokens)` and
+dropped: for the prompt at once, for generated tokens together at the end, because the cache keeps the keys anyway and
+    a decoding step need only remember its query. Layers without attention contribute nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from transformers_sgl.transformers_interface import (
 __all__ = ["AttentionRecorder"]
 
 _PREFIX = "sgl_recording_"
-# Who listens to an attention module. Attention functions are told nothing but the module that called them.
+# The recorders of each attention module. Attention functions know nothing but the module that called them.
 _LISTENERS: WeakKeyDictionary[nn.Module, tuple[AttentionRecorder, ...]] = WeakKeyDictionary()
 
 
@@ -55,12 +54,12 @@ class AttentionRecorder(HookContext):
     prompt tokens after the last visual token, and from the generated tokens, in float32 and per sample:
     `A[v] = sum_layers sum_heads (sum_q attn[q, v] + sum_g attn[g, v])`.
 
-    It works on any supported transformers model, alone, and does not slow its attention kernel down. Queries that are
-    padding, or that follow a sample's end of sequence while the rest of its batch goes on, do not count. Until the end
-    of the `with`, the keys in the model's cache are kept.
+    It works on any supported transformers model, alone, and does not slow its attention kernel down. Padding queries
+    do not count, nor do those after a sample's end of sequence. Until the end of the `with`, the keys in the model's
+    cache are kept.
 
     Args:
-        model (`PreTrainedModel`): The model to watch.
+        model (`PreTrainedModel`): The model to record.
         visual_tokens (`VisualTokens`): Where the visual tokens stand in the prompts that it will be given.
         queries (`str`, *optional*, defaults to `"both"`): Whose attention to record: that of the `"prompt"`, of its
             `"last"` token alone, of the `"generated"` tokens, or of `"both"`, prompt and generated.
@@ -73,25 +72,19 @@ class AttentionRecorder(HookContext):
 
     Example:
         ```python
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+        >>> import torch
+        >>> from transformers import AutoModelForImageTextToText
         >>> from transformers_sgl import AttentionRecorder, VisualTokens
         >>> from transformers_sgl.hub import embedded_pair
 
-        >>> folder = embedded_pair() / "small"
-        >>> small = AutoModelForImageTextToText.from_pretrained(folder)
-        >>> processor = AutoProcessor.from_pretrained(folder)
-        >>> chat = [{"role": "user", "content": [
-        ...     {"type": "image", "path": str(embedded_pair() / "example.png")},
-        ...     {"type": "text", "text": "describe the red triangle."},
-        ... ]}]
-        >>> inputs = processor.apply_chat_template(
-        ...     chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ... )
-        >>> visual_tokens = VisualTokens.from_input_ids(inputs["input_ids"], small.config.image_token_id)
+        >>> small = AutoModelForImageTextToText.from_pretrained(embedded_pair() / "small")
+        >>> image = small.config.image_token_id
+        >>> prompt = torch.tensor([[20, *[image] * 64, 21, 22]])
+        >>> visual_tokens = VisualTokens.from_input_ids(prompt, image)
         >>> with AttentionRecorder(small, visual_tokens) as recorder:
-        ...     _ = small.generate(**inputs, max_new_tokens=4)
+        ...     _ = small.generate(prompt, pixel_values=torch.zeros(1, 3, 64, 64), max_new_tokens=4)
         >>> recorder.importance.shape
-        torch.Size([1, 320])
+        torch.Size([1, 64])
 
         ```
     """
@@ -151,21 +144,17 @@ class AttentionRecorder(HookContext):
 
     @property
     def importance(self) -> Tensor:
-        """What has been recorded so far: `(batch, num_visual_tokens)` in float32, 0 where a sample has fewer."""
+        """The importance so far: `(batch, num_visual_tokens)` in float32, 0 in padding."""
         return self.prompt_importance + self.generated_importance
 
     def finish(self, finished: Tensor) -> None:
-        """Stops counting samples that have finished otherwise than by their model's own end of sequence.
-
-        Args:
-            finished (`Tensor` of shape `(batch,)`): `True` where the tokens from here on do not count.
-        """
+        """Stops counting samples that have `finished`, `(batch,)`, other than by an end of sequence."""
         self._unfinished = self._unfinished & ~finished.to(self._unfinished.device)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Records what still waits, and removes the hooks."""
+        """Records waiting queries, and removes the hooks."""
         try:
             if kind is None:
                 _ = self.generated_importance
@@ -173,7 +162,7 @@ class AttentionRecorder(HookContext):
             super().__exit__(kind, error, traceback)
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(self._restore_attention)  # comes last, after nobody listens any more
+        stack.callback(self._restore_attention)  # runs last, after the listeners are gone
         stack.callback(self._waiting.clear)
         stack.callback(self.model.register_forward_pre_hook(self._note_ends, with_kwargs=True).remove)
         stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
@@ -184,20 +173,20 @@ class AttentionRecorder(HookContext):
         set_attention_name(config, _recording_implementation(attention_name(config)))
 
     def _restore_attention(self) -> None:
-        """Puts the model's own attention function back, unless another recorder still needs the recording one."""
+        """Restores the model's own attention function, unless another recorder still needs the recording one."""
         if not any(_LISTENERS.get(module) for module in self._patterns):
             config = self._decoder.config
             set_attention_name(config, attention_name(config).removeprefix(_PREFIX))
 
     def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Model pre-hook: a sample that reads an end-of-sequence token has finished, whatever it is fed after."""
+        """Model pre-hook: a sample that reads an end-of-sequence token has finished."""
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is not None and self._num_seen > 0:
             newest = input_ids[:, -1].to(self._end_ids.device)
             self._unfinished = self._unfinished & ~torch.isin(newest, self._end_ids)
 
     def _start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decoder pre-hook: which tokens of the whole sequence this pass reads."""
+        """Decoder pre-hook: finds the tokens of the whole sequence that this pass reads."""
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = kwargs.get("input_ids", args[0] if args else None)
@@ -215,7 +204,7 @@ class AttentionRecorder(HookContext):
         self._num_seen = self._end
 
     def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Decoder hook: what nobody recorded must not pass for unimportant."""
+        """Decoder hook: raises if no layer was recorded, which would look like no importance."""
         if self._num_layers == 0:
             raise ValueError(
                 "The model's attention implementation was changed while it was being recorded, or is not one of "
@@ -226,11 +215,9 @@ class AttentionRecorder(HookContext):
     def record(self, module: nn.Module, query: Tensor, key: Tensor, scores: Callable[[], AttentionScores]) -> None:
         """Adds one layer's attention on the visual tokens; called by the attention function.
 
-        Args:
-            module (`nn.Module`): The layer's attention.
-            query (`Tensor` of shape `(batch, heads, query_length, head_dim)`): The last queries of this pass, rotated.
-            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The last keys, rotated.
-            scores (`Callable`): Returns an `AttentionScores`: how queries and keys become attention.
+        `query` has the shape `(batch, heads, query_length, head_dim)`, `key`
+        `(batch, key_value_heads, key_length, head_dim)`: the last ones, rotated. `scores` returns how they become
+        attention.
         """
         end, first_query = self._end, self._end - query.shape[2]  # positions in the whole sequence
         if key.shape[2] > end:
@@ -247,7 +234,7 @@ class AttentionRecorder(HookContext):
             )
         self._num_layers += 1
 
-        # Without a cache every pass repeats the tokens of the last one: they have been counted.
+        # Without a cache every pass repeats the tokens of the last one, which have been counted.
         new = max(first_query, self._num_recorded)
         start, stop = max(new, self._first_row), min(end, self.visual_tokens.prompt_length)
         if start < stop and self.queries != "generated":
@@ -270,7 +257,7 @@ class AttentionRecorder(HookContext):
                 self._waiting[module] = _WaitingQueries(start, [rows], key, scores, end)
 
     def _can_wait(self, module: nn.Module, key: Tensor) -> bool:
-        """Whether queries may be recorded later: no key before them is lost, and the cache holds the keys itself."""
+        """Whether queries may be recorded later: no earlier key is lost, and the cache holds the keys itself."""
         return module in self._sees_all and held_keys(self._cache, self._index[module]) is key
 
     def _record_waiting(self, module: nn.Module) -> None:
@@ -291,12 +278,12 @@ class AttentionRecorder(HookContext):
     def _received(
         self, query: Tensor, key: Tensor, scores: AttentionScores, counted: Tensor, query_end: int, key_end: int
     ) -> Tensor:
-        """What the visual tokens get from some query rows; `(batch, num_visual_tokens)`.
+        """The attention that visual tokens get from some query rows; `(batch, num_visual_tokens)`.
 
         The two ends are the positions after the last query and the last key.
         """
         tokens = self.visual_tokens.to(key.device)
-        # A sliding window has lost the first keys; and they get no attention.
+        # A sliding window has lost the first keys, which get no attention.
         columns = tokens.positions - (key_end - key.shape[2])
         seen = tokens.valid & (columns >= 0)
         per_key = received_attention(query, key, scores, key_end - query_end, counted.to(key.device))
@@ -304,7 +291,7 @@ class AttentionRecorder(HookContext):
         return per_token.to(self.prompt_importance.device)
 
     def _check(self, batch_size: int) -> None:
-        """Raises if the forward pass does not continue the prompts that the visual tokens belong to."""
+        """Raises if the forward pass does not continue the prompts of the visual tokens."""
         tokens = self.visual_tokens
         if batch_size != tokens.batch_size:
             raise ValueError(
@@ -327,14 +314,9 @@ class AttentionRecorder(HookContext):
 
 @dataclass
 class _WaitingQueries:
-    """The queries of the generated tokens of one layer, which follow each other, and what they ask.
+    """Queries of consecutive generated tokens in one layer: from position `start`, and before `end`.
 
-    Attributes:
-        start (`int`): The position of the first.
-        queries (`list` of `Tensor` of shape `(batch, heads, 1 or more, head_dim)`): The queries, rotated.
-        key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys up to the last query.
-        scores (`Callable`): Returns how they become attention.
-        end (`int`): The position after the last.
+    `queries` have the shape `(batch, heads, 1 or more, head_dim)`; `key` holds all keys up to the last query.
     """
 
     start: int
@@ -345,7 +327,7 @@ class _WaitingQueries:
 
 
 def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None]:
-    """Adds a listener to an attention module, and returns how it is removed."""
+    """Adds a listener to an attention module, and returns a function that removes it."""
     _LISTENERS[module] = (*_LISTENERS.get(module, ()), recorder)
 
     def stop() -> None:
@@ -359,7 +341,7 @@ def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None
 
 
 def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
-    """The ids after which a sample has finished; without an end of sequence, the padding that follows it."""
+    """The ids after which a sample has finished; without an end of sequence, the padding id."""
     settings = getattr(model, "generation_config", None)
     for name in ("eos_token_id", "pad_token_id"):
         ids = getattr(settings, name, None)
@@ -369,8 +351,8 @@ def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
 
 
 def _recording_implementation(implementation: str) -> str:
-    """The name of the attention function that does the same and records; registered with transformers when new."""
-    if implementation.startswith(_PREFIX):  # recorders may be nested: one wrapper serves them all
+    """The name of the attention function that also records; registered with transformers when new."""
+    if implementation.startswith(_PREFIX):  # nested recorders share one wrapper
         return implementation
     name = _PREFIX + implementation
     register_attention(name, functools.partial(_recording_attention, implementation), like=implementation)
@@ -387,7 +369,7 @@ def _recording_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function `implementation` of transformers, which also tells the recorders what it is given."""
+    """The attention function `implementation` of transformers, which also calls the recorders."""
     forward = attention_function(implementation, module)
     listeners = _LISTENERS.get(module, ())
     if listeners:
@@ -401,7 +383,7 @@ def _recording_attention(
             recorder.record(module, query, key, scores)
     if implementation in ("sdpa", "eager"):
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
-    # Flash attention looks its kernel up by the name on the configuration: there it must find its own.
+    # Flash attention looks its kernel up by the name on the configuration, so that must be its own.
     config: Any = module.config
     recording_implementation = attention_name(config)
     set_attention_name(config, implementation)

@@ -1,6 +1,6 @@
 """Some rows of an attention matrix, computed from the arguments of an attention function.
 
-The whole matrix is never there: rows are made in blocks, and summed.
+The whole matrix never exists: rows are computed in blocks, and summed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 __all__ = ["AttentionScores", "received_attention"]
 
-# How many rows of attention to hold at a time. So many that a block is about as large as the layer's own queries are,
-# whose heads are as wide: whatever the length of the prompt, the model holds several tensors of that size itself.
+# Rows of attention held at a time. A block is then about as large as the layer's own queries, and the model itself
+# holds several tensors of that size.
 _MAX_BLOCK_ROWS = 128
 
 
 class AttentionScores:
-    """How a layer's queries and keys become attention, told by the arguments of its attention function.
+    """How a layer's queries and keys become attention, from the arguments of its attention function.
 
-    Which keys a query may attend to is told by the mask: `None` means all before it, `(batch, key_length)` those of
-    them that are not padding (flash attention), `(batch or 1, heads or 1, query_length, key_length)` is the whole
-    matrix, boolean (sdpa) or additive (eager).
+    The mask tells the keys that a query may attend to: `None` means all before it, `(batch, key_length)` those of them
+    that are not padding (flash attention), `(batch or 1, heads or 1, query_length, key_length)` is the whole matrix,
+    boolean (sdpa) or additive (eager).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class AttentionScores:
         self.window = arguments.get("sliding_window") if "flash" in implementation else None
 
     def of_last(self, num: int) -> AttentionScores:
-        """The same for the last `num` queries of several decoding steps, to whose last these arguments belong."""
+        """The same for the last `num` queries of several decoding steps; these arguments are the last step's."""
         together = copy(self)
         if self.attention_mask is not None and self.attention_mask.dim() == 4:
             together.attention_mask = self.attention_mask[:, :, -1:]
@@ -54,18 +54,13 @@ class AttentionScores:
         return together
 
     def __call__(self, query: Tensor, key: Tensor, behind: int = 0) -> Tensor:
-        """The attention of queries that follow each other.
+        """The attention of consecutive queries, `(batch, heads, rows, key_length)` in float32.
 
-        Args:
-            query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
-            key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): The keys.
-            behind (`int`, defaults to 0): How many of the keys, and of the mask's rows, come after the last query.
-
-        Returns:
-            `Tensor` of shape `(batch, heads, rows, key_length)`: The attention, in float32.
+        `query` has the shape `(batch, heads, rows, head_dim)`, `key` `(batch, key_value_heads, key_length, head_dim)`;
+        `behind` is how many of the keys, and of the mask's rows, come after the last query.
         """
         batch_size, num_heads, num_rows, width = query.shape
-        # The heads that share a key ask it together, so no key has to be repeated.
+        # The heads that share a key are grouped, so no key has to be repeated.
         grouped = (query * self.scaling).reshape(batch_size, key.shape[1], -1, width)
         scores = torch.matmul(grouped, key.transpose(-1, -2)).view(batch_size, num_heads, num_rows, key.shape[2])
         if self.softcap is not None:
@@ -77,7 +72,7 @@ class AttentionScores:
         return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
 
     def _mask(self, scores: Tensor, behind: int) -> None:
-        """Takes the keys that may not be seen out of `(batch, heads, rows, key_length)`, in place."""
+        """Masks the keys that may not be seen in `(batch, heads, rows, key_length)`, in place."""
         mask, (num_rows, num_keys) = self.attention_mask, scores.shape[2:]
         # The lowest number instead of minus infinity: a padding query, which sees nothing at all, must not be NaN.
         lowest = torch.finfo(scores.dtype).min
@@ -103,17 +98,9 @@ class AttentionScores:
 
 
 def received_attention(query: Tensor, key: Tensor, scores: AttentionScores, behind: int, weights: Tensor) -> Tensor:
-    """The attention that every key gets from queries that follow each other, summed over heads and queries.
+    """The attention that every key gets from consecutive queries, summed over both; `(batch, key_length)`.
 
-    Args:
-        query (`Tensor` of shape `(batch, heads, rows, head_dim)`): The queries.
-        key (`Tensor` of shape `(batch, key_value_heads, key_length, head_dim)`): All keys.
-        scores (`AttentionScores`): How they become attention.
-        behind (`int`): How many keys come after the last query.
-        weights (`Tensor` of shape `(batch, rows)`): `True` for the rows that count in a sample.
-
-    Returns:
-        `Tensor` of shape `(batch, key_length)`: The sums in float32.
+    Arguments as in [`AttentionScores`]; `weights`, `(batch, rows)`, is `True` for the rows that count in a sample.
     """
     received = torch.zeros(query.shape[0], key.shape[2], dtype=torch.float32, device=key.device)
     num_rows = query.shape[2]

@@ -1,13 +1,13 @@
 """Running the large model on prompt and draft.
 
-Stock `generate` asks its model for the next token's logits, step by step. Here it asks a view of the large
-model, which reads the prompt *and* the draft at the first call and so knows the logits of every step in which the
-answer follows the draft. Those it hands out without running the model again. Where a token is chosen that is not the
-draft's, the cache is cut back to what is right, and the model runs as ever; what is left of the draft goes along with
-the next token where that may save a step.
+Stock `generate` asks its model for the next token's logits, step by step. Here it asks a view of the large model,
+which reads the prompt *and* the draft at the first call and so knows the logits of every step in which the answer
+follows the draft. It returns those without running the model again. Where the chosen token is not the draft's, the
+cache is cut back to the right part, and the model runs as usual; the rest of the draft is read along with the next
+token where that may save a step.
 
-Logits processors, stopping criteria, streamers and the choice of tokens stay with `generate`, which does not notice:
-so the draft changes how often the model runs, and not what is written.
+Logits processors, stopping criteria, streamers and the choice of tokens stay with `generate`: the draft changes how
+often the model runs, and not the output.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ __all__ = ["DraftVerifier"]
 
 
 class DraftVerifier:
-    """Lets a model check a draft in its prefill and go on behind what it agrees with.
+    """Lets a model check a draft in its prefill and continue after the part that it agrees with.
 
     Greedy search only: with sampling, beams, a static cache, or where attentions or hidden states are asked for, the
-    model writes as if there were no draft. A batch goes on together: up to the first token at which one of its samples
-    that have not finished leaves its draft.
+    model writes as if there were no draft. A batch advances together, up to the first token at which an unfinished
+    sample leaves its draft.
 
     The output is the model's own, token for token, within the limits of its arithmetic: reading several tokens in one
-    pass rounds otherwise than reading them one by one, which can turn a tie, as in any assisted generation.
+    pass rounds differently than reading them one by one, which can turn a tie, as in any assisted generation.
 
     Args:
         model (`PreTrainedModel`): The model; it is not changed.
         draft (`Tensor` of shape `(batch, draft_length)`): Drafts in the model's vocabulary, without the prompts.
         draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft, its end of sequence
-            included, `False` for the padding behind it.
+            included, `False` for padding.
 
     Attributes:
         num_forward_passes (`int`): How often the model has run.
@@ -82,14 +82,7 @@ class DraftVerifier:
         self._run: _Run | None = None
 
     def generate(self, **kwargs: Any) -> Any:
-        """Stock `generate` of the model, with the draft.
-
-        Args:
-            **kwargs: Arguments of the model's `generate`.
-
-        Returns:
-            `ModelOutput` or `Tensor`: As from the model's `generate`.
-        """
+        """Stock `generate` of the model, with the draft; arguments and result are the model's own."""
         # A repository's `custom_generate` lies on the model itself, bound to it and not to its view.
         return type(self._model).generate(view_of(self._model, self), **kwargs)
 
@@ -101,21 +94,10 @@ class DraftVerifier:
         stopping_criteria: StoppingCriteriaList,
         **kwargs: Any,
     ) -> Any:
-        """Takes the place of the model's decoding loop for greedy search and sampling, in order to run it.
-
-        Args:
-            view (`PreTrainedModel`): The view of the model.
-            loop (`Callable`): The decoding loop.
-            input_ids (`Tensor` of shape `(batch, prompt_length)`): The prompts.
-            stopping_criteria (`StoppingCriteriaList`): The prepared criteria.
-            **kwargs: The loop's other arguments.
-
-        Returns:
-            `ModelOutput` or `Tensor`: What the loop returns.
-        """
+        """Runs the model's decoding loop, called in its place by the view; `input_ids` are the prompts."""
         config, past = kwargs["generation_config"], cache_of(kwargs)
         if past is not None and past.is_compileable:
-            # What is compiled stays on the model: it must be compiled from the model, not from a view of it.
+            # Compiled code stays on the model, so it must be compiled from the model, not from a view of it.
             output = loop(self._model, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
             sequences = output if isinstance(output, Tensor) else output.sequences
             self.num_forward_passes += sequences.shape[1] - input_ids.shape[1]
@@ -136,15 +118,10 @@ class DraftVerifier:
         return output
 
     def run_pass(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Takes the place of a call of the model, in order to make it, or not.
+        """Makes a call of the model, or only returns the next token's logits where they are known already.
 
-        Args:
-            forward (`Callable`): The call of the model.
-            extend (`Callable`): The model's own way to lengthen its inputs by new tokens.
-            inputs (`dict`): The arguments of the call.
-
-        Returns:
-            `ModelOutput`: Whose last logits are those of the next token.
+        `forward` is the call, `inputs` are its arguments, and `extend` is the model's own way to lengthen them by new
+        tokens.
         """
         run = self._run
         if run is None:
@@ -163,7 +140,7 @@ class DraftVerifier:
 
 
 def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationConfig, **kwargs: Any) -> bool:
-    """Whether a decoding loop with these arguments asks for nothing that only a pass of its own can give."""
+    """Whether a decoding loop with these arguments needs nothing that only a pass of its own can give."""
     past = cache_of(kwargs)
     return (
         not generation_config.do_sample
@@ -180,10 +157,10 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
 
 
 class _Run:
-    """One batch of answers that is being written along its drafts.
+    """One batch of answers, written along its drafts.
 
     Step `k` chooses the answers' token `k`. A pass that reads the answers up to their token `k - 1`, and the drafts
-    behind that, knows the logits of step `k` and of the steps after it, for as long as the answers follow the drafts.
+    after that, knows the logits of step `k` and of the steps after it, for as long as the answers follow the drafts.
     """
 
     def __init__(
@@ -192,27 +169,27 @@ class _Run:
         self.num_chosen = 0  # tokens of the answers
         self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
         self._past = past
-        # The bookkeeping of single tokens stays on the CPU, where `generate` looks at every one of them anyway.
+        # The bookkeeping of single tokens stays on the CPU, where `generate` reads each of them anyway.
         self._draft, self._draft_mask = draft.cpu(), draft_mask.cpu()
-        # What is read of it: no end of sequence, which nothing follows, and no placeholder, behind which the model
-        # would look for an image.
+        # The tokens to read: no end of sequence, which nothing follows, and no placeholder, which would stand for an
+        # image.
         is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor(never_read))
         harmless = next(token for token in range(len(never_read) + 1) if token not in never_read)
         self._to_read = self._draft.masked_fill(~is_read, harmless)
-        # How far each draft is worth reading: up to there, and no answer's last token is ever read.
+        # How far each draft is worth reading; an answer's last token is never read.
         ends = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
         self._readable = ends.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
         self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
-        self._follows = True  # whether every sample's newest token is what is read at its place
+        self._follows = True  # whether every sample's newest token is the one read in its place
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
         self._first_step = 0
-        self._num_read = 0  # the answers' columns in the cache, be they right or not
+        self._num_read = 0  # the answers' columns in the cache, right or wrong
 
     def note(self, tokens: Tensor, finished: Tensor) -> None:
-        """A token was chosen for every sample, `(batch,)`; some have finished with it, `(batch,)`."""
+        """Notes the tokens chosen for every sample, `(batch,)`, and which samples finish with them, `(batch,)`."""
         step = self.num_chosen
         self.num_chosen += 1
-        if step >= self._draft.shape[1]:  # nothing is left to compare with, so nobody has to wait for the device
+        if step >= self._draft.shape[1]:  # nothing is left to compare with, so there is no need to wait for the device
             self._follows = False
             return
         tokens = tokens.cpu()
@@ -235,23 +212,23 @@ class _Run:
         return next_token_output(self._logits[:, step : step + 1], self._past)
 
     def rest(self) -> Tensor:
-        """What of the drafts the next pass shall read; `(batch, columns)`.
+        """The part of the drafts that the next pass reads; `(batch, columns)`.
 
-        A pass that saved no step shows that a draft does not fit here. Then nothing is read along, until every sample
-        that has not finished has come to a token of its draft again.
+        A pass that saved no step shows that a draft does not fit here. Then nothing is read along until every
+        unfinished sample has come to a token of its draft again.
         """
         fits = self._follows or self.num_chosen - self._first_step > 1
         end = int(self._readable[self._unfinished].max()) if fits else 0
         return self._to_read[:, self.num_chosen : end]
 
     def learn(self, logits: Tensor, num_draft_tokens: int) -> None:
-        """A pass was made; its logits have the shape `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
+        """Keeps a pass's logits, of shape `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
         self._logits = logits[:, -1 - num_draft_tokens :]
         self._first_step = self.num_chosen
         self._num_read = self.num_chosen + num_draft_tokens
 
     def cut_back(self, length: int) -> None:
-        """Removes from the cache what lies behind the answers' first `length` tokens."""
+        """Removes from the cache everything after the answers' first `length` tokens."""
         excess = self._num_read - max(length, 0)
         if excess > 0:
             self._past.crop(-excess)
@@ -263,7 +240,7 @@ class _Run:
 
 
 class _WatchedCriteria(StoppingCriteriaList):
-    """The stopping criteria of a loop, whose verdicts somebody else hears, too."""
+    """The stopping criteria of a loop, whose verdicts `note` is told."""
 
     def __init__(self, criteria: StoppingCriteriaList, note: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__(criteria)

@@ -1,4 +1,4 @@
-"""Which tokens of a batch of prompts stay, and what a forward pass must be cut down to for them.
+"""The tokens of a batch of prompts that stay, and the cuts of a forward pass for them.
 
 Pure tensors: the pruner's hooks hand each layer what is computed here.
 """
@@ -24,9 +24,9 @@ class KeptTokens:
 
     Attributes:
         starts (`Tensor` of shape `(batch,)`): The first kept position.
-        positions (`Tensor` of shape `(batch, num_kept)`): Prompt positions in ascending order, 0 where only filling.
-        valid (`Tensor` of shape `(batch, num_kept)`, or `None`): `False` where only filling; `None` if no sample
-            needs filling, which lets the fast attention kernels run without a mask.
+        positions (`Tensor` of shape `(batch, num_kept)`): Prompt positions in ascending order, 0 in fillers.
+        valid (`Tensor` of shape `(batch, num_kept)`, or `None`): `False` for fillers; `None` if no sample needs any,
+            so that the fast attention kernels run without a mask.
         prompt_length (`int`): The number of columns of the prompts.
     """
 
@@ -56,20 +56,11 @@ class KeptTokens:
 
     @property
     def num_dropped(self) -> int:
-        """How many columns of the prompts are gone."""
+        """The number of dropped columns."""
         return self.prompt_length - self.positions.shape[1]
 
     def cut(self, past: int, inputs: Tensor, query_length: int) -> Cut:
-        """What a forward pass must be cut down to.
-
-        Args:
-            past (`int`): The tokens of the whole sequence before this pass.
-            inputs (`Tensor` of shape `(batch, ...)`): The pass's input; tells batch size and device.
-            query_length (`int`): The number of tokens in this pass, before the cut.
-
-        Returns:
-            `Cut`: The rows and columns that remain.
-        """
+        """The cut of a pass over `query_length` tokens after `past` others; `inputs` tells batch size and device."""
         end = past + query_length
         # Beams and `num_return_sequences` repeat each prompt, one copy after the other.
         repeats, remainder = divmod(inputs.shape[0], self.positions.shape[0])
@@ -86,15 +77,15 @@ class KeptTokens:
 class Cut:
     """One forward pass, cut down to the kept tokens.
 
-    A decoding step mostly needs none of its tensors, so they are made when they are asked for.
+    Its tensors are made when they are asked for, because a decoding step needs few of them.
 
     Attributes:
         kept (`KeptTokens`): The kept tokens of the prompts.
-        repeats (`int`): How many sequences there are of each prompt.
+        repeats (`int`): The number of sequences of each prompt.
         past (`int`): The whole sequence's tokens before this pass.
         end (`int`): The whole sequence's tokens after it.
-        device (`torch.device`): Where the tensors shall be.
-        memo (`dict`): What was computed for one layer and is the same for others.
+        device (`torch.device`): The device of the tensors.
+        memo (`dict`): Results for one layer that other layers can reuse.
     """
 
     kept: KeptTokens
@@ -111,14 +102,14 @@ class Cut:
 
     @cached_property
     def key_positions(self) -> Tensor:
-        """Where the remaining keys stood in the whole sequence; `(batch, num_keys)`."""
+        """The remaining keys' positions in the whole sequence; `(batch, num_keys)`."""
         kept = self.kept.positions.to(self.device)
         since = torch.arange(self.kept.prompt_length, self.end, device=self.device).expand(kept.shape[0], -1)
         return torch.cat([kept, since], dim=1).repeat_interleave(self.repeats, dim=0)
 
     @cached_property
     def key_valid(self) -> Tensor | None:
-        """Which of them are tokens; `(batch, num_keys)`, or `None` if all are."""
+        """The keys that are tokens and not fillers; `(batch, num_keys)`, or `None` if all are."""
         if self.kept.valid is None:
             return None
         valid = self.kept.valid.to(self.device)
@@ -127,7 +118,7 @@ class Cut:
 
     @property
     def rows(self) -> slice:
-        """Which of the keys are this pass's own tokens, its queries."""
+        """The keys that are this pass's own tokens, its queries."""
         return slice(self.past - self.kept.num_dropped if self.past else 0, None)
 
     @property
@@ -136,16 +127,7 @@ class Cut:
         return torch.arange(self.past, self.end, device=self.device)[None]
 
     def once(self, form: Any, whole: Any, cut_down: Callable[[], Any]) -> Any:
-        """What becomes of an argument that many layers are handed; computed for the first of them.
-
-        Args:
-            form (hashable): What else the result depends on.
-            whole (any): The argument.
-            cut_down (`Callable`): Computes the result.
-
-        Returns:
-            any: The result.
-        """
+        """What `cut_down` makes of the argument `whole` of many layers, computed once for each `form`."""
         known, result = self.memo.get(form, (self, None))
         if known is not whole:
             result = cut_down()
@@ -163,7 +145,7 @@ class Cut:
         return torch.take_along_dim(tensor, index.expand(*tensor.shape[: axis - 1], *index.shape), dim=axis)
 
     def last_rows_of(self, tensor: Tensor, num: int, axis: int) -> Tensor:
-        """The remaining rows, or the tensor itself where the model has cut it to its last `num` already."""
+        """The remaining rows, or the tensor itself where the model has already cut it to its last `num`."""
         is_cut = tensor.shape[axis] == num != self.end - self.past
         return tensor if is_cut else self.rows_of(tensor, axis)
 
@@ -182,16 +164,9 @@ class Cut:
     ) -> Tensor | None:
         """The attention mask of a pruned layer, in the form that the model's attention function takes.
 
-        Args:
-            attention_mask (`Tensor` or `None`): The mask of an unpruned layer: 4-D boolean or additive, 2-D, or none.
-            pattern (`AttentionPattern`): Which of the tokens before it a token sees in this layer.
-            num_queries (`int`): How many tokens the layer reads, the last ones.
-            num_keys (`int`): How many keys the layer has; with a sliding window perhaps only the last ones.
-            implementation (`str`): The name of the attention function.
-            dtype (`torch.dtype`): The dtype of an additive mask.
-
-        Returns:
-            `Tensor` or `None`: The cut mask.
+        `attention_mask` is that of an unpruned layer: 4-D boolean or additive (then of `dtype`), 2-D, or none. The
+        layer reads the last `num_queries` tokens and has `num_keys` keys, with a sliding window perhaps only the last
+        ones.
         """
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4)
@@ -201,7 +176,7 @@ class Cut:
                 "with attn_implementation='sdpa', 'flash_attention_2' or 'eager'."
             )
         if "flash" in implementation:
-            # Chunks that are shorter than the prompt are refused by transformers.
+            # transformers itself refuses chunks that are shorter than the prompt.
             if (pattern.window or self.end) < self.end:
                 raise ValueError(
                     f"Pruning a layer that sees only {pattern.window} tokens does not work with "
@@ -216,10 +191,10 @@ class Cut:
             return _in_form(self._allowed(pattern)[:, :, -num_queries:, -num_keys:], dtype if is_additive else None)
         if attention_mask is None or attention_mask.dim() == 2:
             if self.key_valid is None and not is_additive:
-                return None  # plain causal attention, which the fast kernels do best without a mask
+                return None  # plain causal attention, which needs no mask in the fast kernels
             return _in_form(self._allowed(pattern)[:, :, -num_queries:], dtype if is_additive else None)
-        # Sliding and bidirectional patterns survive, because the mask is cut and not made anew. With a device map it
-        # still lies where the model made it.
+        # Sliding and bidirectional patterns survive, because the mask is cut and not rebuilt. With a device map it is
+        # still on the device where the model made it.
         attention_mask = attention_mask.to(self.device)
         attention_mask = attention_mask.expand(self.key_positions.shape[0], -1, -1, -1).transpose(0, 1)
         cut = self.last_rows_of(attention_mask, num_queries, axis=-2)
@@ -251,7 +226,7 @@ class Cut:
         return allowed & self.key_valid[:, None, None, :] | fillers
 
     def _self_attending_fillers(self) -> Tensor | None:
-        """Lets a filling row attend to itself, because a softmax over nothing is NaN in some kernels."""
+        """Lets a filler attend to itself, because a softmax over nothing is NaN in some kernels."""
         if self.key_valid is None:
             return None
         order = torch.arange(self.key_positions.shape[1], device=self.device)
@@ -260,7 +235,7 @@ class Cut:
 
 
 def _in_form(allowed: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A boolean mask as it is, or as an additive one of that dtype."""
+    """A boolean mask, or the additive one of that dtype."""
     if dtype is None:
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)

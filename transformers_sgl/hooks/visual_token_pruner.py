@@ -57,13 +57,12 @@ class VisualTokenPruner(HookContext):
     It works on any supported transformers model, alone, for `generate` and for `forward` (without `labels`, because
     the logits are those of the kept tokens), with greedy search, sampling and beams, with a dynamic cache or none, and
     with padding on either side. Inside the `with`, the model takes exactly the prompts that `keep_mask` describes.
-    Outside it, the model is what it was.
 
     Args:
         model (`PreTrainedModel`): The model to prune.
         keep_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens to keep, `False` for dropped
-            tokens and for padding; see [`VisualTokens.prompt_keep_mask`]. Or a function that returns it, asked when
-            the prefill reaches `prune_layer`, so that the layers below can have a say.
+            tokens and for padding; see [`VisualTokens.prompt_keep_mask`]. Or a function that returns it, called when
+            the prefill reaches `prune_layer`, so that it can use the layers below.
         prune_layer (`int` or `float`, defaults to 9/48): The first decoder layer that sees fewer tokens: an index, or
             a fraction of the depth in `[0, 1)`.
 
@@ -111,7 +110,7 @@ class VisualTokenPruner(HookContext):
                 "attention would take the gaps in them for the borders of several prompts: load the large model with "
                 "'sdpa' or 'eager'."
             )
-        # Where attention is, what a token sees there; elsewhere `None`.
+        # The pattern of each layer with attention; `None` for the others.
         self._patterns = {
             layer: attention_pattern(model, index) if index in attention else None
             for index, layer in enumerate(layers)
@@ -124,7 +123,7 @@ class VisualTokenPruner(HookContext):
         # Of the forward pass that is running:
         self._start_cut: Callable[[KeptTokens], Cut] | None = None
         self._cuts: dict[torch.device, Cut] = {}  # by device
-        self._added: dict[int, Tensor] = {}  # what deepstack adds to the inputs of pruned layers
+        self._added: dict[int, Tensor] = {}  # deepstack features for pruned layers
         self._positions_given = True
 
     def _register(self, stack: ExitStack) -> None:
@@ -139,13 +138,13 @@ class VisualTokenPruner(HookContext):
             stack.callback(layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True).remove)
 
     def _note_positions(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Model pre-hook: whether the model was told its positions, or has to count them."""
+        """Model pre-hook: notes whether the model was given its positions, or has to count them."""
         self._positions_given = kwargs.get("position_ids") is not None
 
     def _start_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Decoder pre-hook: what the decoder does by itself must fit a shorter prompt."""
+        """Decoder pre-hook: fits what the decoder does by itself to a shorter prompt."""
         kwargs = dict(kwargs)
         inputs: Any = kwargs.get("inputs_embeds")
         if inputs is None:
@@ -154,7 +153,7 @@ class VisualTokenPruner(HookContext):
         self._cuts.clear()
         self._start_cut = partial(KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
         if self._kept is not None and self.prune_layer == 0 and past and not self._positions_given:
-            # The model counts from the cache of the first layer, which is short of the dropped tokens.
+            # The model counts from the cache of the first layer, which lacks the dropped tokens.
             position_ids = kwargs.get("position_ids")
             kwargs["position_ids"] = (
                 self._cut(inputs.device).positions if position_ids is None else position_ids + self._kept.num_dropped
@@ -162,8 +161,8 @@ class VisualTokenPruner(HookContext):
         self._added.clear()
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
             places, added = (kwargs[name] for name in self._deepstack)
-            # Either layers are named before which something is added, or something is added behind the first layers.
-            # The model goes on to add what comes before the tokens are dropped; the rest is ours.
+            # Features are added before the layers that a dict names, or after the first layers. The model still adds
+            # those before the tokens are dropped; the hooks add the rest.
             if isinstance(added, dict):
                 kwargs[self._deepstack[1]] = {
                     index: each for index, each in added.items() if index <= self.prune_layer
@@ -176,12 +175,12 @@ class VisualTokenPruner(HookContext):
                     whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
                     whole[places.reshape(inputs.shape[:2])] = each
                     self._added[index] = whole
-        if self._choose is None:  # what does not fit is found before the lower layers have run
+        if self._choose is None:  # raises before the lower layers have run
             self._cut(inputs.device)
         return args, kwargs
 
     def _cut(self, device: torch.device) -> Cut:
-        """What this pass must be cut down to; with a device map each device gets its own copy of the indices, once."""
+        """The cut of this pass; with a device map each device gets its own copy of the indices, once."""
         if not self._cuts:
             assert self._start_cut is not None
             if self._kept is None:
@@ -205,7 +204,7 @@ class VisualTokenPruner(HookContext):
         if self._index[layer] in self._added:
             hidden_states = hidden_states + cut.rows_of(self._added[self._index[layer]]).to(hidden_states)
 
-        num_queries = hidden_states.shape[-2]  # fewer where the model itself goes on with the last tokens only
+        num_queries = hidden_states.shape[-2]  # fewer where the model itself continues with the last tokens only
         if "flash" in self._implementation:
             kwargs["position_ids"] = None
         for name, axis in self._per_token.items():
@@ -223,7 +222,7 @@ class VisualTokenPruner(HookContext):
         return (hidden_states,), kwargs
 
     def _past_length(self, cache: Cache | None) -> int:
-        """How many tokens of the whole sequence lie before this pass, to judge by the cache."""
+        """The tokens of the whole sequence before this pass, by the cache."""
         if cache is None:
             return 0
         if cache.is_compileable:
@@ -238,7 +237,7 @@ class VisualTokenPruner(HookContext):
         return length + self._kept.num_dropped
 
     def _num_keys(self, cache: Cache | None, layer: nn.Module, num_queries: int, cut: Cut) -> int:
-        """How many keys the layer's attention will have before it, its own included."""
+        """The number of keys that the layer's attention will have, its own included."""
         index = self._index[layer]
         source = self._key_sources.get(index, index)
         if cache is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import wrapt
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import average_retention
-from transformers_sgl.generation_sgl import SGLGenerateOutput
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.serving.requests import PATHS, check_request
 from transformers_sgl.transformers_interface import server_class, server_model_tables, server_models
@@ -47,13 +48,17 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     Raises:
         OSError: If the pair cannot be loaded.
         ValueError: If an option cannot be used.
-        SystemExit: If the options cannot be read, or only help was asked for.
+        KeyboardInterrupt: If it is stopped.
+        TyperException: If the options cannot be read.
     """
     command = typer.Typer(add_completion=False)
     command.command(name="serve", help=Serve.__doc__)(PairServer)
     with _pairs_in_its_tables():
         # `--non-blocking` makes the server call `start_server`, which here blocks.
-        command(["--non-blocking", model, *arguments], prog_name="transformers-sgl serve")
+        arguments = ["--non-blocking", model, *arguments]
+        code = command(arguments, prog_name="transformers-sgl serve", standalone_mode=False)
+    if code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
+        raise KeyboardInterrupt
 
 
 class PairServer(Serve):

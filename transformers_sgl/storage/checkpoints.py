@@ -1,6 +1,6 @@
-"""Where the two models of a pair are: in a bundle's folders, or wherever a recipe names them.
+"""Where the two models of a pair are: in a bundle's folders, or where a recipe names them.
 
-Knows folders, Hub repositories and what a recipe may say, and loads nothing.
+Knows folders, Hub repositories and the contents of a recipe, and loads nothing.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ __all__ = [
     "PARTS",
     "RECIPE_OPTIONS",
     "Checkpoint",
+    "SavedPair",
     "check_recipe",
     "first_sentence",
     "hub_kwargs",
     "locate",
-    "locate_parts",
     "pinned",
     "read_config",
     "split_kwargs",
 ]
 
-# The two models of a pair, by the names that its folders, arguments and inputs have.
+# The two models of a pair, as its folders, arguments and inputs name them.
 PARTS = ("large", "small")
 
-# Where a checkpoint is to be found; the same for the pair and for its models.
+# Where to find a checkpoint; the same for the pair and for its models.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
-# What a recipe may say about loading a model. It is a list, and not whatever `from_pretrained` takes, because a recipe
-# may come from anybody: none of these runs foreign code, reads pickles, or touches this machine's files.
+# The options that a recipe may set. A recipe may come from anybody, so this is a list of its own, not whatever
+# `from_pretrained` takes: none of these runs foreign code, reads pickles, or touches this machine's files.
 RECIPE_OPTIONS = (
     "attn_implementation",
     "device_map",
@@ -58,47 +58,83 @@ class Checkpoint:
     Attributes:
         path (`str`): A folder or a Hub repository: the first argument.
         where (`dict`): The keyword arguments that say where in it, which revision, and how to get there. They fit a
-            model, a tokenizer and a processor alike, and may hold the user's token, so they are not shown.
-        options (`dict`): The keyword arguments that say how the model is to be loaded.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.storage.checkpoints import Checkpoint
-
-        >>> print(Checkpoint("org/name", {"revision": "v1", "token": "secret"}))
-        'org/name' (revision 'v1')
-
-        ```
+            model, a tokenizer and a processor alike, and may hold the user's token, so `repr` hides them.
+        options (`dict`): The keyword arguments that say how to load the model.
     """
 
     path: str
     where: dict[str, Any] = field(default_factory=dict, repr=False)
     options: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def at(cls, path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Checkpoint:
+        """The checkpoint that a user names by a path and the arguments of `from_pretrained`."""
+        path, subfolder = locate(path, kwargs.get("subfolder"))
+        return cls(path, {**hub_kwargs(kwargs), **subfolder})
+
     def __str__(self) -> str:
         known = [f"{name} {self.where[name]!r}" for name in ("subfolder", "revision") if self.where.get(name)]
         return f"{self.path!r} ({', '.join(known)})" if known else repr(self.path)
 
 
-def check_recipe(parts: Mapping[str, Any]) -> None:
-    """Raises unless a recipe's two entries say what can be followed, and nothing else.
+@dataclass(frozen=True)
+class SavedPair:
+    """A bundle or a recipe, at the commit that all of it is read from.
 
-    Args:
-        parts (`Mapping`): What the recipe's `config.json` says under `large` and `small`.
-
-    Raises:
-        ValueError: If a model is missing or has no name, or an option may not stand in a recipe.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.storage.checkpoints import check_recipe
-
-        >>> check_recipe({"large": {"name_or_path": "org/large", "dtype": "bfloat16"}, "small": {}})
-        Traceback (most recent call last):
-        ValueError: The recipe's `small` names no checkpoint: give it a `name_or_path`, a Hub repository or a folder.
-
-        ```
+    Attributes:
+        name (`str`): The folder or Hub repository that the user named.
+        root (`str`, *optional*): The folder in it that holds the pair.
+        path (`str`): The first argument of `from_pretrained` for the pair's own files.
+        where (`dict`): The keyword arguments that go with it.
     """
+
+    name: str
+    root: str | None
+    path: str
+    where: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def find(cls, name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> SavedPair:
+        """Finds what `from_pretrained` was asked for; raises `OSError` if it is not there."""
+        root = kwargs.get("subfolder")
+        path, subfolder = locate(name, root)
+        return cls(os.fspath(name), root, path, pinned(path, {**hub_kwargs(kwargs), **subfolder}))
+
+    def parts(
+        self, recipe: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Checkpoint]:
+        """Where the two models are, by name; nothing is looked up yet.
+
+        Models in the recipe's own repository have the recipe's revision, others the one that the recipe names. Of the
+        user's `options` for each model, those that say where it is win. A bundle has no `recipe`.
+
+        Raises:
+            OSError: If a folder is not there.
+            ValueError: If the recipe is not sound.
+        """
+        own = {name: hub_kwargs(options[name], "subfolder") for name in PARTS}
+        where = {key: value for key, value in self.where.items() if key != "subfolder"}
+        if recipe is None:
+            found = {name: locate(self.name, self.root, name) for name in PARTS}
+            return {name: Checkpoint(part, {**where, **sub, **own[name]}) for name, (part, sub) in found.items()}
+        check_recipe(recipe)
+        checkpoints = {}
+        for name in PARTS:
+            said = {option: value for option, value in recipe[name].items() if value is not None}
+            part, inside = _named(name, self.name, self.root, said.pop("name_or_path"))
+            part, subfolder = locate(part, inside, said.pop("subfolder", None))
+            # The user's revision is the recipe's: among the models, it holds for those in the recipe's repository.
+            place = {key: value for key, value in where.items() if key != "revision" or part == self.name}
+            if "revision" in said:
+                place["revision"] = said.pop("revision")
+            if os.path.isdir(part):
+                place.pop("revision", None)
+            checkpoints[name] = Checkpoint(part, {**place, **subfolder, **own[name]}, said)
+        return checkpoints
+
+
+def check_recipe(parts: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless a recipe's two entries name checkpoints, with allowed options only."""
     missing = [name for name in PARTS if parts.get(name) is None]
     if missing:
         other = next(name for name in PARTS if name not in missing)
@@ -128,17 +164,9 @@ def check_recipe(parts: Mapping[str, Any]) -> None:
 
 
 def locate(path: str | os.PathLike[str], *folders: str | None) -> tuple[str, dict[str, str]]:
-    """Where a folder of a bundle is, in the words of `from_pretrained`.
+    """A folder of a bundle, as the first argument of `from_pretrained` and the keyword arguments to pass with it.
 
-    Args:
-        path (`str` or `os.PathLike`): The bundle: a folder or a Hub repository.
-        *folders (`str`, *optional*): The folders that lead to the part that is wanted, from the bundle's root.
-
-    Returns:
-        `tuple` of `str` and `dict`: What to pass as the first argument, and the keyword arguments to pass with it.
-
-    Raises:
-        OSError: If the bundle is a folder and the part is not in it.
+    `folders` lead from the bundle's root to the wanted part. Raises `OSError` if a local bundle does not have it.
     """
     path, subfolder = os.fspath(path), "/".join(folder for folder in folders if folder)
     if not os.path.isdir(path):
@@ -154,17 +182,10 @@ def locate(path: str | os.PathLike[str], *folders: str | None) -> tuple[str, dic
 
 
 def pinned(path: str, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The same place with the commit in place of a branch, so that everything read there belongs together.
+    """The same place with the commit instead of a branch, so that everything read there belongs together.
 
-    Args:
-        path (`str`): A folder or a Hub repository.
-        where (`Mapping`): The keyword arguments that go with it.
-
-    Returns:
-        `dict`: The keyword arguments; unchanged for a folder, or where there is no `config.json`.
-
-    Raises:
-        OSError: If the repository or the revision cannot be found.
+    Unchanged for a folder, or where there is no `config.json`. Raises `OSError` if there is no such repository or
+    revision.
     """
     if os.path.isdir(path):
         return dict(where)
@@ -172,82 +193,13 @@ def pinned(path: str, where: Mapping[str, Any]) -> dict[str, Any]:
     return {**where, "revision": commit} if commit else dict(where)
 
 
-def locate_parts(
-    path: str | os.PathLike[str],
-    root: str | None,
-    recipe: Mapping[str, Any] | None,
-    where: Mapping[str, Any],
-    own: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Checkpoint]:
-    """Where the two models of a pair are.
-
-    Args:
-        path (`str` or `os.PathLike`): The bundle or the recipe: a folder or a Hub repository.
-        root (`str`, *optional*): The folder in it that holds the pair.
-        recipe (`Mapping`, *optional*): What the recipe says under `large` and `small`; `None` for a bundle.
-        where (`Mapping`): How to get at the bundle or the recipe: revision, token, cache.
-        own (`Mapping`): What the user said about where one model is, by its name; it wins.
-
-    Returns:
-        `dict`: The checkpoints by name. What is in the recipe's own repository has the recipe's revision, anything
-        else the one that the recipe names; nothing is looked up yet.
-
-    Raises:
-        OSError: If a folder is not there.
-        ValueError: If the recipe is not sound.
-    """
-    if recipe is not None:
-        check_recipe(recipe)
-    checkpoints = {}
-    for name in PARTS:
-        if recipe is None:
-            part, subfolder = locate(path, root, name)
-            checkpoints[name] = Checkpoint(part, {**where, **subfolder, **own[name]})
-            continue
-        options = {option: value for option, value in recipe[name].items() if value is not None}
-        part, inside = _named(name, os.fspath(path), root, options.pop("name_or_path"))
-        part, subfolder = locate(part, inside, options.pop("subfolder", None))
-        # The revision that the user asked for is the recipe's: of what it names, it holds for its own repository only.
-        place = {key: value for key, value in where.items() if key != "revision" or part == os.fspath(path)}
-        if "revision" in options:
-            place["revision"] = options.pop("revision")
-        if os.path.isdir(part):
-            place.pop("revision", None)
-        checkpoints[name] = Checkpoint(part, {**place, **subfolder, **own[name]}, options)
-    return checkpoints
-
-
 def hub_kwargs(kwargs: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """Those arguments that say where a checkpoint is to be found.
-
-    Args:
-        kwargs (`Mapping`): Arguments of `from_pretrained`.
-        *more (`str`): Names to take beside [`HUB_KWARGS`].
-
-    Returns:
-        `dict`: Those that were given.
-    """
+    """The given arguments of `from_pretrained` that say where a checkpoint is, and those named in `more`."""
     return {name: kwargs[name] for name in (*HUB_KWARGS, *more) if kwargs.get(name) is not None}
 
 
 def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Splits loading arguments: `large_*` and `small_*` go to one model, the others to both.
-
-    Args:
-        kwargs (`Mapping`): Arguments of `from_pretrained` of a pair.
-
-    Returns:
-        `dict`: The arguments of each model by its name.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.storage.checkpoints import split_kwargs
-
-        >>> split_kwargs({"dtype": "auto", "small_dtype": "float32"})
-        {'large': {'dtype': 'auto'}, 'small': {'dtype': 'float32'}}
-
-        ```
-    """
+    """Splits loading arguments by model: `large_*` and `small_*` go to one, the others to both."""
     prefixes = tuple(f"{name}_" for name in PARTS)
     if kwargs.get("offload_folder") is not None:  # weights of one name in both models must not share a file
         folder = kwargs["offload_folder"]
@@ -264,31 +216,16 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def first_sentence(error: Exception) -> str:
-    """The cause in an error of transformers, without the advice that follows it.
-
-    Args:
-        error (`Exception`): The error.
-
-    Returns:
-        `str`: Its first line, without a full stop.
-    """
+    """The first line of an error, without a full stop and without the advice that follows it."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
 
 
 def read_config(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> dict[str, Any]:
-    """What the `config.json` of one of a pair's models says, read without running any code.
-
-    Args:
-        name (`str`): `"large"` or `"small"`.
-        checkpoint ([`Checkpoint`]): Where it is.
-        recipe (`str`, *optional*): The recipe that names it.
-
-    Returns:
-        `dict`: The configuration.
+    """The `config.json` of one of a pair's models, read without running any code.
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is that of a pair, which cannot be half of another.
+        ValueError: If it is that of a pair, perhaps of the `recipe` itself, which cannot be half of another.
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(checkpoint.path, **checkpoint.where)

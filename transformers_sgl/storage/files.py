@@ -9,14 +9,9 @@ __all__ = ["check_writable_folder", "write_atomically"]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file such that nobody ever sees half of it.
+    """Writes a text file, or replaces it, such that nobody ever sees half of it.
 
-    Args:
-        path (`Path`): The file. It is replaced if it exists.
-        text (`str`): The new content.
-
-    Raises:
-        OSError: If the file cannot be written. The old file is still there then.
+    Raises `OSError` if it cannot be written; an old file then stays.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -30,14 +25,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def check_writable_folder(path: Path | None) -> None:
-    """Checks that files can be written into a folder, or that the folder can be created.
-
-    Args:
-        path (`Path`, *optional*): The folder. `None` passes.
-
-    Raises:
-        OSError: If it is a file, or if its permissions forbid writing.
-    """
+    """Raises `OSError` unless the folder can be written or created; `None` passes."""
     if path is None:
         return
     if path.exists() and not path.is_dir():

@@ -1,4 +1,4 @@
-"""What every save of a pair has in common: nothing half-written, and the few lines that find this package again."""
+"""Saves a pair whole or not at all, with the few lines that find this package again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["AUTO_MAP", "PROCESSOR_AUTO_MAP", "REMOTE_CODE", "REMOTE_CODE_FILE", 
 
 REMOTE_CODE_FILE = "modeling_sgl.py"
 
-# With `trust_remote_code=True` the Auto classes import this file from the saved folder. It holds no code of its own:
-# what runs is the installed package, so a pair never grows old beside it.
+# With `trust_remote_code=True` the Auto classes import this file from the saved folder. It only imports the installed
+# package, so a saved pair holds no code that could go out of date.
 REMOTE_CODE = '''"""The classes of this pair, from the installed package; read with trust_remote_code=True."""
 
 try:
@@ -37,41 +37,28 @@ AUTO_MAP = {
 }
 PROCESSOR_AUTO_MAP = {"AutoProcessor": f"{_MODULE}.SGLProcessor"}
 
-# The names that transformers gives to weights: whole, one of several, and the list of several.
+# transformers' names for weights: whole, one of several, and the list of several.
 _WEIGHTS = re.compile(
     r"model(?:\.(?P<variant>[^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(?P<of_index>[^.]+))?\.json)?"
 )
 
 
 def write_remote_code(folder: Path) -> None:
-    """Writes the few lines that the `auto_map` of a saved pair points to.
-
-    Args:
-        folder (`Path`): The pair's folder.
-
-    Raises:
-        OSError: If the folder cannot be written.
-    """
+    """Writes the few lines to which the `auto_map` of a saved pair points."""
     (folder / REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def staged(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write into, whose files go to their place together at the end.
+    """A folder to write into, whose files are moved to their place together at the end.
 
-    Where the body raises, the folder is what it was before. A process that is killed while it writes leaves the folder
-    as it was too, but for a hidden one; killed in the moment in which the files are moved, it leaves a folder without
-    the file that comes last, which is not taken for a finished save.
+    Where the body raises, the folder is what it was before. A process that is killed while it writes leaves it
+    unchanged too, except for a hidden folder; killed while the files are moved, it leaves the folder without the file
+    that comes last, which does not pass for a finished save. Raises `OSError` if the folder cannot be made or written.
 
     Args:
         folder (`Path`): Where the files belong; made if it does not exist.
-        last (`str`): The file that makes the save complete: taken away first and put in place last.
-
-    Yields:
-        `Path`: An empty folder on the same disk.
-
-    Raises:
-        OSError: If the folder cannot be made or written.
+        last (`str`): The file that makes the save complete: removed first and put in place last.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +71,7 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     except BaseException:
         for path in made:
-            with contextlib.suppress(OSError):  # somebody else may have put something there meanwhile
+            with contextlib.suppress(OSError):  # another process may have put something there
                 path.rmdir()
         raise
 
@@ -100,7 +87,7 @@ def _move_into_place(staging: Path, folder: Path, last: str) -> None:
 
 
 def _stale_weights(names: list[Path], folder: Path) -> list[Path]:
-    """Weights of an earlier save that lie beside the new ones and would be loaded in their place."""
+    """Weights of an earlier save that lie beside the new ones and would be loaded instead."""
 
     def variant(name: str) -> tuple[str | None] | None:
         found = _WEIGHTS.fullmatch(name)

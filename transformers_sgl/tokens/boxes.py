@@ -1,4 +1,4 @@
-"""Which part of the original image every visual token stands for.
+"""The part of the original image for which every visual token stands.
 
 The views that a processor makes of an image are measured ([`Processed`]); the order of their tokens is known for each
 class of processors ([`LAYOUTS`]).
@@ -23,40 +23,32 @@ from transformers_sgl.tokens.views import Layout, Processed
 
 __all__ = ["has_boxes", "video_token_boxes", "visual_token_boxes"]
 
-# How many images' boxes to remember for each processor: the largest take some 50 kB.
+# Images whose boxes are remembered for each processor; the largest take some 50 kB.
 _CACHE_SIZE = 256
 
 
 def has_boxes(processor: ProcessorMixin) -> bool:
-    """Whether it is known where on an image the visual tokens of a processor stand.
-
-    Args:
-        processor (`ProcessorMixin`): The processor.
-
-    Returns:
-        `bool`: Whether [`visual_token_boxes`] works for it.
-    """
+    """Whether the places of a processor's visual tokens are known, so that [`visual_token_boxes`] works for it."""
     return any(name in LAYOUTS for name in _class_names(processor))
 
 
 def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image], **kwargs: Any) -> list[Tensor]:
-    """Which part of the original image every visual token stands for.
+    """The part of the original image for which every visual token stands.
 
     The first image of a size takes a little longer than processing three such images; further ones cost nothing.
 
     Args:
         processor (`ProcessorMixin`): The processor.
-        images (sequence of `PIL.Image.Image`): The images of one prompt, as in `processor(images=[images])`. Some
+        images (sequence of `PIL.Image.Image`): The images of one prompt, as in `processor(images=[images])`; some
             processors treat several images otherwise than a single one.
-        **kwargs: The arguments that the processor is called with besides images and text, where they bear on images.
+        **kwargs: The processor's other arguments that concern images.
 
-    Returns:
-        `list` of `Tensor` of shape `(num_tokens, 4)`: For every image, the boxes of its placeholder tokens in the
-        order of the prompt: left, top, right and bottom, as fractions of the image's width and height. Tokens that
-        stand for no place, like the ends of rows or padding, have an empty box of zeros.
+    Returns: `list` of `Tensor` of shape `(num_tokens, 4)`: For every image, the boxes of its placeholder tokens in the
+        order of the prompt: left, top, right and bottom, as fractions of the image's width and height. Tokens without
+        a place, like the ends of rows or padding, have an empty box of zeros.
 
     Raises:
-        ValueError: If it is not known how the processor's tokens lie on an image, or they lie otherwise.
+        ValueError: If the layout of the processor's tokens is unknown, or differs from the known one.
 
     Example:
         ```python
@@ -69,8 +61,6 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
         >>> [boxes] = visual_token_boxes(processor, [Image.new("RGB", (128, 128))])  # four tiles and a thumbnail
         >>> boxes.shape
         torch.Size([320, 4])
-        >>> [round(edge, 2) for edge in boxes[0].tolist()], [round(edge, 2) for edge in boxes[-1].tolist()]
-        ([0.0, 0.0, 0.06, 0.06], [0.88, 0.88, 1.0, 1.0])
 
         ```
     """
@@ -95,31 +85,13 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
 
 
 def video_token_boxes(processor: ProcessorMixin, num_frames: int, size: tuple[int, int]) -> list[tuple[int, Tensor]]:
-    """Which part of which frame every visual token of a video stands for.
+    """For every view of a video, the number of its first frame, and its tokens' boxes as in [`visual_token_boxes`].
 
-    Args:
-        processor (`ProcessorMixin`): The processor, which is given every frame (`do_sample_frames=False`).
-        num_frames (`int`): How many frames the video has.
-        size (`tuple` of `int`): Width and height of a frame.
-
-    Returns:
-        `list` of `tuple` of `int` and `Tensor` of shape `(num_tokens, 4)`: For every view, which is a frame or several
-        that a model reads as one, the number of its first frame, and boxes as of [`visual_token_boxes`].
+    A view is one frame, or several that a model reads as one. The processor is given every frame of width and height
+    `size` (`do_sample_frames=False`).
 
     Raises:
-        ValueError: If it is not known how the processor's tokens lie on the frames of a video, or they lie otherwise.
-
-    Example:
-        ```python
-        >>> from transformers import AutoProcessor
-        >>> from transformers_sgl.hub import embedded_pair
-        >>> from transformers_sgl.tokens.boxes import video_token_boxes
-
-        >>> processor = AutoProcessor.from_pretrained(embedded_pair() / "small")
-        >>> [(frame, boxes.shape[0]) for frame, boxes in video_token_boxes(processor, 3, (96, 64))]
-        [(0, 64), (1, 64), (2, 64)]
-
-        ```
+        ValueError: If the layout of the processor's tokens is unknown, or differs from the known one.
     """
     names = _class_names(processor)
     layout = next((VIDEO_LAYOUTS[name] for name in names if name in VIDEO_LAYOUTS), None)
@@ -140,7 +112,7 @@ _CACHES_LOCK = Lock()
 
 
 def _settings(processor: ProcessorMixin) -> tuple[Any, Any]:
-    """Everything that decides how a processor cuts images."""
+    """All settings that decide how a processor cuts images."""
     plain = (bool, int, float, str, list, tuple, dict, type(None))
     own = {name: value for name, value in vars(processor).items() if isinstance(value, plain)}
     own["images_kwargs"] = getattr(processor, "images_kwargs", None)  # often the class's own

@@ -1,10 +1,12 @@
-"""How far the small model's answer can be trusted (paper, section 3.3).
-
-Pure tensors. Two probabilities per sample and their mean:
+"""How far the small model's answer can be trusted (paper, section 3.3). Pure tensors.
 
 - *confidence*: how sure the small model was while it wrote its draft;
-- *consistency*: how probable it finds the same draft when it sees only the visual tokens that mattered most;
+- *consistency*: how probable it finds the same draft when it sees only the most important visual tokens;
 - *decision score*: the mean of both; from a threshold on, the draft is the answer.
+
+Everywhere, `log_probs` and `draft_mask` have the shape `(batch, draft_length)`: the log-probability of each draft
+token, and `True` for a draft's tokens, its end of sequence included. Scores have the shape `(batch,)` and lie in
+`[0, 1]`.
 """
 
 from __future__ import annotations
@@ -13,36 +15,19 @@ from torch import Tensor
 
 __all__ = ["NEVER_EXIT", "confidence", "consistency", "decision_score", "exits_early", "token_log_probs"]
 
-# A threshold above all scores, which end at 1. Unlike `None` it is not replaced by one that a pair already has.
+# A threshold above all scores. Unlike `None` in a configuration, it is not replaced by the pair's own threshold.
 NEVER_EXIT = 2.0
 
 
 def token_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """The log-probability of every token under the logits that predict it.
-
-    Args:
-        logits (`Tensor` of shape `(..., vocab_size)`): Logits in any floating-point type.
-        token_ids (`Tensor` of shape `(...)`): The tokens.
-
-    Returns:
-        `Tensor` of shape `(...)`: Log-probabilities in float32.
-    """
+    """The log-probability of tokens `(...)` under the logits `(..., vocab_size)` that predict them, in float32."""
     logits = logits.float()
     chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(dim=-1)
 
 
 def confidence(log_probs: Tensor, draft_mask: Tensor) -> Tensor:
-    """How sure the small model was: `exp(mean of log p(x_i))` over the tokens of its draft.
-
-    Args:
-        log_probs (`Tensor` of shape `(batch, draft_length)`): The log-probability of each draft token as it was
-            written.
-        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft, its end of sequence
-            included, `False` for the padding behind it.
-
-    Returns:
-        `Tensor` of shape `(batch,)`: Values in `[0, 1]`.
+    """How sure the small model was: `exp(mean of log p(x_i))` over the tokens of its draft as it wrote them.
 
     Example:
         ```python
@@ -61,15 +46,8 @@ def confidence(log_probs: Tensor, draft_mask: Tensor) -> Tensor:
 def consistency(log_probs: Tensor, draft_mask: Tensor, reduction: str = "product") -> Tensor:
     """How probable the draft stays when the small model sees only its most important visual tokens.
 
-    Args:
-        log_probs (`Tensor` of shape `(batch, draft_length)`): The log-probability of each draft token, given the
-            pruned prompt and the draft tokens before it.
-        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
-        reduction (`str`, defaults to `"product"`): `"product"` of the probabilities, as in the paper, or their
-            `"geometric_mean"`, which does not punish long drafts.
-
-    Returns:
-        `Tensor` of shape `(batch,)`: Values in `[0, 1]`.
+    Each token's probability is given the pruned prompt and the draft tokens before it. `reduction` is their
+    `"product"`, as in the paper, or their `"geometric_mean"`, which does not penalize long drafts.
 
     Example:
         ```python
@@ -88,29 +66,12 @@ def consistency(log_probs: Tensor, draft_mask: Tensor, reduction: str = "product
 
 
 def decision_score(confidence: Tensor, consistency: Tensor) -> Tensor:
-    """The mean of both scores.
-
-    Args:
-        confidence (`Tensor` of shape `(batch,)`): From [`confidence`].
-        consistency (`Tensor` of shape `(batch,)`): From [`consistency`].
-
-    Returns:
-        `Tensor` of shape `(batch,)`: Values in `[0, 1]`.
-    """
+    """The mean of both scores."""
     return (confidence + consistency) / 2
 
 
 def exits_early(decision_score: Tensor, threshold: float, complete: Tensor) -> Tensor:
-    """Which samples need no large model.
-
-    Args:
-        decision_score (`Tensor` of shape `(batch,)`): From [`decision_score`].
-        threshold (`float`): The least score that is trusted.
-        complete (`Tensor` of shape `(batch,)`): `True` where the draft is a whole answer and not cut off before one.
-
-    Returns:
-        `Tensor` of shape `(batch,)`: `True` where the draft is the answer.
-    """
+    """The samples that need no large model: their score reaches the threshold, and their draft is complete."""
     return (decision_score >= threshold) & complete
 
 

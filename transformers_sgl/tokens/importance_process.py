@@ -1,13 +1,14 @@
 """From importance to a choice of visual tokens: the step before the large model's prefill.
 
-Pure tensors, modelled on transformers' `LogitsProcessor`. A processor takes the importance of every visual
-token and returns it changed; in the end every token whose importance is `-inf` is dropped. `+inf` protects a token:
-it stays whatever the processors after that decide, and counts within their budgets.
+Pure tensors, modelled on transformers' `LogitsProcessor`. A processor takes the importance of every visual token and
+returns it changed; in the end every token of importance `-inf` is dropped. `+inf` protects a token: later processors
+keep it, and count it within their budgets.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from transformers_sgl.tokens.visual_tokens import VisualTokens
 
 __all__ = [
-    "AttentionMassProcessor",
     "ImportanceProcessor",
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
@@ -53,7 +53,7 @@ class ImportanceProcessor(ABC):
         Args:
             visual_tokens (`VisualTokens`): Where the tokens stand, and to which image each belongs.
             importance (`Tensor` of shape `(batch, num_visual_tokens)`): Non-negative float32 importance; `-inf` for
-                dropped tokens and where a sample has fewer tokens than the batch's maximum, `+inf` for protected ones.
+                dropped tokens and padding, `+inf` for protected tokens.
 
         Returns:
             `Tensor` of shape `(batch, num_visual_tokens)`: The new importance.
@@ -77,34 +77,37 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
     """
 
     @classmethod
-    def of_settings(cls, retention_ratio: float, min_tokens_per_image: int) -> ImportanceProcessorList:
-        """What the settings of these names ask for.
+    def of_settings(
+        cls,
+        retention_ratio: float,
+        min_tokens_per_image: int,
+        own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
+    ) -> ImportanceProcessorList:
+        """The user's processors, then those that the settings ask for; empty where every token is kept.
 
         Args:
             retention_ratio (`float`): The fraction of visual tokens to keep, in `(0, 1]`.
             min_tokens_per_image (`int`): The fewest tokens of an image to keep, 0 or more.
-
-        Returns:
-            `ImportanceProcessorList`: The processors; none where every token is kept.
-        """
-        if retention_ratio >= 1:
-            return cls()
-        at_least = [MinimumPerImageProcessor(min_tokens_per_image)] if min_tokens_per_image > 0 else []
-        return cls([*at_least, RetentionRatioProcessor(retention_ratio)])
-
-    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
-        """Runs every processor in turn; arguments and result as in [`ImportanceProcessor`].
-
-        Args:
-            visual_tokens (`VisualTokens`): Where the tokens stand.
-            importance (`Tensor` of shape `(batch, num_visual_tokens)`): Their importance.
-
-        Returns:
-            `Tensor` of shape `(batch, num_visual_tokens)`: The new importance.
+            own ([`ImportanceProcessor`] or several, *optional*): The user's processors.
 
         Raises:
-            ValueError: If a processor changes the shape or returns NaN.
+            ValueError: If `own` holds something that cannot be called.
         """
+        processors = cls(own if isinstance(own, Iterable) else [] if own is None else [own])
+        for processor in processors:
+            if not callable(processor):
+                raise ValueError(
+                    f"`importance_processor` is or holds {processor!r}: pass an ImportanceProcessor, or a list "
+                    "of them."
+                )
+        if retention_ratio < 1:
+            if min_tokens_per_image > 0:
+                processors.append(MinimumPerImageProcessor(min_tokens_per_image))
+            processors.append(RetentionRatioProcessor(retention_ratio))
+        return processors
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Runs every processor in turn; raises `ValueError` if one changes the shape or returns NaN."""
         for processor in self:
             shape = importance.shape
             importance = processor(visual_tokens, importance)
@@ -122,20 +125,19 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
                 )
             if importance.isnan().any():
                 raise ValueError(f"{name} returned NaN: return finite importance, or -inf to drop a token.")
-            # Places that only fill up must not use up the next processor's budget.
+            # Padding must not use up the next processor's budget.
             importance = importance.masked_fill(~visual_tokens.valid, DROPPED)
         return importance
 
     def keep_mask(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
-        """Which visual tokens are left after all processors.
+        """The visual tokens that remain after all processors.
 
         Args:
             visual_tokens (`VisualTokens`): Where the tokens stand.
-            importance (`Tensor` of shape `(batch, num_visual_tokens)`): Their importance, as the small model gave it.
+            importance (`Tensor` of shape `(batch, num_visual_tokens)`): Their importance.
 
         Returns:
-            `Tensor` of shape `(batch, num_visual_tokens)`: `True` for tokens to keep, `False` for the others and
-            where a sample has fewer tokens than the batch's maximum.
+            `Tensor` of shape `(batch, num_visual_tokens)`: `True` for tokens to keep, `False` for others and padding.
 
         Raises:
             ValueError: If a sample that has visual tokens would keep none.
@@ -173,7 +175,10 @@ class RetentionRatioProcessor(ImportanceProcessor):
     """
 
     def __init__(self, retention_ratio: float) -> None:
-        self.retention_ratio = _check_fraction("retention_ratio", retention_ratio)
+        is_number = isinstance(retention_ratio, (int, float)) and not isinstance(retention_ratio, bool)
+        if not is_number or not 0 < retention_ratio <= 1:
+            raise ValueError(f"`retention_ratio` is {retention_ratio!r}: pass a number above 0 and up to 1.")
+        self.retention_ratio = retention_ratio
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Drops all but the most important tokens; see [`ImportanceProcessor`]."""
@@ -184,48 +189,8 @@ class RetentionRatioProcessor(ImportanceProcessor):
         return importance.masked_fill(_rank(importance) >= budget[:, None], DROPPED)
 
 
-class AttentionMassProcessor(ImportanceProcessor):
-    """Keeps the fewest tokens that together hold a given share of the importance: a nucleus over the image.
-
-    The number kept then follows the picture: few tokens where the small model looks at one spot, many where it
-    looks everywhere.
-
-    Args:
-        attention_mass (`float`): The share of the sample's total importance to keep, in `(0, 1]`.
-
-    Raises:
-        ValueError: If the share is out of range.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl import AttentionMassProcessor, VisualTokens
-
-        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 5]]), token_ids=9)
-        >>> AttentionMassProcessor(0.8)(tokens, torch.tensor([[1.0, 6.0, 3.0]]))
-        tensor([[-inf, 6., 3.]])
-
-        ```
-    """
-
-    def __init__(self, attention_mass: float) -> None:
-        self.attention_mass = _check_fraction("attention_mass", attention_mass)
-
-    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
-        """Drops the tokens outside the nucleus; see [`ImportanceProcessor`]."""
-        rank = _rank(importance)
-        mass = importance.masked_fill(importance.isinf(), 0.0).double()
-        in_order = torch.zeros_like(mass).scatter(1, rank, mass)  # descending importance
-        # A token is kept while the mass gathered before it still falls short of the share asked for.
-        before = in_order.cumsum(dim=1) - in_order
-        short = before < self.attention_mass * mass.sum(dim=1, keepdim=True)
-        short[:, :1] = True  # the most important token stays even where all importance is zero
-        keep = short.gather(1, rank) | (importance == PROTECTED)
-        return importance.masked_fill(~keep, DROPPED)
-
-
 class MinimumPerImageProcessor(ImportanceProcessor):
-    """Protects the most important tokens of every image, so that no image vanishes from a prompt with several.
+    """Protects the most important tokens of every image, so that no image vanishes from a prompt.
 
     Put it before the processors that drop: protected tokens count within their budgets.
 
@@ -254,7 +219,7 @@ class MinimumPerImageProcessor(ImportanceProcessor):
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Sets each image's most important tokens to `+inf`; see [`ImportanceProcessor`]."""
-        # In the order of images, and within each of descending importance, ...
+        # In the order of images, and by descending importance within each, ...
         order = importance.argsort(dim=1, descending=True, stable=True)
         images, by_image = visual_tokens.image_index.gather(1, order).sort(dim=1, stable=True)
         order = order.gather(1, by_image)
@@ -264,20 +229,13 @@ class MinimumPerImageProcessor(ImportanceProcessor):
         opens[:, 1:] = images[:, 1:] != images[:, :-1]
         rank = place - torch.where(opens, place, 0).cummax(dim=1).values
         protect = torch.zeros_like(visual_tokens.valid).scatter(1, order, rank < self.min_tokens) & visual_tokens.valid
-        # A token dropped by an earlier processor stays dropped: protection is not resurrection.
+        # A token dropped by an earlier processor stays dropped.
         return importance.masked_fill(protect & (importance > DROPPED), PROTECTED)
 
 
 def _rank(importance: Tensor) -> Tensor:
-    """The place of every token in descending importance, equal ones in order; shape `(batch, num_visual_tokens)`."""
+    """Each token's place in descending importance, equal ones in order; shape `(batch, num_visual_tokens)`."""
     order = importance.argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
-
-
-def _check_fraction(name: str, value: float) -> float:
-    """Returns the value if it lies in `(0, 1]`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` is {value!r}: pass a number above 0 and up to 1.")
-    return value

@@ -1,7 +1,7 @@
-"""Carrying importance from one model's visual tokens to another's, over the image that both look at.
+"""Carrying importance from one model's visual tokens to another's, over the image that both see. Pure tensors.
 
-Pure tensors. Two models of different families cut an image into different tokens. Each token knows its box on
-the original image (`boxes.py`), so importance can be carried over by the areas that boxes share.
+Models of different families cut an image into different tokens. Each token knows its box on the original image
+(`boxes.py`), so importance is carried over in proportion to the areas that boxes share.
 """
 
 from __future__ import annotations
@@ -20,26 +20,9 @@ _LEAST_SHARE = 1e-4
 
 
 def pad_boxes(boxes: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Joins the boxes of a batch of prompts.
+    """Joins the boxes of each image of each prompt, `(num_tokens, 4)`, to one tensor, `(batch, num_tokens, 5)`.
 
-    Args:
-        boxes (sequence of sequences of `Tensor` of shape `(num_tokens, 4)`): For every prompt, for each of its
-            images, the boxes of the image's tokens: left, top, right, bottom.
-
-    Returns:
-        `Tensor` of shape `(batch, num_tokens, 5)`: Rows of image number within the prompt, left, top, right, bottom.
-        Where a prompt has fewer tokens than the batch's maximum it is filled up on the right with image number -1.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.tokens.importance_resampling import pad_boxes
-
-        >>> whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-        >>> pad_boxes([[whole, whole], [whole]])[..., 0].tolist()
-        [[0.0, 1.0], [0.0, -1.0]]
-
-        ```
+    Its rows are image number within the prompt, left, top, right, bottom, padded on the right with image number -1.
     """
     rows = []
     for images in boxes:
@@ -56,9 +39,9 @@ def pad_boxes(boxes: Sequence[Sequence[Tensor]]) -> Tensor:
 def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Tensor) -> Tensor:
     """Importance of one model's visual tokens as that of another's, weighted by the areas that their boxes share.
 
-    Each large token gets the mean importance per area over its box, and all of an image are scaled together so that
-    its total stays the same: a thumbnail's token, whose box is larger than a tile's, does not outrank it for that.
-    What belongs to no place (separators), or to a place that the large model does not see (cropped away), is spread
+    Each large token gets the mean importance per area over its box; then all tokens of an image are scaled so that its
+    total stays the same. So a thumbnail's token, whose box is larger than a tile's, does not outrank it for that.
+    Importance without a place (separators), or at a place that the large model does not see (cropped away), is spread
     evenly over the large model's tokens of that image.
 
     Args:
@@ -67,8 +50,7 @@ def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Te
         large_boxes (`Tensor` of shape `(batch, num_large_tokens, 5)`): The boxes of the large model's tokens.
 
     Returns:
-        `Tensor` of shape `(batch, num_large_tokens)`: The importance of the large model's tokens; 0 where a sample
-        has fewer.
+        `Tensor` of shape `(batch, num_large_tokens)`: The importance of the large model's tokens; 0 in padding.
 
     Raises:
         ValueError: If the shapes do not fit each other, or the two models were shown different images.
@@ -116,7 +98,6 @@ def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Te
 
 
 def _image_numbers(image: Tensor) -> list[int]:
-    """The numbers of the images that a prompt's tokens belong to, in ascending order."""
     return [int(number) for number in image.unique().tolist() if number >= 0]
 
 

@@ -1,7 +1,7 @@
 """Handing importance over from the small model's visual tokens to the large model's.
 
-Models of one family that cut an image alike have their visual tokens in common, and importance passes token
-by token. Others need to be told which part of the image each token stands for; then importance is resampled.
+Models of one family that cut an image alike have the same visual tokens, and importance passes token by token. Others
+must be told each token's place on the image; then importance is resampled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers_sgl.transformers_interface import processor_name
 
 __all__ = ["BOX_INPUTS", "ImportanceTransfer", "importance_transfer", "split_boxes"]
 
-# Where the visual tokens of both models lie on the images: inputs of the pair, and of neither model.
+# The places of both models' visual tokens on the images: inputs of the pair, and of neither model.
 BOX_INPUTS = ("visual_token_boxes", "small_visual_token_boxes")
 
 
@@ -43,20 +43,10 @@ class ImportanceTransfer:
         small_tokens: VisualTokens,
         boxes: tuple[Tensor, Tensor] | None,
     ) -> ImportanceTransfer:
-        """Chooses by what is known of the inputs.
-
-        Args:
-            large (`PreTrainedConfig`): The large model's configuration.
-            small (`PreTrainedConfig`): The small model's configuration.
-            visual_tokens (`VisualTokens`): The visual tokens of the large model's prompts.
-            small_tokens (`VisualTokens`): The visual tokens of the small model's prompts.
-            boxes (`tuple` of two `Tensor`, *optional*): The boxes of both, if the inputs have them.
-
-        Returns:
-            `ImportanceTransfer`: Through the boxes, or token by token without them.
+        """Through the boxes if the inputs have them, else token by token.
 
         Raises:
-            ValueError: If the visual tokens differ and nothing tells where they lie, or the boxes are those of other
+            ValueError: If the visual tokens differ and nothing tells their places, or the boxes are those of other
                 tokens.
         """
         if boxes is not None:
@@ -84,7 +74,7 @@ class ImportanceTransfer:
         return "identity" if self.boxes is None else "resampling"
 
     def __call__(self, importance: Tensor) -> Tensor:
-        """Importance of the small model's tokens, `(batch, num_small_tokens)`, as that of the large model's."""
+        """The small model's importance, `(batch, num_small_tokens)`, as the large model's."""
         if self.boxes is None:
             return importance
         large_boxes, small_boxes = (boxes.to(importance.device) for boxes in self.boxes)
@@ -92,47 +82,19 @@ class ImportanceTransfer:
 
 
 def importance_transfer(large: PreTrainedConfig, small: PreTrainedConfig) -> str:
-    """How importance passes from one model to the other where nothing tells where their visual tokens lie.
+    """How importance passes between two models without boxes: `"identity"` or `"resampling"`.
 
-    Models whose images one class of processor prepares may cut an image alike, and so have their visual tokens in
-    common, if the processors' settings agree too. Models of different families are never taken to, even where their
-    visual tokens happen to be equal in number.
-
-    Args:
-        large (`PreTrainedConfig`): The large model's configuration.
-        small (`PreTrainedConfig`): The small model's configuration.
-
-    Returns:
-        `str`: `"identity"`, token by token, or `"resampling"`, through image coordinates.
-
-    Example:
-        ```python
-        >>> from transformers import LlavaConfig, Qwen2VLConfig, VipLlavaConfig
-        >>> from transformers_sgl.tokens.importance_transfer import importance_transfer
-
-        >>> importance_transfer(VipLlavaConfig(), LlavaConfig())
-        'identity'
-        >>> importance_transfer(Qwen2VLConfig(), LlavaConfig())
-        'resampling'
-
-        ```
+    Models that share a class of processor may cut an image alike, if the processors' settings agree too. Models of
+    different families never count as alike, even with equally many visual tokens.
     """
     families = [processor_name(config.model_type) for config in (large, small)]
     return "identity" if large.model_type == small.model_type or families[0] == families[1] else "resampling"
 
 
 def split_boxes(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, Tensor] | None]:
-    """The inputs of the models, and apart from them the boxes, which neither model reads.
+    """The models' inputs, and the large and the small model's boxes, which neither model reads; `None` without boxes.
 
-    Args:
-        inputs (`dict`): All inputs.
-
-    Returns:
-        `tuple` of `dict` and a pair of `Tensor`: The rest, and the large and the small model's boxes; `None` if there
-        are none.
-
-    Raises:
-        ValueError: If there is only one of the two.
+    Raises `ValueError` if there is only one of the two.
     """
     boxes = [inputs.get(name) for name in BOX_INPUTS]
     missing = [name for name, value in zip(BOX_INPUTS, boxes, strict=True) if value is None]
@@ -147,9 +109,9 @@ def split_boxes(inputs: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, T
 
 
 def _aligned(name: str, boxes: Tensor, counts: Tensor) -> Tensor:
-    """The boxes `(batch, num_visual_tokens, 5)` with all filling behind them, if there is one for each visual token.
+    """The boxes `(batch, num_visual_tokens, 5)` with all padding behind them, if there is one for each visual token.
 
-    Whoever joins inputs to a batch without knowing of boxes, like a pipeline, fills up with zeros, in front or behind.
+    Code that joins inputs to a batch without knowing boxes, like a pipeline, pads with zeros on either side.
     """
     if boxes.shape[::2] != (len(counts), 5):
         raise ValueError(

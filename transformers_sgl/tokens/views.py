@@ -1,9 +1,9 @@
-"""What a processor makes of an image, measured: the views that a model gets, and where on the original they lie.
+"""A processor's views of an image, and the part of the original that each shows, by measurement.
 
-Processors resize, crop, pad and tile images, each by rules of its own. None of these rules is repeated here. The
+Processors resize, crop, pad and tile images, each by its own rules. None of these rules is repeated here. The
 processor is shown three images of the original's size: a black one, a white one, and one whose red grows from left to
 right and whose green grows from top to bottom. Where black and white come out differently is the image, elsewhere is
-padding. Red and green tell from where on the original each pixel was taken.
+padding. Red and green tell each pixel's place on the original.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ __all__ = ["Layout", "Processed", "View", "cell_of", "placeholder_of", "spans_of
 
 @dataclass(frozen=True)
 class Layout:
-    """In which order the visual tokens of a class of processors look at an image.
+    """The order in which the visual tokens of a class of processors cover an image.
 
     Attributes:
         views (`Callable`): From a processed image to its views, in the order of their tokens.
-        placeholder (`str`): The token that stands for a visual token in a prompt, or the attribute of the processor
-            that holds it.
-        image (`str`): The attribute that holds what stands for a whole image before the processor has seen the prompt.
+        placeholder (`str`): The token that stands for a visual token in a prompt, or the processor's attribute for it.
+        image (`str`): The attribute for the token that stands for a whole image before processing.
         pixels (`str`): The model input that holds the pixels.
-        depends_on_company (`bool`): Whether an image is cut otherwise where its prompt holds further images.
+        depends_on_company (`bool`): Whether further images in the prompt change how an image is cut.
     """
 
     views: Callable[[Processed], Iterator[View]]
@@ -43,15 +42,9 @@ class Layout:
 
 
 class Processed:
-    """The three probing images, as a processor prepares them.
+    """The three probe images of width and height `size`, as a processor with arguments `kwargs` prepares them.
 
-    Args:
-        processor (`ProcessorMixin`): The processor.
-        layout (`Layout`): Its entry in the table.
-        size (`tuple` of `int`): Width and height of the original image.
-        in_company (`bool`): Whether there are further images in the prompt.
-        kwargs (`dict`): Arguments of the processor.
-        num_frames (`int`, *optional*): How often a probing image is repeated to make a video; 0 for an image.
+    `in_company` adds a further image to the prompt; with `num_frames` a probe is repeated to make a video.
     """
 
     def __init__(
@@ -94,15 +87,15 @@ class Processed:
 
 @dataclass(frozen=True)
 class View:
-    """A picture that a model looks at: a tile, a thumbnail, or the whole image; and the grid of its tokens.
+    """A picture that a model sees: a tile, a thumbnail, or the whole image; and the grid of its tokens.
 
     Attributes:
-        columns (`Tensor` of shape `(num_columns, 2)`): From where to where each column of tokens looks, in pixels.
+        columns (`Tensor` of shape `(num_columns, 2)`): Start and end of each column of tokens, in pixels.
         rows (`Tensor` of shape `(num_rows, 2)`): The same for the rows.
-        pixels (`Tensor` of shape `(3, 3, height, width)`, *optional*): Black, white and ramp as it shows them; `None`
-            where it shows the whole image and nothing else, and columns and rows are fractions of it.
-        placeless_before (`int`): How many tokens without a place precede the first.
-        ends_of_rows (`bool`): Whether every row is followed by a token without a place.
+        pixels (`Tensor` of shape `(3, 3, height, width)`, *optional*): Black, white and ramp as the view shows them;
+            `None` where it shows exactly the whole image, and columns and rows are fractions of it.
+        placeless_before (`int`): The number of tokens without a place before the first.
+        ends_of_rows (`bool`): Whether a token without a place follows every row.
     """
 
     columns: Tensor
@@ -144,26 +137,18 @@ class View:
 
 
 def spans_of(count: int, cell: float) -> Tensor:
-    """From where to where `count` tokens look that stand side by side; `(count, 2)` in float64."""
+    """Start and end of each of `count` adjacent tokens; `(count, 2)` in float64."""
     starts = cell * torch.arange(count, dtype=torch.float64)
     return torch.stack([starts, starts + cell], dim=1)
 
 
 def cell_of(length: int, count: int) -> float:
-    """What each of `count` tokens sees of a length; a vision tower cuts whole pixels and leaves the remainder."""
+    """The part of a length that each of `count` tokens sees; a vision tower cuts whole pixels and drops the rest."""
     return length // count if length >= count else length / count
 
 
 def _ends(profile: np.ndarray, num_pixels: int) -> tuple[float, float]:
-    """From where to where a view shows the original, as fractions of its width (or height).
-
-    Args:
-        profile (`np.ndarray` of shape `(length,)`): What has become of the ramp, pixel by pixel.
-        num_pixels (`int`): The original's width (or height).
-
-    Returns:
-        `tuple` of `float`: The outer edge of the profile's first pixel, and that of its last.
-    """
+    """Where on the original a view starts and ends, as fractions, from its `(length,)` pixels of the ramp."""
     # The ramp is 0 in the middle of the original's first pixel and 1 in the middle of its last.
     on_original = (profile * (num_pixels - 1) + 0.5) / num_pixels
     # Near its outermost pixels an enlarged image changes more slowly, or not at all.
@@ -189,5 +174,5 @@ def _probes(size: tuple[int, int]) -> list[Image.Image]:
 
 
 def placeholder_of(processor: ProcessorMixin, layout: Layout) -> str:
-    """The token that stands for a visual token in the prompts of a processor."""
+    """The token for a visual token in the prompts of a processor."""
     return layout.placeholder if layout.placeholder.startswith("<") else attrgetter(layout.placeholder)(processor)

@@ -1,10 +1,10 @@
 """Where the visual tokens stand in a batch of prompts.
 
-Pure tensors. Everything that records, ranks or drops visual tokens speaks in the terms of this file:
+Pure tensors, and the terms that other files use:
 
 - a *prompt position* is a column of `input_ids`, padding included;
-- a *visual index* counts a sample's visual tokens from 0; samples with fewer than the batch's maximum are filled up
-  on the right, and `valid` tells the real ones.
+- a *visual index* counts a sample's visual tokens from 0; samples with fewer than the batch's maximum are padded on
+the right, and `valid` tells the real ones.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ class VisualTokens:
 
     Attributes:
         positions (`Tensor` of shape `(batch, num_visual_tokens)`): Their prompt positions in ascending order; 0 in
-            the places that only fill up.
-        valid (`Tensor` of shape `(batch, num_visual_tokens)`): `True` for a token, `False` where a sample has fewer
-            tokens than the batch's maximum.
-        image_index (`Tensor` of shape `(batch, num_visual_tokens)`): Which of its sample's images a token belongs
-            to, counted from 0; -1 where `valid` is `False`. Tokens that follow each other closely are one image,
-            tiles and thumbnail included.
+            padding.
+        valid (`Tensor` of shape `(batch, num_visual_tokens)`): `True` for a token, `False` for padding.
+        image_index (`Tensor` of shape `(batch, num_visual_tokens)`): The number of a token's image within its sample,
+            from 0; -1 in padding. Tokens that follow each other closely are one image, tiles and thumbnail included.
         prompt_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens, `False` for padding.
     """
 
@@ -53,11 +51,7 @@ class VisualTokens:
             token_ids (`int` or sequence of `int`): The ids that stand for visual tokens.
             attention_mask (`Tensor` of shape `(batch, prompt_length)`, *optional*): 1 for prompt tokens, 0 for
                 padding, on either side.
-            max_gap (`int`, defaults to 0): The most other tokens that may stand between two visual tokens of one
-                image.
-
-        Returns:
-            `VisualTokens`: Their places; `num_visual_tokens` is 0 if there are none at all.
+            max_gap (`int`, defaults to 0): The most other tokens between two visual tokens of one image.
 
         Raises:
             ValueError: If the two tensors' shapes differ or are not two-dimensional.
@@ -89,8 +83,8 @@ class VisualTokens:
         front = torch.argsort(~is_visual, dim=1, stable=True)[:, :num_visual_tokens]
         positions = front.masked_fill(~valid, 0)
 
-        # A token opens a new image wherever it does not follow another visual token closely, and also where the two
-        # have that between them that follows the last of all: an end of image.
+        # A token opens a new image where it does not follow another visual token closely, and also where the text
+        # between them is the token that follows the prompt's last visual token: an end of image.
         opens = torch.ones_like(valid)
         opens[:, 1:] = positions[:, 1:] > positions[:, :-1] + 1 + max_gap
         if max_gap and num_visual_tokens:
@@ -102,7 +96,7 @@ class VisualTokens:
 
     @property
     def counts(self) -> Tensor:
-        """How many visual tokens each sample has, of shape `(batch,)`."""
+        """Each sample's number of visual tokens, of shape `(batch,)`."""
         return self.valid.sum(dim=1)
 
     @property
@@ -112,12 +106,12 @@ class VisualTokens:
 
     @property
     def batch_size(self) -> int:
-        """How many prompts the batch holds."""
+        """The number of prompts."""
         return self.prompt_mask.shape[0]
 
     @property
     def prompt_length(self) -> int:
-        """How many columns the prompts have, padding included."""
+        """The number of columns of the prompts, padding included."""
         return self.prompt_mask.shape[1]
 
     @property
@@ -128,14 +122,7 @@ class VisualTokens:
         return self.positions.masked_fill(~self.valid, -1).amax(dim=1)
 
     def to(self, device: torch.device | str) -> VisualTokens:
-        """The same on another device.
-
-        Args:
-            device (`torch.device` or `str`): Where the tensors shall be.
-
-        Returns:
-            `VisualTokens`: A copy, or itself where nothing moves.
-        """
+        """The same on another device."""
         if self.prompt_mask.device == torch.device(device):
             return self
         return VisualTokens(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -146,9 +133,8 @@ class VisualTokens:
         Args:
             keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`): `True` for visual tokens to keep.
 
-        Returns:
-            `Tensor` of shape `(batch, prompt_length)`: `True` for text and kept visual tokens, `False` for padding
-            and dropped visual tokens.
+        Returns: `Tensor` of shape `(batch, prompt_length)`: `True` for text and kept visual tokens, `False` for
+            padding and dropped visual tokens.
 
         Raises:
             ValueError: If `keep_mask` has another shape.
@@ -159,7 +145,7 @@ class VisualTokens:
                 f"{tuple(self.valid.shape)}: pass one entry per visual token."
             )
         dropped = self.valid & ~keep_mask.to(self.valid.device)
-        # `scatter` with `amax` so that the filling places, which all point to position 0, cannot undo a real one.
+        # `amax`, so that padding, which points to position 0, cannot undo a real drop there.
         drop = torch.zeros_like(self.prompt_mask, dtype=torch.long)
         drop = drop.scatter_reduce(1, self.positions, dropped.long(), reduce="amax")
         return self.prompt_mask & ~drop.bool()

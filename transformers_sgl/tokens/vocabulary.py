@@ -1,6 +1,6 @@
-"""Whether two models write in the same tokens, and how an answer is carried over where they do not.
+"""Whether two models write in the same tokens, and how to carry an answer over where they do not.
 
-A model does not know its tokenizer; a pair is told where both are, and reads them when it first has to know.
+A model does not know its tokenizer; a pair is told where both are, and reads them when it first needs them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-__all__ = ["Vocabularies", "load_tokenizers"]
+__all__ = ["Vocabularies", "load_tokenizers", "vocabulary_sizes"]
+
+
+def vocabulary_sizes(large: Any, small: Any) -> tuple[int, int]:
+    """How many tokens each of the two models knows."""
+    large_size, small_size = (model.config.get_text_config(decoder=True).vocab_size for model in (large, small))
+    return large_size, small_size
 
 
 def load_tokenizers(*checkpoints: tuple[str, dict[str, Any]]) -> list[Any]:
-    """The tokenizers beside checkpoints.
+    """The tokenizers beside checkpoints, each a path and keyword arguments of `from_pretrained`.
 
-    Nobody has asked for them, so none that needs code of its own is loaded.
-
-    Args:
-        *checkpoints (`tuple` of `str` and `dict`): Where a model was loaded from, in the words of `from_pretrained`.
-
-    Returns:
-        `list`: The tokenizers.
-
-    Raises:
-        OSError: If a model was not loaded from anywhere, or has no tokenizer beside it.
+    Nobody asked for them, so none that needs code of its own is loaded. Raises `OSError` if there is none.
     """
     if not all(path for path, _ in checkpoints):
         raise OSError("A model that was not loaded has no tokenizer beside it.")
@@ -37,34 +34,23 @@ def load_tokenizers(*checkpoints: tuple[str, dict[str, Any]]) -> list[Any]:
 class Vocabularies:
     """The vocabularies of a large and a small model.
 
-    Args:
-        load_tokenizers (`Callable`): Returns the large and the small model's tokenizer, or raises `OSError`; called
-            once, when first needed.
-        sizes (`tuple` of two `int`): The models' vocabulary sizes. Where no tokenizer is to be found, equal sizes are
-            taken for equal vocabularies.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers import AutoTokenizer
-        >>> from transformers_sgl.hub import embedded_pair
-        >>> from transformers_sgl.tokens.vocabulary import Vocabularies
-
-        >>> tokenizers = [AutoTokenizer.from_pretrained(embedded_pair() / name) for name in ("large", "small")]
-        >>> vocabularies = Vocabularies(lambda: tokenizers, sizes=(512, 512))
-        >>> vocabularies.shared
-        True
-
-        ```
+    `load_tokenizers` returns both tokenizers, or raises `OSError`; it is called once, when first needed. Without
+    tokenizers, equal `sizes` count as equal vocabularies.
     """
 
     def __init__(self, load_tokenizers: Callable[[], Any], sizes: tuple[int, int]) -> None:
         self._load_tokenizers = load_tokenizers
         self._sizes = sizes
 
+    def given(self, tokenizer: Any, small_tokenizer: Any) -> Vocabularies:
+        """These vocabularies, or those of two tokenizers where both are passed."""
+        if tokenizer is None or small_tokenizer is None:
+            return self
+        return Vocabularies(lambda: (tokenizer, small_tokenizer), self._sizes)
+
     @cached_property
     def tokenizers(self) -> tuple[Any, Any] | None:
-        """The large and the small model's tokenizer; `None` where they are not to be found."""
+        """The large and the small model's tokenizer; `None` where they cannot be found."""
         try:
             large, small = self._load_tokenizers()
         except (ImportError, OSError, ValueError):  # a tokenizer may need a package that nobody else needs
@@ -73,23 +59,16 @@ class Vocabularies:
 
     @cached_property
     def shared(self) -> bool | None:
-        """Whether a token means the same to both models; `None` where nobody can tell."""
+        """Whether a token means the same to both models; `None` where nothing tells."""
         if self.tokenizers is not None:
             large, small = self.tokenizers
             return large is small or large.get_vocab() == small.get_vocab()
         return True if self._sizes[0] == self._sizes[1] else None
 
     def to_large(self, draft: Tensor, draft_mask: Tensor, ended: Tensor, eos_token_id: int | None) -> list[list[int]]:
-        """Re-encodes drafts where the vocabularies differ: the same text in the large model's tokens.
+        """The same texts in the large model's tokens, a list for each draft of `(batch, draft_length)`.
 
-        Args:
-            draft (`Tensor` of shape `(batch, draft_length)`): The drafts in the small model's tokens.
-            draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft.
-            ended (`Tensor` of shape `(batch,)`): Which drafts end with an end of sequence.
-            eos_token_id (`int`, *optional*): The large model's own.
-
-        Returns:
-            `list` of `list` of `int`: One draft for each sample, of different lengths.
+        Drafts that have `ended`, `(batch,)`, get the large model's `eos_token_id`.
         """
         rows = [row[mask] for row, mask in zip(draft.cpu(), draft_mask.cpu(), strict=True)]
         assert self.tokenizers is not None  # only tokenizers tell that vocabularies differ

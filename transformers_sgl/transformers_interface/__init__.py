@@ -1,12 +1,11 @@
-"""What this package relies on in transformers beyond its documented API.
+"""The parts of transformers, beyond its documented API, that this package relies on.
 
-When a new release of transformers breaks this package, the place to mend is here: no other file imports an
-undocumented module of transformers or names one of its private attributes. Each entry says what it assumes and what
-breaks without it. Where it does not say since when, it holds in every supported version.
-`tests/test_transformers_interface.py` has a check for each entry.
+When a new release of transformers breaks this package, mend it here: no other file imports an undocumented module of
+transformers or names one of its private attributes. Each entry says what it assumes and what breaks without it; unless
+it says since when, it holds in every supported version. `tests/test_transformers_interface.py` checks each entry.
 
     caches        the cache, which 5.24 renamed, and what can be cut off from it
-    attention     attention functions and what decoder layers are handed
+    attention     attention functions and the arguments of decoder layers
     generation    decoding loops, inputs that grow, defaults of generation settings
     loading       Auto classes, commits, configurations, and the server, which finds models by name
     images        what processors tell about images
@@ -15,88 +14,16 @@ Nothing is imported from transformers before it is asked for, so importing this 
 fails where it is used, with a sentence that names it.
 """
 
-from transformers_sgl.transformers_interface.attention import (
-    PER_TOKEN_ARGUMENTS,
-    AnyAttention,
-    attention_function,
-    attention_name,
-    is_attention,
-    needs_position_ids,
-    register_attention,
-    set_attention_name,
-)
-from transformers_sgl.transformers_interface.caches import (
-    CACHE_NAMES,
-    CacheUnderBothNames,
-    cache_name,
-    cache_of,
-    can_be_cut_back,
-    held_keys,
-    next_token_output,
-    with_installed_cache_name,
-)
-from transformers_sgl.transformers_interface.generation import ExtraSettings, extended_inputs, view_of
-from transformers_sgl.transformers_interface.images import (
-    best_resolution,
-    count_image_tokens,
-    image_argument_names,
-    image_size,
-    load_image,
-    load_video,
-    tells_image_tokens,
-)
-from transformers_sgl.transformers_interface.loading import (
-    AUTO_MARKER,
-    AUTO_MODULES,
-    auto_mappings,
-    changed_settings,
-    loaded_prequantized,
-    newest_commit,
-    processor_name,
-    server_class,
-    server_model_tables,
-    server_models,
-    stock_fault,
-    uninitialized,
-)
+from transformers_sgl.transformers_interface import attention, caches, generation, images, loading
+from transformers_sgl.transformers_interface.attention import *
+from transformers_sgl.transformers_interface.caches import *
+from transformers_sgl.transformers_interface.generation import *
+from transformers_sgl.transformers_interface.images import *
+from transformers_sgl.transformers_interface.loading import *
 
-__all__ = [
-    "AUTO_MARKER",
-    "AUTO_MODULES",
-    "CACHE_NAMES",
-    "PER_TOKEN_ARGUMENTS",
-    "AnyAttention",
-    "CacheUnderBothNames",
-    "ExtraSettings",
-    "attention_function",
-    "attention_name",
-    "auto_mappings",
-    "best_resolution",
-    "cache_name",
-    "cache_of",
-    "can_be_cut_back",
-    "changed_settings",
-    "count_image_tokens",
-    "extended_inputs",
-    "held_keys",
-    "image_argument_names",
-    "image_size",
-    "is_attention",
-    "load_image",
-    "load_video",
-    "loaded_prequantized",
-    "needs_position_ids",
-    "newest_commit",
-    "next_token_output",
-    "processor_name",
-    "register_attention",
-    "server_class",
-    "server_model_tables",
-    "server_models",
-    "set_attention_name",
-    "stock_fault",
-    "tells_image_tokens",
-    "uninitialized",
-    "view_of",
-    "with_installed_cache_name",
-]
+__all__: list[str] = []
+__all__ += attention.__all__
+__all__ += caches.__all__
+__all__ += generation.__all__
+__all__ += images.__all__
+__all__ += loading.__all__

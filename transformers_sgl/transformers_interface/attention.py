@@ -1,4 +1,4 @@
-"""Attention functions, and what decoder layers and their attention are handed."""
+"""Attention functions, and the arguments of decoder layers and their attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attention_name(config: PreTrainedConfig) -> str:
 def set_attention_name(config: PreTrainedConfig, name: str) -> None:
     """Changes the attention function of the modules with this configuration, and of no others.
 
-    Assumes what `attention_name` assumes. The public `set_attn_implementation` changes other configurations, too, and
+    Assumes what `attention_name` assumes. The public `set_attn_implementation` changes other configurations too, and
     knows only names that it could have loaded.
     """
     config._attn_implementation = name
@@ -57,7 +57,7 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., tuple[Tens
     """The attention function of that name.
 
     Assumes that all are registered but "eager", which each modeling file defines as `eager_attention_forward`. Without
-    it, models with eager attention cannot be recorded.
+    it, eager attention cannot be recorded.
     """
     from transformers import AttentionInterface
 

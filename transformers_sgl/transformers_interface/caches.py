@@ -57,12 +57,10 @@ def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
 
 
 def with_installed_cache_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` or `forward`, with the cache under the name that the installed version understands.
+    """Arguments of `generate` or `forward`, with the cache under the installed version's name.
 
     Assumes what `cache_name` assumes. Without it, code written for the other side of the renaming in 5.24 fails.
-
-    Raises:
-        ValueError: If a cache is passed under both names.
+    Raises `ValueError` if a cache is passed under both names.
     """
     named = {name: arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None}
     if len(named) > 1:

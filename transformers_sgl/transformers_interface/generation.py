@@ -47,17 +47,12 @@ def extended_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_new_toke
 def view_of(model: PreTrainedModel, owner: Any) -> Any:
     """A view of a model: the same weights, hooks and settings, but another object, whose calls go to `owner`.
 
+    `owner` has `run_loop(view, loop, input_ids, stopping_criteria, **kwargs)` and `run_pass(forward, extend, inputs)`,
+    which are called instead of the decoding loop and of the model.
+
     Assumes that greedy search and sampling run in `_sample`, which takes the prompts and `stopping_criteria`, and by
     keyword `generation_config`, a cache and the model's inputs; and which calls the model as `self(**inputs)`. Without
     it, drafts are not checked.
-
-    Args:
-        model (`PreTrainedModel`): The model; it is not changed.
-        owner (`Any`): Has `run_loop(view, loop, input_ids, stopping_criteria, **kwargs)` and `run_pass(forward,
-            extend, inputs)`, which are called in place of the decoding loop and of the model.
-
-    Returns:
-        `PreTrainedModel`: The view.
     """
     model_class: Any = type(model)
     view: Any = object.__new__(_view_class(model_class))

@@ -62,8 +62,8 @@ def processor_name(model_type: str) -> str:
 def newest_commit(path: str, **where: Any) -> str | None:
     """The commit of a Hub repository from which its `config.json` is read.
 
-    Assumes `cached_file` and `extract_commit_hash`. Without it, what is loaded is not pinned to one commit, and an
-    evaluation that goes on later cannot tell that a model has changed.
+    Assumes `cached_file` and `extract_commit_hash`. Without it, loading is not pinned to one commit, and an evaluation
+    that continues later cannot tell that a model has changed.
     """
     file = from_module("utils.hub", "cached_file")(path, "config.json", **where)
     commit: str | None = from_module("utils.hub", "extract_commit_hash")(file, None)
@@ -71,7 +71,7 @@ def newest_commit(path: str, **where: Any) -> str | None:
 
 
 def changed_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration file says of a model: what differs from the defaults, without the path it came from.
+    """A configuration's differences from the defaults, without the path it came from.
 
     Assumes that the path is the entry `_name_or_path`. Without it, saved pairs name folders of the machine that wrote
     them.
@@ -82,7 +82,7 @@ def changed_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def loaded_prequantized(model: PreTrainedModel) -> bool:
-    """Whether a model's checkpoint was quantised already when it was loaded.
+    """Whether a model's checkpoint was already quantized when it was loaded.
 
     Assumes `model.hf_quantizer.pre_quantized`. Without it, such a model cannot be saved again.
     """
@@ -113,13 +113,10 @@ def stock_fault(model_type: str) -> str | None:
 
 
 def server_class() -> Any:
-    """The class behind `transformers serve`.
+    """The class behind `transformers serve`; raises `OSError` if packages that the server needs are missing.
 
     Assumes that typer reads its arguments, that it calls `start_server()` with `--non-blocking`, and that
     `server.config.app` is a FastAPI application. Without it, a pair cannot be served.
-
-    Raises:
-        OSError: If the packages that the server needs are missing.
     """
     if not from_module("utils.import_utils", "is_serve_available")():
         raise OSError('The server needs packages that are missing: pip install "transformers_sgl[serve]".')

@@ -11,18 +11,7 @@ __all__ = ["changed", "from_module"]
 
 
 def from_module(module: str, name: str) -> Any:
-    """What a module of transformers defines.
-
-    Args:
-        module (`str`): The module's path below `transformers`.
-        name (`str`): The name in it.
-
-    Returns:
-        `Any`: Its value.
-
-    Raises:
-        OSError: If the installed version has no such module or name.
-    """
+    """A name in a module below `transformers`; raises `OSError` if the installed version lacks it."""
     try:
         return getattr(importlib.import_module(f"transformers.{module}"), name)
     except (AttributeError, ModuleNotFoundError) as error:
@@ -32,14 +21,7 @@ def from_module(module: str, name: str) -> Any:
 
 
 def changed(what: str) -> OSError:
-    """The error to raise where the installed version of transformers lacks something.
-
-    Args:
-        what (`str`): What is missing.
-
-    Returns:
-        `OSError`: Its sentence names the installed and the tested versions.
-    """
+    """The error for something that the installed transformers lacks; names installed and tested versions."""
     import transformers
 
     return OSError(

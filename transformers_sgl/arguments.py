@@ -1,0 +1,67 @@
+"""Sorts the arguments of a `generate` call: settings, both models' inputs, and what only stock `generate` reads."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+
+from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
+from transformers_sgl.tokens.early_exit import NEVER_EXIT
+from transformers_sgl.transformers_interface import CACHE_NAMES, with_installed_cache_name
+
+__all__ = ["read_arguments", "split_inputs"]
+
+_SMALL_PREFIX = "small_"
+# Arguments of stock `generate` that are neither settings nor model inputs.
+_GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
+_GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
+# Plain inputs that belong to the large model alone.
+_LARGE_ONLY = CACHE_NAMES
+
+
+def read_arguments(
+    inputs: Tensor | None,
+    generation_config: GenerationConfig | None,
+    kwargs: dict[str, Any],
+    *defaults: GenerationConfig,
+) -> tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]]:
+    """The resolved settings, the model inputs and the remaining arguments of a call that looks like stock `generate`.
+
+    Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; unset fields come
+    from `defaults`, the first one first. `early_exit_threshold=None` among `kwargs` means never to exit.
+    """
+    settings = SGLGenerationConfig.from_generation_config(generation_config)
+    kwargs = dict(kwargs)
+    preset = kwargs.pop("preset", None)
+    if preset is not None:
+        SGLGenerationConfig.from_preset(preset)  # raises if there is none of that name
+        kwargs = {**PRESETS[preset], **kwargs}
+    if "early_exit_threshold" in kwargs and kwargs["early_exit_threshold"] is None:
+        kwargs["early_exit_threshold"] = NEVER_EXIT  # in a configuration, None would inherit the pair's threshold
+    model_inputs = with_installed_cache_name(settings.update(**kwargs))
+    generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
+    if "tokenizer" in generate_kwargs:
+        # transformers' server passes the processor, which stands for its tokenizer
+        tokenizer = generate_kwargs["tokenizer"]
+        generate_kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
+    if inputs is not None:
+        model_inputs["input_ids"] = inputs
+    return settings.resolved(*defaults), model_inputs, generate_kwargs
+
+
+def split_inputs(inputs: dict[str, Any], shares_tensors: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The large and the small model's inputs: `small_*` keys go to the small model, plain keys to both.
+
+    Models of different families read different tensors; with `shares_tensors=False` plain ones are the large model's.
+    """
+    plain = {name: value for name, value in inputs.items() if not name.startswith(_SMALL_PREFIX)}
+    own = {name.removeprefix(_SMALL_PREFIX): value for name, value in inputs.items() if name not in plain}
+    shared = {
+        name: value
+        for name, value in plain.items()
+        if name not in _LARGE_ONLY and (shares_tensors or not isinstance(value, (Tensor, list, tuple)))
+    }
+    return plain, {**shared, **own}

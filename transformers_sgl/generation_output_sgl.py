@@ -1,0 +1,115 @@
+"""What guided generation returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
+
+from transformers_sgl.generation_config_sgl import average_retention
+from transformers_sgl.transformers_interface import CacheUnderBothNames
+
+__all__ = ["SGLGenerateOutput", "passed_on", "sequences_of"]
+
+
+@dataclass(repr=False)
+class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
+    """The output of guided generation with `return_dict_in_generate=True`: stock `generate`'s output, and more.
+
+    The fields are the same whatever the settings; `None` where a part did not run or was not asked for.
+
+    Attributes:
+        sequences (`Tensor` of shape `(batch, prompt_length + answer_length)`): Prompts and answers in the large
+            model's vocabulary, as from any `generate`.
+        importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention that each visual token
+            received in the small model, in float32, carried over to the large model's visual tokens.
+        importance_transfer (`str`, *optional*): How it was carried over: `"identity"`, token by token, or
+            `"resampling"`, through image coordinates, where the models cut the images differently.
+        keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the visual tokens that the
+            large model kept; none in a sample that exited early.
+        num_visual_tokens (`Tensor` of shape `(batch,)`, *optional*): The number of visual tokens in each prompt.
+        prune_layer (`int`, *optional*): The first decoder layer of the large model that saw only the kept tokens.
+        draft_sequences (`Tensor` of shape `(batch, draft_length)`, *optional*): The small model's own answers, in the
+            small model's vocabulary.
+        draft_complete (`Tensor` of shape `(batch,)`, *optional*): `True` where such an answer is whole; one that was
+            cut off, or is too short, never exits early.
+        exited_early (`Tensor` of shape `(batch,)`, *optional*): `True` where the small model's answer was returned and
+            the large model not called.
+        confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was of its answer.
+        consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays when it sees only the
+            most important visual tokens.
+        decision_score (`Tensor` of shape `(batch,)`, *optional*): The mean of both, to which `early_exit_threshold` is
+            compared.
+        num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
+            model confirmed.
+        num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
+        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
+            run) and `total_ms`.
+        scores, logits, attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large
+        model's `generate` returns them, for the samples that it was called for; in pruned layers shorter. The cache
+        can be read under its name before and since transformers 5.24.
+    """
+
+    importance: Tensor | None = None
+    importance_transfer: str | None = None
+    keep_mask: Tensor | None = None
+    num_visual_tokens: Tensor | None = None
+    prune_layer: int | None = None
+    draft_sequences: Tensor | None = None
+    draft_complete: Tensor | None = None
+    exited_early: Tensor | None = None
+    confidence: Tensor | None = None
+    consistency: Tensor | None = None
+    decision_score: Tensor | None = None
+    num_draft_tokens_accepted: Tensor | None = None
+    num_large_forward_passes: int | None = None
+    timings: dict[str, float] | None = None
+    sequences_scores: Tensor | None = None
+    beam_indices: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """The shapes of tensors instead of their values, which would fill pages."""
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in self.items())})"
+
+    def average_retention(self, num_layers: int) -> Tensor:
+        """Visual tokens that the large model processed, averaged over its layers (paper, section 4.1).
+
+        Args:
+            num_layers (`int`): The number of the large model's decoder layers.
+
+        Returns:
+            `Tensor` of shape `(batch,)`: Fractions in float64: 1 where nothing was pruned, 0 for an early exit.
+        """
+        if self.keep_mask is None or self.prune_layer is None or self.num_visual_tokens is None:
+            found = [1.0] * len(self.sequences)
+        else:
+            counts = zip(self.keep_mask.sum(dim=1).tolist(), self.num_visual_tokens.tolist(), strict=True)
+            found = [average_retention(kept / max(1, number), self.prune_layer, num_layers) for kept, number in counts]
+        retention = torch.tensor(found, dtype=torch.float64)
+        return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
+
+
+def sequences_of(output: ModelOutput | Tensor) -> Tensor:
+    """The sequences that stock `generate` returned, alone or in an output."""
+    return output if isinstance(output, Tensor) else output["sequences"]
+
+
+def passed_on(output: ModelOutput | Tensor | None) -> dict[str, Any]:
+    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps as they are."""
+    if output is None or isinstance(output, Tensor):
+        return {}
+    names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
+    return {name: output[name] for name in names if name in output}
+
+
+def _shown(value: Any) -> str:
+    """A field of an output as it is printed."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {number:.1f}' for name, number in value.items())}}}"
+    return repr(value) if isinstance(value, int | str) else f"<{type(value).__name__}>"

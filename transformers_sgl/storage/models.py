@@ -1,0 +1,100 @@
+"""One model of a pair: checked before it is loaded, loaded, and described for a recipe."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from transformers_sgl.storage.checkpoints import Checkpoint, first_sentence, pinned, read_config
+
+__all__ = ["as_recipe", "check_weights_can_be_saved", "checked", "load_model", "recorded"]
+
+# Load options that a recipe records.
+_RECORDED_OPTIONS = ("dtype", "quantization_config", "variant")
+_PICKLED = (
+    "The {name} model {checkpoint} has no weights in safetensors format, and pickled ones (such as *.bin) are never "
+    "loaded, because they can run code: save it again with a current transformers."
+)
+
+
+def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tuple[Checkpoint, PreTrainedConfig]:
+    """The checkpoint at its commit, and its configuration, known before any weights are read.
+
+    Raises:
+        OSError: If it cannot be found.
+        ValueError: If transformers has no code for it, or its weights are pickled.
+    """
+    try:
+        where = pinned(checkpoint.path, checkpoint.where)
+    except OSError as error:
+        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+    checkpoint = replace(checkpoint, where=where)
+    config = read_config(name, checkpoint, recipe)
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The {name} model {checkpoint} is of the type {config.get('model_type')!r}, for which transformers has "
+            "no code of its own: name one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
+        )
+    described = AutoConfig.for_model(**config)
+    if not str(config.get("transformers_weights") or ".safetensors").endswith((".safetensors", ".index.json")):
+        raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    return checkpoint, described
+
+
+def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """One of the two models with transformers' loading info; `options` are the user's."""
+    if options.get("use_safetensors") is False:
+        raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options), **checkpoint.where}
+    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
+    except OSError as error:
+        if "safetensors" in str(error):
+            raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint)) from error
+        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+
+
+def recorded(checkpoint: Checkpoint, options: dict[str, Any]) -> Checkpoint:
+    """The checkpoint with the options that a recipe records, as the model was loaded."""
+    given = {**checkpoint.options, **_without_auto_dtype(checkpoint, options)}
+    names = {*checkpoint.options, *_RECORDED_OPTIONS} - {"config"}
+    kept = {option: value for option, value in given.items() if option in names and value is not None}
+    return replace(checkpoint, options=kept)
+
+
+def as_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint's entry in a recipe; without a token or anything else about how this user got at it."""
+    is_folder = os.path.isdir(checkpoint.path)
+    named = {"name_or_path": os.path.abspath(checkpoint.path) if is_folder else checkpoint.path}
+    for name in ("revision", "subfolder"):
+        if checkpoint.where.get(name) and not is_folder:
+            named[name] = str(checkpoint.where[name])
+    return {**named, **{name: _as_json(value) for name, value in checkpoint.options.items()}}
+
+
+def check_weights_can_be_saved(name: str, model: PreTrainedModel) -> None:
+    """Raises if bitsandbytes has repacked 4-bit weights for the CPU: unpacking mixes up their scales."""
+    states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        raise ValueError(
+            f"The {name} model has run on a CPU for which bitsandbytes repacked its 4-bit weights, and so they cannot "
+            "be saved unharmed any more: load the pair again and save it before it answers anything."
+        )
+
+
+def _without_auto_dtype(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """The user's options; `dtype="auto"`, which pipelines pass unasked, leaves a recipe's own dtype alone."""
+    if options.get("dtype") in ("auto", None) and "dtype" in checkpoint.options:
+        return {name: value for name, value in options.items() if name != "dtype"}
+    return options
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value.to_dict() if hasattr(value, "to_dict") else value
