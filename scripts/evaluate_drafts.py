@@ -7,7 +7,7 @@ at a time, with and without pruning, under settings that shape answers in every 
 written must be equal to the last token; the script fails otherwise. Forward passes of the large model are counted,
 not timed.
 
-The result goes to `benchmarks/results/sgl_tiny_drafts.json`, from which `scripts/render_tables.py` fills the README.
+The result goes to `benchmarks/results/sgl_tiny_drafts.json`, from which `scripts/render_tables.py` fills `docs/`.
 """
 
 from __future__ import annotations

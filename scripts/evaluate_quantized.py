@@ -9,7 +9,7 @@ small model stays in float32. An answer counts if it is the expected one to the 
 come with a 95 % paired-bootstrap interval. The script fails if 4 bit costs more than two points.
 
 Quantised is the text decoder: the vision encoder's layers are too narrow for blocks of 64 weights. The result goes to
-`benchmarks/results/sgl_tiny_quantized.json`, from which `scripts/render_tables.py` fills the README.
+`benchmarks/results/sgl_tiny_quantized.json`, from which `scripts/render_tables.py` fills `docs/`.
 """
 
 from __future__ import annotations

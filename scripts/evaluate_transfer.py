@@ -9,7 +9,7 @@ every grid; beside that stand guidance on its own grid and random pruning (mean 
 questions, so the differences come with 95 % paired-bootstrap intervals.
 
 An answer counts if it is the expected one to the letter. The result goes to
-`benchmarks/results/sgl_tiny_transfer.json`, from which `scripts/render_tables.py` fills the README. The script fails
+`benchmarks/results/sgl_tiny_transfer.json`, from which `scripts/render_tables.py` fills `docs/`. The script fails
 if guidance on one of the grids keeps less than 95 % of the accuracy that guidance on the large model's own grid keeps.
 """
 

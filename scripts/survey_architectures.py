@@ -4,7 +4,7 @@
 
 Every architecture is a tiny random model of its own configuration class, and has to keep the promises of
 `tests/architectures/conformance.py`: the same functions that the tests run. The result goes to
-`benchmarks/results/architectures.json`, from which `scripts/render_tables.py` fills the README. Run it with the oldest
+`benchmarks/results/architectures.json`, from which `scripts/render_tables.py` fills `docs/`. Run it with the oldest
 and with the newest supported transformers: each version replaces only its own part of the file.
 """
 
@@ -137,7 +137,7 @@ def merged(variants: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tables(runs: dict[str, Any]) -> dict[str, Any]:
-    """The README's tables: what is supported, and why the rest is not."""
+    """The tables of docs/architectures.md: what is supported, and why the rest is not."""
     words = {True: "yes", False: "no", None: "-"}
     newest_first = sorted(runs, key=lambda version: tuple(map(int, version.split("."))), reverse=True)
     rows = []
