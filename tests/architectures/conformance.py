@@ -1,6 +1,7 @@
 """What an architecture must do before it may be called supported; one function for each promise.
 
-`tests/test_architectures.py` runs them all, and `scripts/survey_architectures.py` makes the table in `docs/architectures.md`.
+`tests/test_architectures.py` runs them all, and `scripts/survey_architectures.py` makes the table of
+`docs/architectures.md`.
 """
 
 from __future__ import annotations
