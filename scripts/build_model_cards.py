@@ -1,12 +1,13 @@
-"""Writes the recipes in model_cards/: pairs of published checkpoints, each with its card.
+"""Writes recipes: pairs of published checkpoints, each a folder that the Hub can hold as it is, with its model card.
 
-The tables in model_card_tables.py hold everything: `MODELS` says what is known about a checkpoint and where that is
-known from, `PAIRS` which small one guides which large one, and how that one is loaded. Every pair becomes a folder
-that the Hub could hold as it is. Another family is another entry of the tables; an architecture that the package does
-not support, and a pair that cuts an image in two ways, are refused by the tests.
+    python scripts/build_model_cards.py --out recipes sgl-internvl3-1b-38b    # this one, into recipes/
+    python scripts/build_model_cards.py --out recipes                         # all of them
+    python scripts/build_model_cards.py                                       # the examples in model_cards/, again
+    python scripts/build_model_cards.py --check                               # whether these are up to date
 
-Without arguments the folders are written; with `--check` nothing is written, and the exit code is 1 if a file differs
-from what the tables say.
+Everything comes from model_card_tables/: `MODELS` says what is known about each checkpoint and where it was read,
+`PAIRS` which small model guides which large one and how that one is loaded. For another family, add to these tables.
+The tests refuse an architecture that the package does not support, and a pair whose models cut images differently.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from transformers.utils import logging
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.storage.saving import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_CODE, REMOTE_CODE_FILE
 
+MODEL_CARDS = Path(__file__).parents[1] / "model_cards"
+# The recipes in model_cards/: the paper's pair, whose large model has to be converted; one in 4 bits; one with sliding
+# windows.
+EXAMPLES = ("sgl-internvl2.5-2b-26b", "sgl-qwen2.5-vl-3b-72b-nf4", "sgl-gemma3-4b-27b")
 DEFAULT_PRESET = "balanced"
 METHOD = "https://arxiv.org/abs/2412.03324"
-# The paper's own: InternVL2-2B guides InternVL2-26B; score in percent of the unpruned 26B's, mean of 11 benchmarks.
+# The paper's results for InternVL2-2B and 26B: percent of the unpruned 26B's score, mean of 11 benchmarks.
 PAPER_SCORES = {"quality": 100.14, "balanced": 98.36, "fast": 89.58}
 
 NF4 = {
@@ -39,22 +44,26 @@ NF4 = {
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
 }
-# Each 64 weights share a scale of 8 bits, each 256 scales one of 32 bits.
+# 64 weights share a scale of 8 bits, and 256 scales one of 32 bits.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    pairs = {pair.folder: pair for pair in PAIRS}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say which files differ from the tables")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parents[1] / "model_cards", help="folder of the cards"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"recipes: {', '.join(pairs)}")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; by default the examples' folder")
+    parser.add_argument("--check", action="store_true", help="write nothing, and exit with 1 if a file differs")
     arguments = parser.parse_args(argv)
+    if unknown := sorted(set(arguments.names) - set(pairs)):
+        parser.error(f"there is no recipe {', '.join(unknown)}: choose from {', '.join(pairs)}")
 
+    out = arguments.out or MODEL_CARDS
+    names = arguments.names or (pairs if arguments.out else EXAMPLES)
     stale = []
-    for pair in PAIRS:
-        for name, text in recipe(pair).items():
-            path = arguments.output / pair.folder / name
+    for name in names:
+        for file, text in recipe(pairs[name]).items():
+            path = out / name / file
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 stale.append(path)
                 if not arguments.check:
@@ -62,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     path.write_text(text, encoding="utf-8")
     for path in stale:
         what = "differs from the tables: run scripts/build_model_cards.py" if arguments.check else "written"
-        print(f"{path.relative_to(arguments.output.parent)} {what}")
+        print(f"{path.relative_to(out)} {what}")
     return 1 if stale and arguments.check else 0
 
 
@@ -83,8 +92,8 @@ def recipe(pair: Pair) -> dict[str, str]:
     }
     family = large.family
     if small.family is not family:
-        raise ValueError(f"{large.name} and {small.name} are of two families: no table tells how to pair them.")
-    # A recipe's settings take the place of the large model's own, so they have to say what ends an answer.
+        raise ValueError(f"{large.name} and {small.name} are of two families: the tables pair models of one family.")
+    # A recipe's settings replace the large model's own, so they have to name the end tokens.
     ends = {"eos_token_id": family.eos_token_id, "pad_token_id": family.pad_token_id}
     settings = {**ends, **family.settings, **PRESETS[DEFAULT_PRESET]}
     return {
@@ -97,7 +106,7 @@ def recipe(pair: Pair) -> dict[str, str]:
 
 
 def quantization_config(model: Model) -> dict[str, Any]:
-    """How a model is loaded in 4 bits: its decoder's layers, and nothing else."""
+    """Loads the decoder's layers in 4 bits, and nothing else."""
     return {**NF4, "llm_int8_skip_modules": [*model.family.not_quantised, "lm_head"]}
 
 
@@ -109,18 +118,18 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------ what is computed
+# -------------------------------------------------------------------------------------------- parameters and bytes
 
 
 def model_config(model: Model) -> PreTrainedConfig:
-    """A model's configuration as an object of its class."""
+    """A model's configuration."""
     options = dict(model.config)
     return AutoConfig.for_model(options.pop("model_type"), **options)
 
 
 @lru_cache
 def on_meta(key: str) -> PreTrainedModel:
-    """A model of the table with all its layers and no weights."""
+    """A model of the table with all its layers and without weights."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -136,7 +145,7 @@ def num_parameters(key: str) -> int:
 
 
 def weight_bytes(pair: Pair) -> float:
-    """What both models' weights take, computed: 2 bytes each, less for the decoder's matrices in 4 bits."""
+    """Bytes of both models' weights: 2 each, fewer for the decoder's matrices in 4 bits."""
     total = 2.0 * (num_parameters(pair.large) + num_parameters(pair.small))
     if pair.four_bit:
         layers = on_meta(pair.large).get_decoder().layers
@@ -183,7 +192,7 @@ def _metadata(pair: Pair) -> str:
     tags = ["sgl", "transformers_sgl", "recipe", "visual-token-pruning", large.config["model_type"]]
     if pair.four_bit:
         tags += ["4-bit", "bitsandbytes"]
-    # No `base_model_relation`: a recipe is none of adapter, finetune, merge and quantized.
+    # No `base_model_relation`: a recipe is not an adapter, finetune, merge or quantized model.
     lines = [
         "license: apache-2.0",
         "language: multilingual",
@@ -256,8 +265,8 @@ def _settings(pair: Pair) -> str:
     )
     if MODELS[pair.large].family.settings.get("do_sample") is False:
         text += (
-            " It returns greedy answers, and the checkpoints' own settings ask for sampling, so `do_sample` is set to "
-            "`false`; `generate(do_sample=True)` samples as they do."
+            " Early exits return greedy answers, but the checkpoints' own settings ask for sampling, so `do_sample` "
+            "is set to `false`; `generate(do_sample=True)` samples as they do."
         )
     return "\n".join(rows) + "\n\n" + text
 
@@ -265,8 +274,8 @@ def _settings(pair: Pair) -> str:
 def _measured() -> str:
     scores = ", ".join(f'{score:.2f} with "{name}"' for name, score in PAPER_SCORES.items())
     return (
-        "On this pair nothing: neither accuracy nor time nor memory. The paper reports for another pair, InternVL2-2B "
-        f"and InternVL2-26B, and with its own code, the score in percent of the unpruned large model's, as the mean "
+        "Nothing has been measured on this pair: no accuracy, no time, no memory. For InternVL2-2B and InternVL2-26B, "
+        "and with its own code, the paper reports these scores in percent of the unpruned large model's, as the mean "
         f"of 11 benchmarks: {scores} (the same retention in a large model of 48 layers; [arXiv 2412.03324]({METHOD}))."
     )
 
@@ -292,7 +301,7 @@ def _conversion(large: Model, small: Model) -> str:
             "## First convert the large model",
             f"`{large.original}` is published with code of its own and a decoder (InternLM2) that transformers has no "
             f"class for, so it cannot be loaded as it is. This recipe names the folder `{large.name}`, beside its "
-            "own, which has to be made once. We have not run these steps.",
+            "own, which you create once. We have not run these steps.",
             "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1)),
             "The Hub does not know a folder on your disk: `transformers-sgl publish` refuses this recipe until the "
             "converted checkpoint has a repository and `config.json` names it.",

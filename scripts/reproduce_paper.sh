@@ -3,7 +3,8 @@
 # pair at 64, 35 and 9 % average retention, through lmms-eval.
 #
 #     pip install "transformers_sgl[lmms-eval]" && hf auth login
-#     MODEL=model_cards/sgl-internvl3-1b-38b OUTPUT=paper_table bash scripts/reproduce_paper.sh
+#     python scripts/build_model_cards.py --out recipes sgl-internvl3-1b-38b
+#     MODEL=recipes/sgl-internvl3-1b-38b OUTPUT=paper_table bash scripts/reproduce_paper.sh
 #
 # Not run by the authors yet: it needs the data and a GPU. lmms-eval downloads the benchmarks from the Hugging Face Hub,
 # and both models need to fit on your GPUs (with PROCESSES=N on each of N, for N times the speed). The paper's own large
@@ -14,7 +15,7 @@
 #     bash scripts/reproduce_paper.sh --limit 8      arguments go to lmms-eval
 set -euo pipefail
 
-MODEL=${MODEL:-model_cards/sgl-internvl3-1b-38b}
+MODEL=${MODEL:-recipes/sgl-internvl3-1b-38b}
 OUTPUT=${OUTPUT:-paper_table}
 BATCH_SIZE=${BATCH_SIZE:-1}
 PROCESSES=${PROCESSES:-1}

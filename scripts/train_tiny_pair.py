@@ -2,24 +2,25 @@
 
     python scripts/train_tiny_pair.py --output model_cards/sgl-tiny
 
-No pretrained weights and no downloaded data are involved; pictures, questions and answers are drawn from a seed (see
-`tiny_pair_data.py`). The story has three stages, each of which can be stopped and started again:
+It uses no pretrained weights and no downloaded data: pictures, questions and answers are drawn from a seed (see
+`tiny_pair_data.py`). There are three stages, each of which can be stopped and resumed:
 
 1. `tower`: one vision tower learns, with dense labels only, which coloured shape and which letter every visual token
    shows. A linear head reads colour x shape and letter off each projected token. Learning to see this way takes
-   minutes, where learning it from answers alone takes hours.
+   minutes; from answers alone it takes hours.
 2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about scenes
-   of five tiles. The picture is what costs, so a row holds one picture and a dozen independent questions: each
-   question attends to the picture and to itself, and counts its positions from the picture on, as if it stood alone.
-   The dense labels stay in the loss at half weight. In the first phases two attention heads of one layer are told
-   which object each question is about; the last phase goes without. The learning rate is constant, then falls to zero.
-3. `export`: writes the bundle, and in `training.json` what its training was. `evaluate_tiny_pair.py` measures it.
+   of five tiles. Pictures are the expensive part, so a row holds one picture and a dozen independent questions: each
+   question attends to the picture and to itself, and counts its positions from the picture on, as if it were alone.
+   The dense labels stay in the loss at half weight. In the first phases, two attention heads of one layer are told
+   which object each question is about; the last phase does without. The learning rate is constant, then falls to zero.
+3. `export`: writes the bundle, and a record of the training in `training.json`. `evaluate_tiny_pair.py` measures it.
 
-Greedy decoding gives exactly the right answer if and only if the most likely token is right at every position of the
-answer when the answer itself is fed in; the progress checks use that and never decode.
+Greedy decoding gives exactly the right answer if and only if, with the answer itself as input, the most likely token
+is right at every position. The progress checks use this and never decode.
 
-Weights are drawn, data ordered and batches composed from the seed and the step, so a resumed run goes on exactly. Two
-stages can run at the same time in two processes: `--stage small` and `--stage large` need `--stage tower` only.
+Initial weights, the order of data and the batches depend only on the seed and the step, so a resumed run continues
+exactly. Two stages can run at the same time in two processes: `--stage small` and `--stage large` need only
+`--stage tower`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,21 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
+from tiny_pair_batches import AttentionHints, DenseHeads, Packer, answer_logits, packed_accuracy
 from tiny_pair_data import (
-    IGNORE,
-    NUM_CHARACTERS,
-    NUM_CLASSES,
     PLACE_KINDS,
     SCENE_KINDS,
-    Example,
     corpus,
     example,
     scene_examples,
     tile_example,
 )
-from tiny_pair_models import TOKENS_PER_TILE, build_model, build_processor, build_tokenizer
+from tiny_pair_models import build_model, build_processor, build_tokenizer
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
     AutoProcessor,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -163,265 +159,6 @@ SCHEDULES = {
 }
 
 
-class DenseHeads(nn.Module):
-    """Reads off each projected visual token what it shows; used in training only.
-
-    Args:
-        width: Width of a projected visual token.
-        places: Whether to read off where in its tile the token lies, too.
-    """
-
-    def __init__(self, width: int, places: bool) -> None:
-        super().__init__()
-        self.classes = nn.Linear(width, NUM_CLASSES)
-        self.characters = nn.Linear(width, NUM_CHARACTERS)
-        self.places = nn.Linear(width, TOKENS_PER_TILE) if places else None
-        class_weight, character_weight = torch.ones(NUM_CLASSES), torch.ones(NUM_CHARACTERS)
-        class_weight[-1] = character_weight[-1] = 0.1  # background and "no letter" are most of the picture
-        self.register_buffer("class_weight", class_weight, persistent=False)
-        self.register_buffer("character_weight", character_weight, persistent=False)
-
-    def forward(
-        self, features: torch.Tensor, classes: torch.Tensor, characters: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Computes the dense loss.
-
-        Args:
-            features: `(num_visual_tokens, width)` projected visual tokens.
-            classes: `(num_visual_tokens,)` colour x shape.
-            characters: `(num_visual_tokens,)` letters, `IGNORE` where none is asked for.
-
-        Returns:
-            The loss, and the accuracies on the tokens that show an object.
-        """
-        class_logits, character_logits = self.classes(features), self.characters(features)
-        loss = F.cross_entropy(class_logits, classes, self.class_weight)
-        loss = loss + F.cross_entropy(character_logits, characters, self.character_weight, ignore_index=IGNORE)
-        if self.places is not None:
-            places = torch.arange(TOKENS_PER_TILE, device=features.device).repeat(len(features) // TOKENS_PER_TILE)
-            loss = loss + F.cross_entropy(self.places(features), places)
-        with torch.no_grad():
-            shown = classes != NUM_CLASSES - 1
-            printed = (characters != NUM_CHARACTERS - 1) & (characters != IGNORE)
-            accuracies = {
-                "dense_class": (class_logits.argmax(-1) == classes)[shown].float().mean().item(),
-                "dense_character": (character_logits.argmax(-1) == characters)[printed].float().mean().item(),
-            }
-        return loss, accuracies
-
-
-class AttentionHints:
-    """Tells two heads of one decoder layer where to look: the loss is how little they look there.
-
-    The hint goes to the last token of each question, from which its answer starts. It should look at the visual tokens
-    of the objects that the question is about, or at the first token of the row where there is no such object.
-
-    Args:
-        rows: `(num_questions,)` the row of each question.
-        queries: `(num_questions,)` the position of its last token.
-        wanted: `(num_questions, length)` the positions to look at.
-        layer: Index of the decoder layer.
-    """
-
-    num_heads = 2
-
-    def __init__(self, rows: torch.Tensor, queries: torch.Tensor, wanted: torch.Tensor, layer: int) -> None:
-        self.rows, self.queries, self.wanted, self.layer = rows, queries, wanted, layer
-        self.loss = torch.zeros(())
-
-    def look(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
-        """Computes the loss from a layer's queries and keys, `(batch, heads, length, head_dim)` each."""
-        key = key[:, :1]  # the first two heads share the first key
-        scores = torch.einsum("nhd,nktd->nht", query[self.rows, : self.num_heads, self.queries], key[self.rows])
-        scores = scores * scaling + mask[self.rows, :, self.queries]
-        seen = scores.softmax(-1).masked_fill(~self.wanted[:, None], 0.0).sum(-1)  # (num_questions, num_heads)
-        self.loss = -(seen + 1e-6).log().mean()
-
-
-def hinted_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    hints: AttentionHints | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    """Stock scaled-dot-product attention, with hints where they are given."""
-    if hints is not None and module.layer_idx == hints.layer:
-        hints.look(query, key, attention_mask, scaling)
-    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-
-AttentionInterface.register("hinted", hinted_attention)
-
-
-# Batches
-
-
-@dataclass
-class Packed:
-    """Rows of one picture and many independent questions each.
-
-    Attributes:
-        inputs: Keyword arguments of the model.
-        positions: `(2, num_targets)` row and column whose output predicts a target.
-        targets: `(num_targets,)` answer tokens.
-        question_of: `(num_targets,)` the question that a target belongs to.
-        kinds: The kind of each question.
-        classes: `(num_visual_tokens,)` dense labels of the batch.
-        characters: `(num_visual_tokens,)` dense labels of the batch.
-        hints: Which positions each question is about: row, position of its last token, positions to look at.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    positions: torch.Tensor
-    targets: torch.Tensor
-    question_of: torch.Tensor
-    kinds: list[str]
-    classes: torch.Tensor
-    characters: torch.Tensor
-    hints: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-class Packer:
-    """Turns examples into packed rows.
-
-    Args:
-        processor: The processor of both models.
-        device: Where the tensors go.
-    """
-
-    def __init__(self, processor: InternVLProcessor, device: torch.device) -> None:
-        self.processor = processor
-        self.device = device
-        self._cache: dict[str, list[int]] = {}
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, remembered: the wordings are few."""
-        if text not in self._cache:
-            self._cache[text] = self.processor.tokenizer(text).input_ids
-        return self._cache[text]
-
-    def pixels(self, examples: list[Example]) -> torch.Tensor:
-        """`(num_tiles, 3, 64, 64)`: what the processor makes of the pictures."""
-        images = [item.image for item in examples]
-        return self.processor.image_processor(images, return_tensors="pt").pixel_values.to(self.device)
-
-    def dense(self, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense labels of the pictures, `(num_visual_tokens,)` each."""
-        classes = torch.cat([torch.from_numpy(item.classes) for item in examples])
-        characters = torch.cat([torch.from_numpy(item.characters) for item in examples])
-        return classes.to(self.device), characters.to(self.device)
-
-    def pack(self, examples: list[Example]) -> Packed:
-        """Packs examples, all with the same number of tiles, one row each."""
-        num_visual = len(examples[0].classes)
-        processor = self.processor
-        picture = f"{processor.start_image_token}{processor.image_token * num_visual}{processor.end_image_token}"
-        prefix = self.encode(f"<|im_start|>user\n{picture}\n")
-        rows, starts, targets = [], [], []
-        question_of, kinds, asked, wanted = [], [], [], []
-        first_visual = prefix.index(processor.image_token_id)
-        for row, item in enumerate(examples):
-            ids, segments, positions = list(prefix), [0] * len(prefix), list(range(len(prefix)))
-            for number, question in enumerate(item.questions, start=1):
-                prompt = self.encode(f"{question.question}<|im_end|>\n<|im_start|>assistant\n")
-                answer = self.encode(f"{question.answer}<|im_end|>")
-                first = len(ids) + len(prompt) - 1
-                starts += [(row, first + offset) for offset in range(len(answer))]
-                targets += answer
-                question_of += [len(kinds)] * len(answer)
-                kinds.append(question.kind)
-                asked.append((row, first))
-                about = np.flatnonzero(np.isin(item.owners, question.objects)) + first_visual
-                wanted.append(about if len(about) else [0])
-                segment = prompt + answer[:-1]  # nothing is predicted after the last token
-                ids += segment
-                segments += [number] * len(segment)
-                positions += range(len(prefix), len(prefix) + len(segment))
-            rows.append((ids, segments, positions))
-        length = max(len(ids) for ids, _, _ in rows)
-        pad = processor.tokenizer.pad_token_id
-        input_ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _, _ in rows])
-        segments = torch.tensor([own + [-1] * (length - len(own)) for _, own, _ in rows])
-        position_ids = torch.tensor([own + [0] * (length - len(own)) for _, _, own in rows])
-        own = segments[:, :, None] == segments[:, None, :]
-        in_prefix = (segments == 0)[:, None, :]
-        allowed = (own | in_prefix) & torch.ones(length, length, dtype=torch.bool).tril()
-        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
-        look_at = torch.zeros(len(wanted), length, dtype=torch.bool)
-        for number, places in enumerate(wanted):
-            look_at[number, torch.as_tensor(places)] = True
-        classes, characters = self.dense(examples)
-        return Packed(
-            inputs={
-                "input_ids": input_ids.to(self.device),
-                "position_ids": position_ids.to(self.device),
-                "attention_mask": mask.to(self.device),
-                "pixel_values": self.pixels(examples),
-            },
-            positions=torch.tensor(starts).T.to(self.device),
-            targets=torch.tensor(targets).to(self.device),
-            question_of=torch.tensor(question_of).to(self.device),
-            kinds=kinds,
-            classes=classes,
-            characters=characters,
-            hints=(*torch.tensor(asked).T.to(self.device), look_at.to(self.device)),
-        )
-
-
-def answer_logits(
-    model: InternVLForConditionalGeneration, batch: Packed, hints: AttentionHints | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a packed batch.
-
-    Args:
-        model: The model.
-        batch: The batch.
-        hints: Gets the loss of the attention hints where it is given.
-
-    Returns:
-        `(num_targets, vocab_size)` logits of the answers, and `(num_visual_tokens, width)` projected visual tokens.
-    """
-    outputs = model.model(**batch.inputs, use_cache=False, **({"hints": hints} if hints else {}))
-    hidden = outputs.last_hidden_state[batch.positions[0], batch.positions[1]]
-    return model.lm_head(hidden), outputs.image_hidden_states.flatten(0, 1)
-
-
-@torch.no_grad()
-def packed_accuracy(
-    model: InternVLForConditionalGeneration, packer: Packer, examples: list[Example], rows: int = 16
-) -> dict[str, float]:
-    """The fraction of questions, by kind, that greedy decoding answers exactly.
-
-    Args:
-        model: The model.
-        packer: Makes the batches.
-        examples: What to ask; all with the same number of tiles.
-        rows: Pictures at a time.
-
-    Returns:
-        Accuracy by kind, and of all questions as `"all"`.
-    """
-    model.eval()
-    right: dict[str, list[float]] = defaultdict(list)
-    for start in range(0, len(examples), rows):
-        batch = packer.pack(examples[start : start + rows])
-        logits, _ = answer_logits(model, batch)
-        wrong = torch.zeros(len(batch.kinds), device=logits.device)
-        wrong.index_add_(0, batch.question_of, (logits.argmax(-1) != batch.targets).float())
-        for kind, errors in zip(batch.kinds, wrong.tolist(), strict=True):
-            right[kind].append(float(errors == 0))
-            right["all"].append(float(errors == 0))
-    model.train()
-    return {kind: round(sum(values) / len(values), 4) for kind, values in sorted(right.items())}
-
-
-# Training
-
-
 class Trainer:
     """Steps, learning rates, checkpoints and the log of one stage.
 
@@ -457,7 +194,7 @@ class Trainer:
             self.state = saved["state"]
 
     def save(self) -> None:
-        """Writes everything needed to go on."""
+        """Writes everything that resuming needs."""
         saved = {
             "modules": self.modules.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -596,7 +333,7 @@ def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: i
 
 
 def export(output: Path, work_dir: Path, seed: int, device: torch.device, note: str = "") -> None:
-    """Stage 3: writes the pair as a bundle, and what its training was.
+    """Stage 3: writes the pair as a bundle, with a record of its training.
 
     Args:
         output: Where the bundle and `training.json` go.
@@ -606,7 +343,7 @@ def export(output: Path, work_dir: Path, seed: int, device: torch.device, note: 
         note: A remark to keep.
     """
     processor = AutoProcessor.from_pretrained(work_dir / "processor")
-    for key in ("is_local", "local_files_only"):  # where the tokenizer was loaded from is nobody's business
+    for key in ("is_local", "local_files_only"):  # the path that the tokenizer was loaded from
         processor.tokenizer.init_kwargs.pop(key, None)
     models = {name: trained_model(name, processor, work_dir) for name in ("large", "small")}
     SGLForConditionalGeneration(**models).save_pretrained(output)
@@ -633,7 +370,7 @@ def trained_model(name: str, processor: InternVLProcessor, work_dir: Path) -> In
 
 
 def read_log(work_dir: Path, stage: str) -> dict[str, object]:
-    """What a stage saw, how long it took, and how its losses and held-out accuracies went."""
+    """A stage's data, duration, losses and held-out accuracies."""
     state = torch.load(work_dir / f"{stage}.pt", weights_only=True, map_location="cpu")["state"]
     lines = [json.loads(line) for line in (work_dir / f"{stage}.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "held_out" not in line]

@@ -249,19 +249,18 @@ class TestVisualize:
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    def test_both_pages_are_written(self, capsys, example, tmp_path):
-        page, png = tmp_path / "page.html", tmp_path / "page.png"
-        code, out, _ = self.visualize(capsys, example, QUESTION, "--out", str(page), "--png", str(png))
+    def test_the_page_is_written(self, capsys, example, tmp_path):
+        page = tmp_path / "page.html"
+        code, out, _ = self.visualize(capsys, example, QUESTION, "--out", str(page))
         lines = dict(line.split(maxsplit=1) for line in out.splitlines())
         assert code == 0
         assert list(lines) == ["large", "small", "quality", "balanced", "fast", "written"]
-        assert lines["written"] == f"{page}, {png}"
+        assert lines["written"] == str(page)
         assert "128 of 320 visual tokens, 64% average retention" in lines["quality"]
         text = page.read_text(encoding="utf-8")
         assert text.count("a red triangle labelled B in the bottom left") >= 5
         assert QUESTION in text
-        assert Image.open(png).width == 1440
-        assert len(list(tmp_path.iterdir())) == 2
+        assert len(list(tmp_path.iterdir())) == 1
 
     def test_the_page_has_a_name_where_none_is_given(self, capsys, example, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -270,8 +269,7 @@ class TestVisualize:
         assert (code, report["written"]) == (0, ["explanation.html"])
         assert [guided["preset"] for guided in report["guided"]] == ["quality", "balanced", "fast"]
         assert Path("explanation.html").stat().st_size > 10_000
-        assert self.visualize(capsys, example, QUESTION, "--png", "only.png")[0] == 0
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["explanation.html", "only.png"]
+        assert [path.name for path in tmp_path.iterdir()] == ["explanation.html"]
 
     def test_a_guide_that_cuts_the_image_otherwise(self, capsys, example, regridded_pair_path, tmp_path):
         page = tmp_path / "page.html"
@@ -305,9 +303,7 @@ class TestVisualize:
             ((__file__, QUESTION), "cannot be read as an image"),
             (("EXAMPLE", " "), "The question is empty"),
             (("EXAMPLE", QUESTION, "--out", "page.txt"), "name a file such as page.html"),
-            (("EXAMPLE", QUESTION, "--png", "page.jpg"), "name a file such as page.png"),
             (("EXAMPLE", QUESTION, "--out", "no/such/page.html"), "there is no folder 'no/such'"),
-            (("EXAMPLE", QUESTION, "--png", "EXAMPLE"), "would replace the image"),
             (("EXAMPLE", QUESTION, "--frames", "0"), "`frames` is 0"),
             (("EXAMPLE", QUESTION, "--max-new-tokens", "0"), "max_new_tokens"),
             (("EXAMPLE", QUESTION, "--model", "/no/such/pair"), "There is no folder '/no/such/pair'"),
@@ -326,12 +322,19 @@ class TestVisualize:
         assert err.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
 
+    def test_the_page_does_not_replace_the_image(self, capsys, example, tmp_path):
+        image = str(shutil.copy(example, tmp_path / "image.html"))
+        code, out, err = self.visualize(capsys, image, QUESTION, "--out", image)
+        assert (code, out) == (2, "")
+        assert "would replace the image" in err
+        assert Path(image).read_bytes() == Path(example).read_bytes()
+
     @pytest.mark.parametrize("decoder", [None, "av"])
     def test_a_video_that_nothing_decodes(self, capsys, tmp_path, monkeypatch, decoder):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == decoder else None)
         video = tmp_path / "clip.mp4"
         video.write_bytes(b"no video")
-        code, _, err = self.visualize(capsys, "--video", str(video), "what?", "--png", str(tmp_path / "page.png"))
+        code, _, err = self.visualize(capsys, "--video", str(video), "what?", "--out", str(tmp_path / "page.html"))
         assert code == 2
         assert ("can decode" if decoder is None else "cannot be read as a video") in err
         assert err.count("\n") == 1

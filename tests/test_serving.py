@@ -30,7 +30,8 @@ from transformers.models.auto import modeling_auto
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
 from transformers_sgl.evaluation import Scenes
-from transformers_sgl.serving import PairServer, _pairs_in_its_tables, check_request
+from transformers_sgl.serving import PairServer, check_request
+from transformers_sgl.serving.server import _pairs_in_its_tables
 
 # The server is another one in the oldest transformers.
 pytestmark = pytest.mark.mechanics
@@ -175,10 +176,8 @@ def chat(image: Image.Image, question: str = QUESTION) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
 
 
-def generated(
-    pair: Any, processor: Any, image: Image.Image | None, text: str, **settings: Any
-) -> tuple[str, int, int]:
-    """What `generate` itself answers, and how long prompt and answer are."""
+def output_of(pair: Any, processor: Any, image: Image.Image | None, text: str, **settings: Any) -> Any:
+    """What `generate` itself returns."""
     content = [{"type": "image", "image": image}] if image else []
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
@@ -187,8 +186,18 @@ def generated(
         return_dict=True,
         return_tensors="pt",
     )
-    length = inputs["input_ids"].shape[1]
-    answer = pair.generate(**inputs, **settings)[0, length:]
+    output = pair.generate(**inputs, **settings, return_dict_in_generate=True)
+    output["prompt_length"] = inputs["input_ids"].shape[1]
+    return output
+
+
+def generated(
+    pair: Any, processor: Any, image: Image.Image | None, text: str, **settings: Any
+) -> tuple[str, int, int]:
+    """What `generate` itself answers, and how long prompt and answer are."""
+    output = output_of(pair, processor, image, text, **settings)
+    length = output["prompt_length"]
+    answer = output.sequences[0, length:]
     return processor.decode(answer, skip_special_tokens=True), length, len(answer)
 
 
@@ -261,8 +270,72 @@ class TestAnswers:
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda question: server.answer(chat(*question)), asked)) == expected
 
-    def test_the_repository_is_listed(self, server):
-        assert HUB_ID in [model.id for model in server.client.models.list()]
+    def test_the_pair_is_listed_and_nothing_else(self, server, inside):
+        for running in (server, inside[0]):  # a repository in the cache, and a folder
+            assert [model.id for model in running.client.models.list()] == [running.model]
+
+    def test_the_pair_is_listed_without_a_cache_folder(self, inside, monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nowhere"))
+        assert [model.id for model in inside[0].client.models.list()] == [inside[0].model]
+
+
+class TestReports:
+    """The field `sgl`, which OpenAI's client passes on and others ignore."""
+
+    @staticmethod
+    def report(server: Server, messages: Any, stream: bool, settings: dict[str, Any] | None = None) -> Any:
+        if not stream:
+            return server.ask(messages, settings).sgl
+        chunks = list(server.ask(messages, settings, stream=True))
+        assert [chunk for chunk in chunks if hasattr(chunk, "sgl")] == chunks[-1:]
+        return chunks[-1].sgl
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_an_answer_says_what_was_kept(self, server, pair, processor, example, stream):
+        settings = {"retention_ratio": 0.5, "prune_layer": 0}
+        expected = output_of(pair, processor, example, QUESTION, **settings)
+        assert self.report(server, chat(example), stream, settings) == {
+            "num_visual_tokens": 320,
+            "num_visual_tokens_kept": 160,
+            "average_retention": 0.5,
+            "exited_early": False,
+            "num_draft_tokens_accepted": int(expected.num_draft_tokens_accepted),
+        }
+        unpruned = self.report(server, chat(example), stream, {"retention_ratio": 1.0})
+        assert (unpruned["num_visual_tokens_kept"], unpruned["average_retention"]) == (320, 1.0)
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_an_answer_says_that_the_small_model_wrote_it(self, server, example, stream):
+        report = self.report(server, chat(example), stream, {"early_exit_threshold": 0.0})
+        assert report["exited_early"]
+        assert (report["num_visual_tokens_kept"], report["average_retention"]) == (None, None)
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_a_text_has_no_visual_tokens(self, server, stream):
+        report = self.report(server, HELLO, stream)
+        assert (report["num_visual_tokens"], report["exited_early"]) == (0, False)
+
+    def test_requests_at_the_same_time_get_each_its_own(self, server, example):
+        ratios = [number / 20 for number in range(4, 20)]
+
+        def kept(ratio: float) -> int:
+            settings = {"retention_ratio": ratio, "prune_layer": 0}
+            return self.report(server, chat(example), ratio > 0.5, settings)["num_visual_tokens_kept"]
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(kept, ratios)) == [int(320 * ratio) for ratio in ratios]
+
+    def test_it_holds_after_the_model_was_unloaded(self, server, example):
+        server.client.post(f"http://127.0.0.1:{server.port}/reset", cast_to=object)
+        assert self.report(server, chat(example), stream=False)["num_visual_tokens"] == 320
+
+    def test_the_endpoint_responses_has_it_too(self, server, example):
+        parts = [{"type": "input_image", "image_url": data_url(example)}, {"type": "input_text", "text": QUESTION}]
+        response = server.client.responses.create(
+            model=server.model, input=[{"role": "user", "content": parts}], stream=False
+        )
+        assert response.output_text == ANSWER
+        assert response.sgl["num_visual_tokens"] == 320
 
 
 def usage(response: Any) -> tuple[int, int]:

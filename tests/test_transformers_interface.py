@@ -423,6 +423,17 @@ def server_model_tables() -> None:
         assert table["internvl"] == "InternVLForConditionalGeneration"
 
 
+@check
+def server_models() -> None:
+    pytest.importorskip("fastapi")
+    source = inspect.getsource(interface.server_class())
+    assert "self._model_manager = ModelManager(" in source
+    from transformers.cli.serving import model_manager, utils
+
+    assert "self.force_model = force_model" in inspect.getsource(model_manager.ModelManager)
+    assert "self.model_manager.load_model_and_processor(" in inspect.getsource(utils.BaseHandler._resolve_model)
+
+
 # ---------------------------------------------------------------------------------------------------------- images
 
 
@@ -527,6 +538,7 @@ PRIVATE = {
     "_from_auto",
     "_get_default_generation_params",
     "_get_num_multimodal_tokens",
+    "_model_manager",
     "_name_or_path",
     "_sample",
     "_supports_attention_backend",

@@ -266,8 +266,9 @@ def _add_visualize(commands: Any) -> None:
     parser.add_argument("image", metavar="IMAGE", type=Path, help="image file; with --video a video or its frames")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="a saved pair (default: the embedded tiny pair)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="HTML file (default: explanation.html)")
-    parser.add_argument("--png", metavar="FILE", type=Path, help="the page as a picture; without --out no HTML then")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("explanation.html"), help="HTML file (explanation.html)"
+    )
     parser.add_argument(
         "--video", action="store_true", help="IMAGE is a video file, an animated image, or a folder of frames"
     )
@@ -280,48 +281,34 @@ def _add_visualize(commands: Any) -> None:
 
 
 def _visualize(arguments: argparse.Namespace) -> None:
-    # 1. What can be wrong is looked at before the models are loaded.
-    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-
-    out: Path | None = arguments.out
-    if out is None and arguments.png is None:
-        out = Path("explanation.html")
-    if not arguments.question.strip():
-        raise ValueError("The question is empty: ask something about the image.")
     if arguments.frames < 1:
         raise ValueError(f"`frames` is {arguments.frames}: pass a whole number of 1 or more.")
-    SGLGenerationConfig(max_new_tokens=arguments.max_new_tokens)  # refuses what no model can do
-    for path, suffixes in ((out, (".html", ".htm")), (arguments.png, (".png",))):
-        _check_writable_page(path, suffixes, arguments.image)
+    _check_writable_page(arguments.out, arguments.image)
     images = _open_frames(arguments.image, arguments.frames) if arguments.video else [_open_image(arguments.image)]
-    model, processor = _load_pair(arguments.model, arguments.dtype, arguments.device)
-
-    # 2. Both models answer and are watched; then everything is written.
-    from transformers_sgl.explanation.explain import explain
-    from transformers_sgl.explanation.page import save_pages
+    from transformers_sgl.explanation import explain
+    from transformers_sgl.hub import embedded_pair
 
     explanation = explain(
-        model,
-        processor,
+        arguments.model or embedded_pair(),
         images,
         arguments.question,
         is_video=arguments.video,
         max_new_tokens=arguments.max_new_tokens,
+        dtype=arguments.dtype,
+        device=arguments.device,
     )
-    save_pages(explanation, out, arguments.png)
-    written = [str(path) for path in (out, arguments.png) if path is not None]
+    explanation.save(arguments.out)
+    written = [str(arguments.out)]
     if arguments.json:
         print(json.dumps({**explanation.to_dict(), "written": written}, indent=2, ensure_ascii=False))
     else:
         print(_explanation_as_text(explanation, written))
 
 
-def _check_writable_page(path: Path | None, suffixes: Sequence[str], source: Path) -> None:
+def _check_writable_page(path: Path, source: Path) -> None:
     """Raises unless a page can be written there, and is not the image that it is about."""
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"The page cannot be written as {str(path)!r}: name a file such as page{suffixes[0]}.")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"The page cannot be written as {str(path)!r}: name a file such as page.html.")
     if path.is_dir():
         raise OSError(f"The page cannot be written: {str(path)!r} is a folder.")
     if not path.parent.is_dir():

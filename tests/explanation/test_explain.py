@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from tiny_models import state
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl import AttentionRecorder, SGLForConditionalGeneration, VisualTokens
-from transformers_sgl.explanation.explain import Explanation, explain, rank_correlation
+from transformers_sgl.explanation import Explanation, explain
+from transformers_sgl.explanation.result import rank_correlation
 from transformers_sgl.tokens.boxes import visual_token_boxes
 
 QUESTION = "describe the red triangle."
@@ -34,7 +36,7 @@ def example(embedded_pair_path) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def explanation(pair, example) -> Explanation:
-    return explain(*pair, example, QUESTION, max_new_tokens=16)
+    return explain(pair, example, QUESTION, max_new_tokens=16)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ class TestMaps:
     def test_the_pairs_own_choice_of_layers_and_queries_holds(self, pair, example, own, monkeypatch):
         for name, value in own.items():
             monkeypatch.setattr(pair[0].generation_config, name, value)
-        found = explain(*pair, example, QUESTION, max_new_tokens=16)
+        found = explain(pair, example, QUESTION, max_new_tokens=16)
         assert len(found.layers) == (2 if "guidance_layers" in own else 4)
         np.testing.assert_allclose(found.small_importance, found.importance, rtol=1e-4)
 
@@ -128,13 +130,51 @@ class TestAnswers:
 
     def test_an_early_exit_hides_nothing(self, pair, example, explanation, monkeypatch):
         monkeypatch.setattr(pair[0].generation_config, "early_exit_threshold", 0.0)
-        found = explain(*pair, example, QUESTION, max_new_tokens=16)
+        found = explain(pair, example, QUESTION, max_new_tokens=16)
         assert found.early_exit_threshold == 0.0
         assert {**found.to_dict(), "early_exit_threshold": None} == explanation.to_dict()
 
+    def test_the_large_model_runs_once_for_every_token_of_its_own_answer(self, pair, explanation, inputs):
+        alone = pair[0].large.generate(**inputs, max_new_tokens=16)
+        assert explanation.num_large_forward_passes == alone.shape[1] - inputs["input_ids"].shape[1]
+        passes = [guided.num_large_forward_passes for guided in explanation.guided]
+        assert max(passes) < explanation.num_large_forward_passes
+        assert [guided["num_large_forward_passes"] for guided in explanation.to_dict()["guided"]] == passes
+
+    def test_it_knows_the_checkpoints_and_the_pairs_preset(self, pair, example, explanation, monkeypatch):
+        assert (explanation.large, explanation.small) == (
+            ("sgl-tiny/large", "internvl", 10),
+            ("sgl-tiny/small", "internvl", 4),
+        )
+        assert explanation.preset == "balanced"
+        for name, value in {"retention_ratio": 0.05, "prune_layer": 2 / 48}.items():
+            monkeypatch.setattr(pair[0].generation_config, name, value)
+        monkeypatch.setattr(pair[0].large.config, "name_or_path", "org/large-38B", raising=False)
+        monkeypatch.setattr(pair[0].large, "name_or_path", "org/large-38B")
+        found = explain(pair, example, QUESTION, max_new_tokens=4)
+        assert (found.preset, found.large.name) == ("fast", "org/large-38B")
+
+    def test_a_pair_is_opened_by_its_name(self, embedded_pair_path, example, explanation):
+        found = explain(embedded_pair_path, example, QUESTION, max_new_tokens=16, dtype="float32", device="cpu")
+        assert found.to_dict() == explanation.to_dict()
+        json.dumps(found.to_dict())
+
+    @pytest.mark.parametrize(
+        ("images", "question", "settings", "message"),
+        [
+            ([], QUESTION, {}, "There is no image to ask about"),
+            ([picture(8, 8)], " ", {}, "The question is empty"),
+            ([picture(8, 8)], QUESTION, {"max_new_tokens": 0}, "max_new_tokens"),
+            ([picture(8, 8), picture(9, 9)], QUESTION, {"is_video": True}, "of several sizes"),
+        ],
+    )
+    def test_what_is_wrong_is_found_before_the_pair_is_opened(self, images, question, settings, message):
+        with pytest.raises(ValueError, match=message):
+            explain("no-such/pair", images, question, **settings)
+
     def test_the_models_are_left_as_they_were(self, pair, example):
         before = state(pair[0])
-        explain(*pair, example, QUESTION, max_new_tokens=4)
+        explain(pair, example, QUESTION, max_new_tokens=4)
         after = state(pair[0])
         assert after["hooks"] == before["hooks"]
         assert after["attention"] == before["attention"]
@@ -149,17 +189,17 @@ class TestPictures:
     @pytest.mark.parametrize("size", [(64, 64), (1, 1), (3, 50), (500, 20)], ids=str)
     def test_images_of_odd_sizes(self, pair, size):
         image = Image.fromarray(skimage.data.coffee()).resize(size)
-        found = explain(*pair, image, "what?", max_new_tokens=4)
+        found = explain(pair, image, "what?", max_new_tokens=4)
         assert len(found.pictures[0].boxes) == found.num_visual_tokens
 
     def test_several_images(self, pair, example):
-        found = explain(*pair, [example, example.resize((64, 64))], "what?", max_new_tokens=4)
+        found = explain(pair, [example, example.resize((64, 64))], "what?", max_new_tokens=4)
         assert [(shown.name, len(shown.boxes)) for shown in found.pictures] == [("image 1", 320), ("image 2", 64)]
 
     def test_models_of_two_families(self):
         model, processor = tiny_family_pair("internvl", "qwen2_vl")
         image = picture(96, 64)
-        found = explain(model, processor, image, "what?", max_new_tokens=6)
+        found = explain((model, processor), image, "what?", max_new_tokens=6)
         assert found.importance_transfer == "resampling"
         assert found.importance.shape == found.oracle.shape == (80,)
         [boxes] = visual_token_boxes(processor.small_processor, [image])
@@ -168,7 +208,7 @@ class TestPictures:
 
     def test_nothing_to_look_at_is_refused(self, pair):
         with pytest.raises(ValueError, match="There is no image to ask about"):
-            explain(*pair, [], "what?")
+            explain(pair, [], "what?")
 
 
 class TestVideos:
@@ -177,7 +217,7 @@ class TestVideos:
         return [picture(48, 32, seed=seed) for seed in range(3)]
 
     def test_every_frame_has_its_tokens(self, pair, frames):
-        found = explain(*pair, frames, "what?", is_video=True, max_new_tokens=4)
+        found = explain(pair, frames, "what?", is_video=True, max_new_tokens=4)
         assert [(shown.name, len(shown.boxes)) for shown in found.pictures] == [
             ("frame 1", 64),
             ("frame 2", 64),
@@ -190,18 +230,18 @@ class TestVideos:
         model, processor = tiny_family_pair("qwen2_vl", "qwen2_vl")
         for part in (processor.large_processor, processor.small_processor):
             part.video_processor.size = {"shortest_edge": 256, "longest_edge": 4096}
-        found = explain(model, processor, frames, "what?", is_video=True, max_new_tokens=4)
+        found = explain((model, processor), frames, "what?", is_video=True, max_new_tokens=4)
         assert [shown.name for shown in found.pictures] == ["frames 1-2", "frame 3"]
         assert [shown.image for shown in found.pictures] == [frames[0], frames[2]]
         assert len({len(shown.boxes) for shown in found.pictures}) == 1
 
     def test_frames_of_several_sizes_are_refused(self, pair, frames):
         with pytest.raises(ValueError, match="of several sizes"):
-            explain(*pair, [*frames, picture(10, 10)], "what?", is_video=True)
+            explain(pair, [*frames, picture(10, 10)], "what?", is_video=True)
 
     def test_a_processor_whose_frames_are_not_known_is_refused(self, frames, pair):
         class Unknown:
             large_processor = small_processor = tiny_processors.PROCESSORS["llava_onevision"]()
 
         with pytest.raises(ValueError, match=r"frames of a video the visual tokens of LlavaOnevisionProcessor stand"):
-            explain(pair[0], Unknown(), frames, "what?", is_video=True)
+            explain((pair[0], Unknown()), frames, "what?", is_video=True)

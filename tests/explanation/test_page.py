@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 from tiny_families import picture
 
-from transformers_sgl.explanation.explain import Explanation, GuidedAnswer, Picture
-from transformers_sgl.explanation.page import html_page, png_page, save_pages
+from transformers_sgl.explanation import Explanation, GuidedAnswer, Picture
+from transformers_sgl.explanation.page import html_page
 from transformers_sgl.explanation.panels import TokenBoxes
+from transformers_sgl.explanation.result import Model
 
 pytestmark = pytest.mark.mechanics
 
@@ -63,7 +64,7 @@ def made_up(num_pictures: int = 1, size: tuple[int, int] = (60, 40), **changes) 
     num_tokens = 16 * num_pictures
     keep = np.arange(num_tokens) % 2 == 0
     guided = tuple(
-        GuidedAnswer(preset, 0.5, 1, retention, keep, ~keep if preset == "fast" else keep, f"answer {preset}")
+        GuidedAnswer(preset, 0.5, 1, retention, keep, ~keep if preset == "fast" else keep, f"answer {preset}", 2)
         for preset, retention in (("quality", 0.64), ("balanced", 0.35), ("fast", 0.09))
     )
     explanation = Explanation(
@@ -83,10 +84,10 @@ def made_up(num_pictures: int = 1, size: tuple[int, int] = (60, 40), **changes) 
         consistency=0.5,
         decision_score=0.7,
         early_exit_threshold=None,
-        large_name="internvl",
-        small_name="qwen2_vl",
-        num_large_layers=10,
-        num_small_layers=4,
+        preset="balanced",
+        large=Model("org/large-38B", "internvl", 10),
+        small=Model("pair/small", "qwen2_vl", 4),
+        num_large_forward_passes=9,
     )
     return replace(explanation, **changes)
 
@@ -100,6 +101,28 @@ class TestHtml:
             *("100% of them are among those", "0% of them are among those", "Layer 0", "Layer 2", "Layer 3"),
         ):
             assert said in text
+
+    def test_it_begins_with_the_models_the_map_the_answers_and_the_savings(self):
+        glance = html_page(made_up()).partition("<h2>")[0]
+        text = Page(glance + "</header></section></body></html>").text
+        for said in (
+            *("org/large-38B (internvl, 10 decoder layers)", "pair/small (qwen2_vl, 4 decoder layers)"),
+            *("Preset: balanced", "the small answer", "the large answer", "answer balanced"),
+            *("8 of 16 visual tokens", "35% of the visual tokens", "2 instead of 9", "Where the small model looked"),
+        ):
+            assert said in text
+        assert "answer fast" not in text
+        assert glance.count("<img") == 2
+
+    def test_the_pairs_own_preset_is_shown_first(self):
+        glance = html_page(made_up(preset="fast")).partition("<h2>")[0]
+        assert "Preset: fast" in glance
+        assert "answer fast" in glance
+
+    def test_passes_that_are_not_known_are_not_said(self):
+        explanation = made_up()
+        guided = tuple(replace(each, num_large_forward_passes=None) for each in explanation.guided)
+        assert "instead of" not in html_page(replace(explanation, guided=guided))
 
     def test_nothing_is_loaded_and_nothing_runs(self):
         text = html_page(made_up())
@@ -118,20 +141,31 @@ class TestHtml:
         guided = tuple(replace(each, answer=evil) for each in explanation.guided)
         harmless = {tag for tag, _ in Page(html_page(explanation)).elements}
         page = Page(
-            html_page(replace(explanation, question=evil, large_answer=evil, small_answer=evil, guided=guided))
+            html_page(
+                replace(
+                    explanation,
+                    question=evil,
+                    large_answer=evil,
+                    small_answer=evil,
+                    guided=guided,
+                    large=Model(evil, "internvl", 10),
+                    small=Model(evil, "qwen2_vl", 4),
+                )
+            )
         )
         assert {tag for tag, _ in page.elements} == harmless
         assert len(page.all("img")) == len(Page(html_page(explanation)).all("img"))
-        # heading and title; both models; the guided answers in the list and below their pictures
-        assert page.text.count(evil) == 2 + 2 + 2 * 3
+        # heading and title; both names; three answers at a glance, five in the table, three below their pictures
+        assert page.text.count(evil) == 2 + 2 + 3 + 5 + 3
 
     def test_every_figure_is_described_once(self):
         page = Page(html_page(made_up(num_pictures=3)))
         alts = [image["alt"] for image in page.all("img")]
-        assert len(alts) == 3 * (3 + 3 + 3)
+        assert len(alts) == 3 * (2 + 3 + 3 + 3)
         described = [alt for alt in alts if alt]
-        assert len(described) == len(set(described)) == 9
-        assert described[0] == "The video that the question is about"
+        assert len(described) == len(set(described)) == 11
+        assert described[0].startswith("Where the small model looked: the strongest token is")
+        assert described[2] == "The video that the question is about"
 
     def test_a_description_tells_where_the_strongest_token_is(self):
         importance = np.zeros(16, dtype=np.float32)
@@ -149,8 +183,9 @@ class TestHtml:
         text = html_page(made_up())
         assert 'name="viewport" content="width=device-width' in text
         assert "prefers-color-scheme: dark" in text
+        assert "@media print" in text
         widths = re.findall(r'width="(\d+)" height="\d+" style="width: calc\(([\d.]+) \*', text)
-        assert len(widths) == 9
+        assert len(widths) == 11
         assert all(float(share) <= 1 for _, share in widths)
 
     def test_bars_are_as_long_as_what_they_stand_for(self):
@@ -175,42 +210,17 @@ class TestHtml:
         assert "(nothing)" in text
         assert "Rank correlation with the small model's map: none." in text
 
-
-class TestPng:
-    def test_longer_texts_and_more_layers_make_it_longer(self):
-        page = png_page(made_up())
-        assert page.width == 1440
-        assert png_page(made_up(large_answer="word " * 400)).height > page.height
-        assert png_page(made_up(large_answer="w" * 2000)).height > page.height
-        twice = made_up(layers=tuple(range(12)), layer_importance=np.ones((12, 16), dtype=np.float32))
-        assert png_page(twice).height > page.height
-
-    def test_nothing_is_written_beyond_the_margins(self):
-        page = np.asarray(png_page(made_up(9, question="w" * 500, large_answer="w" * 500)))
-        for edge in (page[:, :38], page[:, -38:], page[:38], page[-30:]):
-            assert (edge == 255).all()
-
     @pytest.mark.parametrize("size", [(1, 1), (2, 300), (2000, 3)], ids=str)
     def test_images_of_odd_sizes(self, size):
-        explanation = made_up(size=size)
-        assert png_page(explanation).height < 4000
-        Page(html_page(explanation))
-
-    def test_it_is_drawn_without_matplotlib_too(self, monkeypatch):
-        usual = png_page(made_up())
-        monkeypatch.setattr("transformers_sgl.explanation.page.find_spec", lambda name: None)
-        plain = png_page(made_up())
-        assert plain.width == usual.width
-        assert plain != usual  # in another font
+        Page(html_page(made_up(size=size)))
 
 
 class TestFiles:
-    def test_both_are_written(self, tmp_path):
+    def test_the_page_is_written(self, tmp_path):
         explanation = made_up()
-        save_pages(explanation, tmp_path / "page.html", tmp_path / "page.png")
-        assert (tmp_path / "page.html").read_text(encoding="utf-8") == html_page(explanation)
-        assert Image.open(tmp_path / "page.png").size == png_page(explanation).size
-        assert len(list(tmp_path.iterdir())) == 2
+        explanation.save(str(tmp_path / "page.html"))
+        assert (tmp_path / "page.html").read_text(encoding="utf-8") == explanation.to_html() == html_page(explanation)
+        assert len(list(tmp_path.iterdir())) == 1
 
     def test_a_failure_leaves_the_old_page(self, tmp_path, monkeypatch):
         old = tmp_path / "page.html"
@@ -219,7 +229,7 @@ class TestFiles:
         def full(source, destination):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr("transformers_sgl.explanation.page.os.replace", full)
+        monkeypatch.setattr("transformers_sgl.storage.files.os.replace", full)
         with pytest.raises(OSError, match="No space left"):
-            save_pages(made_up(), old)
+            made_up().save(old)
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.html", "old")]

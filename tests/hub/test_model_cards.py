@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers_sgl.hub import publish
 from transformers_sgl.hub.validation import validate
 
 CARDS = Path(__file__).parents[2] / "model_cards"
-FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir() and path.name != "__pycache__")
+COMMITTED = {path.name for path in CARDS.iterdir() if path.is_dir() and path.name != "__pycache__"}
 LOADABLE = [pair for pair in PAIRS if MODELS[pair.large].original is None]
 TO_CONVERT = [pair for pair in PAIRS if MODELS[pair.large].original is not None]
 FOUR_BIT = [pair for pair in PAIRS if pair.four_bit]
@@ -46,8 +45,16 @@ def grid(key: str) -> dict[str, Any]:
     return {name: facts[name] for name in GRID & set(facts)}
 
 
-def name_of(value: Path | Pair) -> str:
-    return value.folder if isinstance(value, Pair) else value.name
+def name_of(pair: Pair) -> str:
+    return pair.folder
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every recipe of the tables."""
+    folder = tmp_path_factory.mktemp("recipes")
+    assert build_model_cards.main(["--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture
@@ -63,41 +70,65 @@ def hub(tmp_path, embedded_pair_path):
 
 
 class TestFolders:
-    def test_they_are_what_the_tables_say(self, capsys):
+    def test_the_committed_ones_are_what_the_tables_say(self, capsys):
         assert build_model_cards.main(["--check"]) == 0, capsys.readouterr().out
-        assert {path.name for path in FOLDERS} == {pair.folder for pair in PAIRS} | {"sgl-tiny", "sgl-generate"}
+        assert {*build_model_cards.EXAMPLES, "sgl-tiny", "sgl-generate"} == COMMITTED
 
-    @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
-    def test_nothing_keeps_them_from_being_published(self, folder):
-        assert [str(finding) for finding in validate(folder) if finding.stops] == []
+    def test_all_of_them_are_built(self, recipes):
+        assert {path.name for path in recipes.iterdir()} == {pair.folder for pair in PAIRS}
+
+    @pytest.mark.parametrize("name", ["sgl-tiny", "sgl-generate"])
+    def test_nothing_keeps_the_written_ones_from_being_published(self, name):
+        assert [str(finding) for finding in validate(CARDS / name) if finding.stops] == []
+
+    @pytest.mark.parametrize("pair", PAIRS, ids=name_of)
+    def test_nothing_keeps_them_from_being_published(self, recipes, pair):
+        assert [str(finding) for finding in validate(recipes / pair.folder) if finding.stops] == []
+
+    @pytest.mark.parametrize("pair", PAIRS, ids=name_of)
+    def test_they_are_read_back_as_what_the_tables_say(self, recipes, pair):
+        config = SGLConfig.from_pretrained(recipes / pair.folder)
+        assert config.large["name_or_path"] == MODELS[pair.large].name
+        assert config.small["name_or_path"] == MODELS[pair.small].name
+        assert ("quantization_config" in config.large) == pair.four_bit
 
     @pytest.mark.parametrize("pair", LOADABLE, ids=name_of)
-    def test_every_recipe_is_published_pinned(self, hub, pair):
-        publication = publish(CARDS / pair.folder, f"org/{pair.folder}", kind="recipe")
+    def test_every_recipe_is_published_pinned(self, recipes, hub, pair):
+        publication = publish(recipes / pair.folder, f"org/{pair.folder}", kind="recipe")
         config = json.loads(hub.repos[f"org/{pair.folder}"].files["config.json"])
         for part, key in (("large", pair.large), ("small", pair.small)):
             commit = hub.repos[MODELS[key].name].branches["main"]
             assert (config[part]["revision"], publication.pinned[part]) == (commit, commit)
 
     @pytest.mark.parametrize("pair", TO_CONVERT, ids=name_of)
-    def test_what_has_to_be_converted_is_not_published(self, hub, pair):
-        with pytest.raises(ValueError, match="where nobody else can load it"):
-            publish(CARDS / pair.folder, f"org/{pair.folder}")
+    def test_what_has_to_be_converted_is_not_published(self, recipes, hub, pair):
+        with pytest.raises(ValueError, match="which nobody else can load"):
+            publish(recipes / pair.folder, f"org/{pair.folder}")
         assert hub.commits == []
 
     def test_check_names_what_differs_and_writes_nothing(self, tmp_path, capsys):
-        copy = Path(shutil.copytree(CARDS, tmp_path / "model_cards", ignore=shutil.ignore_patterns("sgl-tiny")))
-        pair = PAIRS[0]
-        (copy / pair.folder / "README.md").write_text("edited by hand")
-        (copy / pair.folder / "config.json").unlink()
-        assert build_model_cards.main(["--check", "--output", str(copy)]) == 1
+        name = build_model_cards.EXAMPLES[0]
+        where = ["--out", str(tmp_path), name]
+        assert build_model_cards.main(where) == 0
+        (tmp_path / name / "README.md").write_text("edited by hand")
+        (tmp_path / name / "config.json").unlink()
+        capsys.readouterr()
+        assert build_model_cards.main(["--check", *where]) == 1
         assert capsys.readouterr().out.splitlines() == [
-            f"model_cards/{pair.folder}/{name} differs from the tables: run scripts/build_model_cards.py"
-            for name in ("README.md", "config.json")
+            f"{name}/{file} differs from the tables: run scripts/build_model_cards.py"
+            for file in ("README.md", "config.json")
         ]
-        assert (copy / pair.folder / "README.md").read_text() == "edited by hand"
-        assert build_model_cards.main(["--output", str(copy)]) == 0
-        assert build_model_cards.main(["--check", "--output", str(copy)]) == 0
+        assert (tmp_path / name / "README.md").read_text() == "edited by hand"
+        assert build_model_cards.main(where) == 0
+        assert build_model_cards.main(["--check", *where]) == 0
+
+    def test_those_that_are_named_are_built_and_no_others(self, tmp_path, capsys):
+        names = {PAIRS[0].folder, PAIRS[-1].folder}
+        assert build_model_cards.main(["--out", str(tmp_path), *names]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == names
+        with pytest.raises(SystemExit):
+            build_model_cards.main(["--out", str(tmp_path), "sgl-nothing"])
+        assert "there is no recipe sgl-nothing: choose from sgl-" in capsys.readouterr().err
 
 
 class TestModels:
@@ -196,8 +227,8 @@ class TestModels:
 
 class TestRecipes:
     @pytest.mark.parametrize("pair", PAIRS, ids=name_of)
-    def test_the_settings_are_the_balanced_preset_and_say_what_ends_an_answer(self, pair):
-        settings = SGLGenerationConfig.from_pretrained(CARDS / pair.folder)
+    def test_the_settings_are_the_balanced_preset_and_say_what_ends_an_answer(self, recipes, pair):
+        settings = SGLGenerationConfig.from_pretrained(recipes / pair.folder)
         assert settings.retention_ratio == PRESETS["balanced"]["retention_ratio"]
         assert settings.prune_layer == PRESETS["balanced"]["prune_layer"]
         assert settings.eos_token_id == MODELS[pair.large].family.eos_token_id
@@ -205,38 +236,38 @@ class TestRecipes:
         assert 0 < resolve_prune_layer(settings.prune_layer, num_layers) < num_layers
 
     @pytest.mark.parametrize("pair", PAIRS, ids=name_of)
-    def test_the_card_says_what_is_not_known(self, pair):
-        card = (CARDS / pair.folder / "README.md").read_text()
-        assert "On this pair nothing: neither accuracy nor time nor memory." in card
+    def test_the_card_says_what_is_not_known(self, recipes, pair):
+        card = (recipes / pair.folder / "README.md").read_text()
+        assert "Nothing has been measured on this pair: no accuracy, no time, no memory." in card
         assert "computed from the models' dimensions, not measured" in card
         assert ("## First convert the large model" in card) == (pair in TO_CONVERT)
 
     @pytest.mark.parametrize("pair", [pair for pair in PAIRS if MODELS[pair.large].family.settings], ids=name_of)
-    def test_its_settings_hold_against_the_checkpoints_own(self, pair):
+    def test_its_settings_hold_against_the_checkpoints_own(self, recipes, pair):
         """Tiny models in the place of the real ones, with what the real ones' own settings ask for."""
         model = SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(2, seed=1, hidden_size=16))
         cache = "hybrid" if MODELS[pair.large].config["model_type"] == "gemma3" else None
         for part in (model.large, model.small):
             part.generation_config = GenerationConfig(do_sample=True, cache_implementation=cache)
-        model.generation_config = SGLGenerationConfig.from_pretrained(CARDS / pair.folder)
+        model.generation_config = SGLGenerationConfig.from_pretrained(recipes / pair.folder)
         calls = {"max_new_tokens": 4, "return_dict_in_generate": True}
         output = model.eval().generate(**prompts(), **calls)
         assert 0 < int(output.keep_mask.sum()) < output.keep_mask.numel()
         assert model.generate(**prompts(), **calls, early_exit_threshold=0.0).exited_early.all()
 
-    def test_it_loads_what_it_names(self, hub, embedded_pair_path):
+    def test_it_loads_what_it_names(self, recipes, hub, embedded_pair_path):
         """The real recipe, from a hub that has tiny models under the real names."""
         pair = LOADABLE[0]
-        publish(CARDS / pair.folder, "org/pair")
+        publish(recipes / pair.folder, "org/pair")
         model = AutoModelForImageTextToText.from_pretrained("org/pair")
         assert {model.large.dtype, model.small.dtype} == {torch.bfloat16}
         assert (model.generation_config.retention_ratio, model.generation_config.eos_token_id) == (0.2, 151645)
         assert AutoProcessor.from_pretrained("org/pair").reads_the_same
 
-    def test_it_loads_the_large_decoder_in_four_bits_and_nothing_else(self, hub):
+    def test_it_loads_the_large_decoder_in_four_bits_and_nothing_else(self, recipes, hub):
         bitsandbytes = pytest.importorskip("bitsandbytes")
         pair = next(pair for pair in LOADABLE if pair.four_bit)
-        model = AutoModelForImageTextToText.from_pretrained(CARDS / pair.folder, device_map="cpu")
+        model = AutoModelForImageTextToText.from_pretrained(recipes / pair.folder, device_map="cpu")
         quantised = {
             f"{part}.{name}"
             for part in ("large", "small")

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from transformers_sgl import SGLProcessor
 from transformers_sgl.cli import main
-from transformers_sgl.hub import publish, validation
+from transformers_sgl.hub import contents, publish
 from transformers_sgl.hub.validation import validate
 
 REPO = "me/pair"
@@ -140,8 +140,11 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (remove("small/model.safetensors"), "small/model.safetensors: is missing"),
     "missing shard": (half_of_the_shards, "large/model-00002-of-00002.safetensors: is missing"),
     "cut-off weights": (add("small/model.safetensors", b"\x08\0\0\0"), "cannot be read as safetensors"),
-    "weights elsewhere": (add("model.safetensors", EMPTY_SAFETENSORS), "model.safetensors: is not among the weights"),
-    "other weights": (add("small/adapter.safetensors", EMPTY_SAFETENSORS), "is not among the weights"),
+    "weights elsewhere": (
+        add("model.safetensors", EMPTY_SAFETENSORS),
+        "model.safetensors: is not one of a pair's weight files",
+    ),
+    "other weights": (add("small/adapter.safetensors", EMPTY_SAFETENSORS), "is not one of a pair's weight files"),
     "pickle": (add("small/pytorch_model.bin", b""), "small/pytorch_model.bin: is a pickle"),
     "pickle in disguise": (add("data.json", b"\x80\x04\x95"), "data.json: is a pickle or an archive"),
     "archive": (add("more.zip", b"PK\x03\x04"), "more.zip: is a pickle or an archive"),
@@ -153,12 +156,12 @@ BUNDLE_PROBLEMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "private key": (add("a.txt", b"-----BEGIN " + b"RSA PRIVATE KEY-----"), "a.txt: has a private key"),
     "password": (add("a.json", b'{"pass' + b'word": "correct-horse"}'), "a.json: has a password"),
     "address": (add("a.md", b"https://me:" + b"secret@example.org"), "a.md: has an address with a password"),
-    ".env": (add(".env", b"A=1"), ".env: is hidden, or has a name such as secrets have"),
-    "hidden folder": (add(".aws/config", b""), ".aws/config: is hidden, or has a name such as secrets have"),
-    "key file": (add("server.pem", b""), "server.pem: is hidden, or has a name such as secrets have"),
+    ".env": (add(".env", b"A=1"), ".env: is hidden, or named like a file of secrets"),
+    "hidden folder": (add(".aws/config", b""), ".aws/config: is hidden, or named like a file of secrets"),
+    "key file": (add("server.pem", b""), "server.pem: is hidden, or named like a file of secrets"),
     "no card": (remove("README.md"), "README.md: is missing"),
     "no license": (in_card("license: apache-2.0\n"), "README.md: has no `license`"),
-    "other license": (in_card("license: apache-2.0", "license: other"), "say which, as `license_name`"),
+    "other license": (in_card("license: apache-2.0", "license: other"), "name the license in `license_name`"),
     "no language": (in_card("language: en\n"), "README.md: has no `language`"),
     "no library": (in_card("library_name: transformers\n"), "README.md: has no `library_name: transformers`"),
     "no task": (in_card("image-text-to-text", "text-generation"), "has no `pipeline_tag: image-text-to-text`"),
@@ -207,7 +210,7 @@ def test_a_folder_that_is_no_pair_is_not_looked_through(tmp_path):
 
 
 def test_a_big_file_that_is_not_weights_is_found(bundle, monkeypatch):
-    monkeypatch.setattr(validation, "_MAX_OTHER_BYTES", 1_000_000)
+    monkeypatch.setattr(contents, "_MAX_OTHER_BYTES", 1_000_000)
     add("video.mp4", bytes(1_000_001))(bundle)
     assert stops(bundle) == ["video.mp4: has 1,000,001 bytes and is not weights: remove it from the folder."]
 
@@ -220,7 +223,7 @@ def test_links_are_followed_to_files_and_refused_to_folders(bundle):
     (bundle / "small").rename(bundle.parent / "small")
     (bundle / "small").symlink_to(bundle.parent / "small")
     found = stops(bundle)
-    assert any(finding.startswith("dangling: leads nowhere") for finding in found)
+    assert any(finding.startswith("dangling: is a broken link") for finding in found)
     assert any(finding.startswith("small: is a link") for finding in found)
 
 
@@ -241,7 +244,7 @@ def test_two_tokenizers_are_worth_a_note(bundle):
     write(bundle / "small" / "tokenizer.json", tokenizer)
     assert stops(bundle) == []
     assert notes(bundle) == [
-        "small: has another tokenizer than `large`: drafts are re-encoded, and fewer of their tokens accepted."
+        "small: has a different tokenizer from `large`: drafts are re-encoded, and fewer tokens are accepted."
     ]
 
 
@@ -249,7 +252,7 @@ def test_two_ways_to_cut_images_are_worth_a_note(bundle):
     other_tiles(bundle)
     assert stops(bundle) == []
     assert notes(bundle) == [
-        "small: cuts images otherwise than `large`: importance is carried over through image coordinates."
+        "small: cuts images differently from `large`: importance is transferred through image coordinates."
     ]
 
 
@@ -257,7 +260,7 @@ class TestRecipe:
     def test_checkpoints_that_are_not_here_are_said_to_be_unchecked(self, recipe):
         assert stops(recipe) == []
         found = notes(recipe)
-        assert sum("which is not on this machine, so it was not looked at" in note for note in found) == 2
+        assert sum("which is not on this machine, so it was not checked" in note for note in found) == 2
         assert sum("its commit is filled in when published" in note for note in found) == 2
 
     @pytest.mark.parametrize(
@@ -285,16 +288,16 @@ class TestRecipe:
 
     def test_weights_in_a_recipe_are_found(self, recipe):
         add("large/model.safetensors", EMPTY_SAFETENSORS)(recipe)
-        assert any("names its models elsewhere" in finding for finding in stops(recipe))
+        assert any("belongs to no model that the recipe names" in finding for finding in stops(recipe))
 
     def test_folders_are_looked_into(self, recipe, bundle):
         parts = {name: {"name_or_path": f"../bundle/{name}"} for name in ("large", "small")}
         edit(recipe / "config.json", **parts)
         assert validate(recipe) == []
         other_tiles(bundle)
-        assert any("cuts images otherwise than `large`" in note for note in notes(recipe))
+        assert any("cuts images differently from `large`" in note for note in notes(recipe))
         edit(recipe / "config.json", large={"name_or_path": str(bundle)})
-        assert any("as its large model: name one of that pair's two" in finding for finding in stops(recipe))
+        assert any("as its large model: name one of that pair's models" in finding for finding in stops(recipe))
         edit(recipe / "config.json", large={"name_or_path": "../nowhere"})
         assert any("has the folder '../nowhere' as the large model" in note for note in notes(recipe))
 
@@ -419,7 +422,7 @@ class TestPublish:
             ({"name_or_path": "org/nothing"}, "The Hub has no 'org/nothing', which the recipe names as the large"),
             ({"name_or_path": "org/large", "revision": "nope"}, "The Hub has no 'org/large' at revision 'nope'"),
             ({"name_or_path": "org/pickled"}, "'org/pickled' has no safetensors weights"),
-            ({"name_or_path": "../bundle/large"}, "where nobody else can load it"),
+            ({"name_or_path": "../bundle/large"}, "which nobody else can load"),
         ],
     )
     def test_a_recipe_of_what_others_cannot_load_is_refused(self, hub, recipe, bundle, large, sentence):
@@ -441,13 +444,13 @@ class TestPublish:
             return info
 
         monkeypatch.setattr(HfApi, "model_info", with_config)
-        with pytest.raises(ValueError, match="is of type 'sgl', which no pair can have"):
+        with pytest.raises(ValueError, match="is of type 'sgl', which no pair supports"):
             publish(recipe, REPO)
         assert hub.commits == []
 
     def test_a_private_checkpoint_is_worth_a_note(self, hub, recipe):
         hub.repos["org/large"].private = True
-        assert any("'org/large' is private: not all can load it" in note for note in publish(recipe, REPO).notes)
+        assert any("'org/large' is private: not everybody can load it" in note for note in publish(recipe, REPO).notes)
 
     @pytest.mark.parametrize("name", ["pair", "a/b/c", "me/..", "", "me/" + "x" * 99])
     def test_bad_names_are_refused(self, recipe, name):
@@ -455,7 +458,7 @@ class TestPublish:
             publish(recipe, name)
 
     def test_kinds_are_not_mixed_up(self, hub, bundle, recipe):
-        with pytest.raises(ValueError, match="is a bundle, which does not say what checkpoints"):
+        with pytest.raises(ValueError, match="is a bundle, which does not name the checkpoints"):
             publish(bundle, REPO, kind="recipe")
         with pytest.raises(ValueError, match="is a recipe, which holds no weights"):
             publish(recipe, REPO, kind="bundle")
@@ -470,7 +473,7 @@ class TestPublish:
         with pytest.raises(OSError, match="Nothing was published to 'me/pair'") as error:
             publish(bundle, REPO)
         assert "\n" not in str(error.value)
-        assert ("The repository was made, and is empty." in str(error.value)) == (REPO in hub.repos)
+        assert ("The repository was created, and is empty." in str(error.value)) == (REPO in hub.repos)
         assert hub.commits == []
         assert state(bundle) == before
 
@@ -547,7 +550,7 @@ class TestFunction:
 
     @pytest.mark.parametrize(
         ("code", "sentence"),
-        [("def generate(:\n", "is no Python that can be read"), ("x = 1\n", "has no function `generate`")],
+        [("def generate(:\n", "is not valid Python"), ("x = 1\n", "has no function `generate`")],
     )
     def test_code_that_transformers_could_not_call_is_found(self, function, code, sentence):
         (function / "custom_generate" / "generate.py").write_text(code)
@@ -555,6 +558,6 @@ class TestFunction:
         assert finding.startswith(f"custom_generate/generate.py: {sentence}")
 
     def test_it_is_neither_a_bundle_nor_a_recipe(self, hub, function):
-        with pytest.raises(ValueError, match="is a generation function, and no recipe: leave the kind out"):
+        with pytest.raises(ValueError, match="is a generation function, not a recipe: leave the kind out"):
             publish(function, REPO, kind="recipe")
         assert not hub.commits

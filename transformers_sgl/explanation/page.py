@@ -1,9 +1,4 @@
-"""The page about an [`Explanation`], as self-contained HTML and as one PNG.
-
-What the page says is put together once, by `_sections`, from three kinds of blocks: lines of text with a label, bars,
-and figures. [`html_page`] and [`png_page`] each know how to lay these out. The HTML holds its pictures and its style,
-needs no script and loads nothing; the PNG is drawn by Pillow.
-"""
+"""The page about an [`Explanation`]: one HTML document that holds its pictures, loads nothing and runs no script."""
 
 from __future__ import annotations
 
@@ -11,97 +6,128 @@ import base64
 import html
 import io
 import math
-import os
-from bisect import bisect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from transformers_sgl.explanation.explain import Explanation, GuidedAnswer, Picture
-from transformers_sgl.explanation.panels import HEAT_COLOURS, importance_panels, kept_panels, plain_panel
+from transformers_sgl.explanation.panels import (
+    HEAT_COLOUR,
+    HEAT_OPACITY,
+    PANEL_GREYS,
+    importance_panels,
+    kept_panels,
+    plain_panel,
+)
 
-__all__ = ["html_page", "png_page", "save_pages"]
+if TYPE_CHECKING:
+    from transformers_sgl.explanation.result import Explanation, GuidedAnswer, Model, Picture
 
-# How long the longer side of a picture is, in pixels: of one image, of one of several, of a layer's map.
-_SINGLE_PX, _ONE_OF_MANY_PX, _LAYER_PX = 448, 256, 256
+__all__ = ["html_page"]
+
+# The longer side of a picture in pixels: of one image, of one of several. A layer's map is half as large.
+_SINGLE_PX, _ONE_OF_MANY_PX = 448, 256
 _FRAMES_PER_ROW = 4
+_GAP_PX, _MAX_PANEL_HEIGHT_PX = 4, 448
 _JPEG_QUALITY = 88
 _NOTHING = "(nothing)"
 
-# ---------------------------------------------------------------------------------------------------- what a page says
+_STYLE = (files(__package__) / "page.css").read_text(encoding="utf-8")
+_GREY, _HEAT = [sum(PANEL_GREYS) // 2] * 3, " ".join(map(str, HEAT_COLOUR))
+_SCALE = f"background: linear-gradient(90deg, rgb({_HEAT} / 0), rgb({_HEAT} / {HEAT_OPACITY})), rgb{tuple(_GREY)}"
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """Pictures with a title and lines of text below.
-
-    Attributes:
-        title (`str`): A few words.
-        alt (`str`): What the pictures show, for who cannot see them.
-        rows (`list` of `list` of `PIL.Image.Image`): The pictures, in the rows in which they stand.
-        lines (`list` of `str`): The text below.
-        highest (`float`, *optional*): What the last colour of the scale stands for, in multiples of the mean.
-    """
-
-    title: str
-    alt: str
-    rows: list[list[Image.Image]]
-    lines: list[str] = field(default_factory=list)
-    highest: float | None = None
-
-
-@dataclass(frozen=True)
-class _Bar:
-    """A number between 0 and 1, or to be compared with its neighbours."""
-
-    label: str
-    fraction: float
-    text: str
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A heading and what stands below it, in this order.
-
-    Attributes:
-        heading (`str`): The heading.
-        intro (`str`): What is to be seen, and in which units.
-        answers (`list` of pairs of `str`): Who answered, and what.
-        bars (`list` of [`_Bar`]): Numbers.
-        figures (`list` of [`_Figure`]): Pictures.
-        is_small (`bool`): Whether the pictures are small multiples.
-    """
-
-    heading: str
-    intro: str
-    answers: list[tuple[str, str]] = field(default_factory=list)
-    bars: list[_Bar] = field(default_factory=list)
-    figures: list[_Figure] = field(default_factory=list)
-    is_small: bool = False
-
-
-def _sections(explanation: Explanation) -> Iterator[_Section]:
-    """The page from top to bottom."""
-    few = len(explanation.pictures) == 1
-    side = _SINGLE_PX if few else _ONE_OF_MANY_PX
-    shown = "video" if explanation.is_video else "image" if few else "images"
-    yield _Section(
-        "Answers",
-        "The same question, answered by each model alone and by the large one guided by the small one.",
-        answers=[
-            (f"small ({explanation.small_name})", explanation.small_answer),
-            (f"large ({explanation.large_name}), sees everything", explanation.large_answer),
-            *(
-                (f"large, guided, {guided.preset}: {guided.average_retention:.0%} average retention", guided.answer)
-                for guided in explanation.guided
-            ),
-        ],
+def html_page(explanation: Explanation) -> str:
+    """The page as one HTML document."""
+    question = html.escape(explanation.question)
+    models = (
+        f"Large model: {_model(explanation.large)}",
+        f"Small model: {_model(explanation.small)}",
+        f"Preset: {explanation.preset}",
     )
+    sections = (_glance, _answers, _trust, _maps, _kept, _layers)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Even if a text got past the escaping, a browser that heeds this loads nothing.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>{question}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<h1 dir="auto">{question}</h1>\n'
+        f'<p class="soft models">{"".join(f"<span>{html.escape(each)}</span>" for each in models)}</p>\n'
+        f"{''.join(section(explanation) for section in sections)}</body>\n</html>\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what the page says
+
+
+def _glance(explanation: Explanation) -> str:
+    """What fits on the first screen: the map, what is kept, the answers and the savings."""
+    shown = next(guided for guided in explanation.guided if guided.preset == explanation.preset)
+    kept, guided_name = _kept_line(explanation, shown), f"Large model, guided ({shown.preset})"
+    facts = {
+        "Small model": explanation.small_answer or _NOTHING,
+        "Large model alone": explanation.large_answer or _NOTHING,
+        guided_name: shown.answer or _NOTHING,
+        "Kept": kept,
+        "Average retention": f"{shown.average_retention:.0%} of the visual tokens, averaged over the layers",
+    }
+    if shown.num_large_forward_passes is not None:
+        passes = f"{shown.num_large_forward_passes} instead of {explanation.num_large_forward_passes}"
+        facts["Forward passes of the large model"] = passes
+    listed = "".join(
+        f'<dt>{name}</dt><dd dir="auto"{" class=guided" * (name == guided_name)}>{html.escape(text)}</dd>\n'
+        for name, text in facts.items()
+    )
+    tiles_only = " Tiles only; thumbnails are below." * _has_thumbnails(explanation.pictures)
+    rows = _kept_rows(explanation, shown, num_views=1)
+    alt = f"What the large model kept at the preset {shown.preset}: {kept}"
+    return (
+        '<section class="glance">\n'
+        + _map_figure(
+            "Where the small model looked",
+            explanation.pictures,
+            explanation.importance,
+            [f"Attention on each visual token.{tiles_only}"],
+            num_views=1,
+        )
+        + _figure("What the large model kept", alt, rows, ["Dark, hatched tokens are dropped."])
+        + f'<dl class="facts">\n{listed}</dl>\n</section>\n'
+    )
+
+
+def _answers(explanation: Explanation) -> str:
+    everything = explanation.num_visual_tokens, "100%", explanation.num_large_forward_passes
+    rows: list[tuple[str, tuple[object, ...], str]] = [
+        ("small", (None, None, None), explanation.small_answer),
+        ("large", everything, explanation.large_answer),
+    ]
+    for guided in explanation.guided:
+        figures = guided.num_kept, f"{guided.average_retention:.0%}", guided.num_large_forward_passes
+        rows.append((f"guided, {guided.preset}", figures, guided.answer))
+    body = ""
+    for who, values, answer in rows:
+        cells = "".join(
+            "<td></td>" if value is None else f'<td class="figure" data-name="{name}">{value}</td>'
+            for name, value in zip(("tokens", "retention", "passes"), values, strict=True)
+        )
+        body += f'<tr><th>{who}</th>{cells}<td dir="auto">{html.escape(answer or _NOTHING)}</td></tr>\n'
+    heads = ("model", "tokens kept", "average retention", "forward passes", "answer")
+    return _section(
+        "Answers",
+        "Each model alone, and the large one guided at the paper's settings. Forward passes are those of the large "
+        "model. Guided, it reads the small model's answer too, and writes on where it would have written otherwise.",
+        f"<table>\n<thead><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr></thead>\n"
+        f"<tbody>\n{body}</tbody>\n</table>\n",
+    )
+
+
+def _trust(explanation: Explanation) -> str:
     threshold = explanation.early_exit_threshold
     if threshold is None:
         exits = "This pair has no threshold, so the large model is always called."
@@ -109,75 +135,88 @@ def _sections(explanation: Explanation) -> Iterator[_Section]:
         exits = f"The pair's threshold is {threshold:.2f}: it returns the small model's answer."
     else:
         exits = f"The pair's threshold is {threshold:.2f}: it calls the large model."
-    yield _Section(
+    return _section(
         "How far the small model's answer can be trusted",
         f"Probabilities from 0 to 1; the decision score is the mean of the other two. {exits}",
-        bars=[
-            _Bar(label, score, f"{score:.2f}")
+        _bars(
+            (label, score, f"{score:.2f}")
             for label, score in (
                 ("confidence", explanation.confidence),
                 ("consistency", explanation.consistency),
                 ("decision score", explanation.decision_score),
             )
-        ],
+        ),
     )
+
+
+def _maps(explanation: Explanation) -> str:
+    pictures = explanation.pictures
+    shown = "video" if explanation.is_video else "image" if len(pictures) == 1 else "images"
     resampled = " It was carried over to the large model's tokens." * (explanation.importance_transfer != "identity")
-    yield _Section(
+    tiles = " The model sees an image as tiles (the larger picture) and as a thumbnail (the smaller one)."
+    oracle_line = f"Rank correlation with the small model's map: {_number(explanation.oracle_correlation)}."
+    images = [[plain_panel(picture.image, _side(pictures))] for picture in pictures]
+    image_rows = _in_rows(images, one_per_row=_has_thumbnails(pictures))
+    guides = f"Guides the large model.{resampled}"
+    figures = [
+        _figure(f"The {shown}", f"The {shown} that the question is about", image_rows, [_size_line(explanation)]),
+        _map_figure("The small model's map", pictures, explanation.importance, [guides]),
+        _map_figure("The oracle map", pictures, explanation.oracle, [oracle_line]),
+    ]
+    return _section(
         "Where the models looked",
         "Attention that each visual token receives, summed over layers, heads and text tokens, as a multiple of the "
-        "mean token's; the last colour begins at the 99th percentile. The oracle is the large model's own map, "
-        "recorded while it answered unpruned. " + _about_thumbnails(explanation.pictures),
-        figures=[
-            _Figure(
-                f"The {shown}",
-                f"The {shown} that the question is about",
-                _in_rows(
-                    [[plain_panel(picture.image, side)] for picture in explanation.pictures],
-                    _has_thumbnails(explanation.pictures),
-                ),
-                [_size_line(explanation)],
-            ),
-            _map_figure(
-                "The small model's map",
-                explanation.pictures,
-                explanation.importance,
-                side,
-                [f"Guides the large model.{resampled}"],
-            ),
-            _map_figure(
-                "The oracle map",
-                explanation.pictures,
-                explanation.oracle,
-                side,
-                [f"Rank correlation with the small model's map: {_number(explanation.oracle_correlation)}."],
-            ),
-        ],
+        "mean token's; the colour is strongest from the 99th percentile on. The oracle is the large model's own map, "
+        "recorded while it answered unpruned." + tiles * _has_thumbnails(pictures),
+        _figures(figures),
     )
-    yield _Section(
+
+
+def _kept(explanation: Explanation) -> str:
+    figures = []
+    for guided in explanation.guided:
+        title = f"{guided.preset.capitalize()}: {guided.average_retention:.0%}"
+        kept = f"{_kept_line(explanation, guided)}: {guided.average_retention:.0%} average retention."
+        by_chance = f"by chance {guided.num_kept / explanation.num_visual_tokens:.0%}"
+        overlap = f"{guided.oracle_overlap:.0%} of them are among those that the oracle map keeps ({by_chance})."
+        lines = [kept, overlap, f"Answer: {guided.answer or _NOTHING}"]
+        figures.append(_figure(title, f"Kept at {title}: {kept}", _kept_rows(explanation, guided), lines))
+    return _section(
         "What the large model kept",
         "Dark, hatched tokens are dropped inside the large model. The presets are the paper's 64%, 35% and 9% "
-        f"average retention on 48 decoder layers; this large model has {explanation.num_large_layers}.",
-        figures=[_kept_figure(explanation, guided, side) for guided in explanation.guided],
+        f"average retention on 48 decoder layers; this large model has {explanation.large.num_layers}.",
+        _figures(figures),
     )
-    own_tokens = " The maps are on the small model's own tokens." * bool(resampled)
-    shares, correlations = explanation.layer_shares, explanation.layer_correlations
-    yield _Section(
+
+
+def _layers(explanation: Explanation) -> str:
+    pictures = explanation.small_pictures
+    own_tokens = " The maps are on the small model's own tokens." * (explanation.importance_transfer != "identity")
+    shares = explanation.layer_shares
+    bars = [
+        (f"layer {layer}", float(share / shares.max()), f"{share:.0%}, rank correlation {_number(correlation)}")
+        for layer, share, correlation in zip(explanation.layers, shares, explanation.layer_correlations, strict=True)
+    ]
+    figures = [
+        _map_figure(f"Layer {layer}", pictures, values, [], side=_side(pictures) // 2)
+        for layer, values in zip(explanation.layers, explanation.layer_importance, strict=True)
+    ]
+    return _section(
         "Layer by layer",
-        f"What each of the small model's {explanation.num_small_layers} decoder layers contributes to its map: its "
+        f"What each of the small model's {explanation.small.num_layers} decoder layers contributes to its map: its "
         "share of all attention received (the longest bar is the largest share), and the rank correlation of its map "
         "with the sum over layers. Each map is on a scale of its own." + own_tokens,
-        bars=[
-            _Bar(
-                f"layer {layer}", float(share / shares.max()), f"{share:.0%}, rank correlation {_number(correlation)}"
-            )
-            for layer, share, correlation in zip(explanation.layers, shares, correlations, strict=True)
-        ],
-        figures=[
-            _map_figure(f"Layer {layer}", explanation.small_pictures, values, _LAYER_PX if few else _LAYER_PX // 2, [])
-            for layer, values in zip(explanation.layers, explanation.layer_importance, strict=True)
-        ],
-        is_small=few,
+        _bars(bars) + _figures(figures, is_small=len(pictures) == 1),
     )
+
+
+def _model(model: Model) -> str:
+    return f"{model.name} ({model.type}, {model.num_layers} decoder layers)"
+
+
+def _kept_line(explanation: Explanation, guided: GuidedAnswer) -> str:
+    kept = f"{guided.num_kept} of {explanation.num_visual_tokens} visual tokens"
+    return f"{kept} from layer {guided.prune_layer} of {explanation.large.num_layers} on"
 
 
 def _size_line(explanation: Explanation) -> str:
@@ -186,60 +225,11 @@ def _size_line(explanation: Explanation) -> str:
     tokens = f"{explanation.num_visual_tokens} visual tokens"
     if len(explanation.pictures) == 1:
         return f"{width} x {height} pixels, {tokens}."
-    first, last = explanation.pictures[0].name, explanation.pictures[-1].name
-    return f"From {first} to {last}, {tokens}."
-
-
-def _has_thumbnails(pictures: Sequence[Picture]) -> bool:
-    return any(bool(picture.boxes.is_thumbnail.any()) for picture in pictures)
-
-
-def _about_thumbnails(pictures: Sequence[Picture]) -> str:
-    if _has_thumbnails(pictures):
-        return "The model sees an image as tiles (the larger picture) and as a thumbnail (the smaller one)."
-    return ""
-
-
-def _map_figure(
-    title: str, pictures: Sequence[Picture], importance: npt.NDArray[np.float32], side: int, lines: list[str]
-) -> _Figure:
-    """A map of all pictures on one scale, from 0 to the 99th percentile because attention has outliers."""
-    relative = importance / (importance.mean() or 1.0)
-    highest = float(np.percentile(relative, 99)) or float(relative.max()) or 1.0
-    panels = [
-        importance_panels(picture.image, picture.boxes, part, highest, side)
-        for picture, part in zip(pictures, _split(relative, pictures), strict=True)
-    ]
-    return _Figure(
-        title,
-        f"{title}: {_strongest(relative, pictures)}",
-        _in_rows(panels, _has_thumbnails(pictures)),
-        lines,
-        highest,
-    )
-
-
-def _kept_figure(explanation: Explanation, guided: GuidedAnswer, side: int) -> _Figure:
-    panels = [
-        kept_panels(picture.image, picture.boxes, part, side)
-        for picture, part in zip(explanation.pictures, _split(guided.keep_mask, explanation.pictures), strict=True)
-    ]
-    total = explanation.num_visual_tokens
-    kept = f"{guided.num_kept} of {total} visual tokens from layer {guided.prune_layer} of "
-    kept += f"{explanation.num_large_layers} on: {guided.average_retention:.0%} average retention."
-    by_chance = f"{guided.num_kept / total:.0%}"
-    overlap = f"{guided.oracle_overlap:.0%} of them are among those that the oracle map keeps (by chance {by_chance})."
-    title = f"{guided.preset.capitalize()}: {guided.average_retention:.0%}"
-    return _Figure(
-        title,
-        f"Kept at {title}: {kept}",
-        _in_rows(panels, _has_thumbnails(explanation.pictures)),
-        [kept, overlap, f"Answer: {guided.answer or _NOTHING}"],
-    )
+    return f"From {explanation.pictures[0].name} to {explanation.pictures[-1].name}, {tokens}."
 
 
 def _strongest(relative: npt.NDArray[np.float32], pictures: Sequence[Picture]) -> str:
-    """In words, where most of the attention goes."""
+    """In words, where the most important token lies."""
     strongest = int(relative.argmax())
     for picture in pictures:
         if strongest < len(picture.boxes):
@@ -251,9 +241,29 @@ def _strongest(relative: npt.NDArray[np.float32], pictures: Sequence[Picture]) -
     raise AssertionError("there is a picture for every token")
 
 
-def _split(values: npt.NDArray[np.generic], pictures: Sequence[Picture]) -> list[npt.NDArray[np.generic]]:
-    """Values of all tokens, picture by picture."""
-    return np.split(values, np.cumsum([len(picture.boxes) for picture in pictures])[:-1])
+def _number(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.2f}"
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def _side(pictures: Sequence[Picture]) -> int:
+    return _SINGLE_PX if len(pictures) == 1 else _ONE_OF_MANY_PX
+
+
+def _has_thumbnails(pictures: Sequence[Picture]) -> bool:
+    return any(bool(picture.boxes.is_thumbnail.any()) for picture in pictures)
+
+
+def _rows(
+    pictures: Sequence[Picture], values: npt.NDArray[Any], paint: Callable[..., list[Image.Image]], num_views: int = 2
+) -> list[list[Image.Image]]:
+    """All pictures in rows, painted with the values of their tokens; one view leaves the thumbnails out."""
+    parts = np.split(values, np.cumsum([len(picture.boxes) for picture in pictures])[:-1])
+    each = zip(pictures, parts, strict=True)
+    panels = [paint(picture.image, picture.boxes, part)[:num_views] for picture, part in each]
+    return _in_rows(panels, one_per_row=num_views > 1 and _has_thumbnails(pictures))
 
 
 def _in_rows(panels: list[list[Image.Image]], one_per_row: bool) -> list[list[Image.Image]]:
@@ -264,154 +274,79 @@ def _in_rows(panels: list[list[Image.Image]], one_per_row: bool) -> list[list[Im
     return [flat[start : start + _FRAMES_PER_ROW] for start in range(0, len(flat), _FRAMES_PER_ROW)]
 
 
-def _number(value: float) -> str:
-    return "none" if math.isnan(value) else f"{value:.2f}"
+def _kept_rows(explanation: Explanation, guided: GuidedAnswer, num_views: int = 2) -> list[list[Image.Image]]:
+    paint = partial(kept_panels, long_side=_side(explanation.pictures))
+    return _rows(explanation.pictures, guided.keep_mask, paint, num_views)
 
 
-def _highest(value: float) -> str:
-    return f"{value:.1f} x mean"
+# ----------------------------------------------------------------------------------------------------------- elements
 
 
-def _subtitle(explanation: Explanation) -> str:
-    return (
-        f"large model: {explanation.large_name}, {explanation.num_large_layers} decoder layers; "
-        f"small model: {explanation.small_name}, {explanation.num_small_layers} decoder layers; "
-        f"{explanation.num_visual_tokens} visual tokens"
+def _section(heading: str, intro: str, content: str) -> str:
+    head = f'<header><h2>{heading}</h2>\n<p class="soft">{html.escape(intro)}</p></header>'
+    return f"<section>\n{head}\n{content}</section>\n"
+
+
+def _bars(bars: Iterable[tuple[str, float, str]]) -> str:
+    """Labels, bars of a length between 0 and 1, and texts."""
+    listed = "".join(
+        f'<dt>{label}</dt><dd class="track"><span style="width: {100 * fraction:.1f}%"></span></dd><dd>{text}</dd>\n'
+        for label, fraction, text in bars
     )
+    return f'<dl class="bars">\n{listed}</dl>\n'
 
 
-# --------------------------------------------------------------------------------------------------------------- HTML
-
-_HTML_GAP_PX, _HTML_MAX_PANEL_HEIGHT = 4, 512
-_SCALE_CSS = ", ".join("#" + "".join(f"{int(channel):02x}" for channel in colour) for colour in HEAT_COLOURS)
-_STYLE = f"""
-:root {{ color-scheme: light dark; --ink: #1b1b1f; --soft: #5b5b66; --page: #fff; --line: #d9d9e0; --bar: #2c728e; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #ececf1; --soft: #a9a9b6; --page: #17171b; --line: #3a3a44; --bar: #5ec4d6; }}
-}}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }}
-h1 {{ font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; white-space: pre-wrap; }}
-h2 {{ font-size: 1.15rem; margin: 2.25rem 0 0.25rem; padding-top: 0.75rem; border-top: 1px solid var(--line); }}
-p {{ margin: 0.25rem 0; max-width: 46rem; }}
-.soft, figcaption p {{ color: var(--soft); }}
-dl {{ display: grid; grid-template-columns: minmax(8rem, 22rem) 1fr; gap: 0.4rem 1.25rem; margin: 0.75rem 0; }}
-dt {{ color: var(--soft); }}
-dd {{ margin: 0; white-space: pre-wrap; }}
-.bars {{ grid-template-columns: max-content minmax(4rem, 16rem) 1fr; align-items: center; }}
-.track {{ height: 0.7rem; background: var(--line); border-radius: 2px; }}
-.track span {{ display: block; height: 100%; background: var(--bar); border-radius: 2px; }}
-.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1.5rem;
-  margin-top: 1rem; align-items: start; }}
-.figures.small {{ grid-template-columns: repeat(auto-fill, minmax(min(12rem, 44%), 1fr)); gap: 1rem; }}
-figure {{ margin: 0; min-width: 0; }}
-.row {{ display: flex; gap: {_HTML_GAP_PX}px; align-items: flex-end; margin-bottom: {_HTML_GAP_PX}px; }}
-.row img {{ display: block; height: auto; min-width: 1px; }}
-figcaption {{ font-size: 0.9rem; line-height: 1.4; }}
-figcaption p {{ white-space: pre-wrap; }}
-.scale {{ display: flex; gap: 0.5rem; align-items: center; font-size: 0.8rem; color: var(--soft);
-  white-space: nowrap; }}
-.scale span:nth-child(2) {{ flex: 0 1 7rem; height: 0.6rem; background: linear-gradient(90deg, {_SCALE_CSS}); }}
-@media (max-width: 40rem) {{
-  dl {{ grid-template-columns: 1fr; gap: 0; }}
-  dd {{ margin-bottom: 0.6rem; }}
-  .bars {{ grid-template-columns: max-content minmax(3rem, 1fr) fit-content(70%); gap: 0 0.75rem; }}
-  .bars dd {{ margin: 0; }}
-}}
-"""
+def _figures(figures: Sequence[str], is_small: bool = False) -> str:
+    return f'<div class="figures{" small" * is_small}">\n{"".join(figures)}</div>\n'
 
 
-def html_page(explanation: Explanation) -> str:
-    """The page as HTML that needs nothing but itself: pictures and style are inside, scripts there are none.
-
-    Args:
-        explanation ([`Explanation`]): What to show.
-
-    Returns:
-        `str`: The document.
-
-    Example:
-        ```python
-        >>> from PIL import Image
-        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-        >>> import transformers_sgl
-        >>> from transformers_sgl.explanation.explain import explain
-        >>> from transformers_sgl.explanation.page import html_page
-        >>> from transformers_sgl.hub import embedded_pair
-
-        >>> model = AutoModelForImageTextToText.from_pretrained(embedded_pair())
-        >>> processor = AutoProcessor.from_pretrained(embedded_pair())
-        >>> image = Image.open(embedded_pair() / "example.png")
-        >>> page = html_page(explain(model, processor, image, "is there a circle?", max_new_tokens=8))
-        >>> page[:15], "<script" in page
-        ('<!DOCTYPE html>', False)
-
-        ```
-    """
-    question = html.escape(explanation.question)
-    body = "".join(_section_as_html(section) for section in _sections(explanation))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # A browser that heeds this would not load anything, even if a text got past the escaping.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{question}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1 dir="auto">{question}</h1>\n<p class="soft">{html.escape(_subtitle(explanation))}</p>\n'
-        f"{body}</body>\n</html>\n"
-    )
+def _map_figure(
+    title: str,
+    pictures: Sequence[Picture],
+    importance: npt.NDArray[np.float32],
+    lines: list[str],
+    *,
+    side: int | None = None,
+    num_views: int = 2,
+) -> str:
+    """A map of all pictures on one scale, in multiples of the mean; it ends early because attention has outliers."""
+    relative = importance / (importance.mean() or 1.0)
+    highest = float(np.percentile(relative, 99)) or float(relative.max()) or 1.0
+    paint = partial(importance_panels, highest=highest, long_side=side or _side(pictures))
+    rows = _rows(pictures, relative, paint, num_views)
+    return _figure(title, f"{title}: {_strongest(relative, pictures)}", rows, lines, highest)
 
 
-def _section_as_html(section: _Section) -> str:
-    parts = [f'<h2>{html.escape(section.heading)}</h2>\n<p class="soft">{html.escape(section.intro)}</p>\n']
-    if section.answers:
-        answers = "".join(
-            f'<dt>{html.escape(who)}</dt><dd dir="auto">{html.escape(answer or _NOTHING)}</dd>\n'
-            for who, answer in section.answers
-        )
-        parts.append(f"<dl>\n{answers}</dl>\n")
-    if section.bars:
-        bars = "".join(
-            f"<dt>{html.escape(bar.label)}</dt>"
-            f'<dd class="track"><span style="width: {100 * bar.fraction:.1f}%"></span></dd>'
-            f"<dd>{html.escape(bar.text)}</dd>\n"
-            for bar in section.bars
-        )
-        parts.append(f'<dl class="bars">\n{bars}</dl>\n')
-    if section.figures:
-        figures = "".join(map(_figure_as_html, section.figures))
-        parts.append(f'<div class="figures{" small" * section.is_small}">\n{figures}</div>\n')
-    return f"<section>\n{''.join(parts)}</section>\n"
-
-
-def _figure_as_html(figure: _Figure) -> str:
-    widest = max(sum(panel.width for panel in row) for row in figure.rows)
-    gaps = _HTML_GAP_PX * (max(len(row) for row in figure.rows) - 1)
-    tallest = max(panel.height for row in figure.rows for panel in row)
-    max_width = gaps + widest * _HTML_MAX_PANEL_HEIGHT / tallest
-    rows, alt = "", figure.alt
-    for row in figure.rows:
-        pictures = ""
+def _figure(
+    title: str, alt: str, rows: list[list[Image.Image]], lines: Sequence[str], highest: float | None = None
+) -> str:
+    """Rows of pictures with a title, lines of text and, for a map, a scale that ends at `highest` times the mean."""
+    widest = max(sum(panel.width for panel in row) for row in rows)
+    gaps = _GAP_PX * (max(len(row) for row in rows) - 1)
+    tallest = max(panel.height for row in rows for panel in row)
+    max_width = gaps + widest * _MAX_PANEL_HEIGHT_PX / tallest
+    shown = ""
+    for row in rows:
+        images = ""
         for panel in row:
-            pictures += (
+            images += (
                 f'<img src="{_data_uri(panel)}" alt="{html.escape(alt)}" width="{panel.width}" '
                 f'height="{panel.height}" style="width: calc({panel.width / widest:.5f} * (100% - {gaps}px))">'
             )
-            alt = ""  # one figure is described once
-        rows += f'<div class="row" style="max-width: {max_width:.0f}px">{pictures}</div>\n'
+            alt = ""  # a figure is described once
+        shown += f'<div class="row" style="max-width: {max_width:.0f}px">{images}</div>\n'
     scale = ""
-    if figure.highest is not None:
-        scale = f'<div class="scale"><span>0</span><span></span><span>{_highest(figure.highest)}</span></div>\n'
-    lines = "".join(f'<p dir="auto">{html.escape(line)}</p>\n' for line in figure.lines)
-    return (
-        f"<figure>\n{rows}<figcaption>{scale}<strong>{html.escape(figure.title)}</strong>\n{lines}"
-        "</figcaption></figure>\n"
-    )
+    if highest is not None:
+        scale = (
+            f'<div class="scale"><span>0</span><span style="{_SCALE}"></span><span>{highest:.1f} x mean</span></div>\n'
+        )
+    captions = "".join(f'<p dir="auto">{html.escape(line)}</p>\n' for line in lines)
+    caption = f"{scale}<strong>{html.escape(title)}</strong>\n{captions}"
+    return f"<figure>\n{shown}<figcaption>{caption}</figcaption></figure>\n"
 
 
 def _data_uri(image: Image.Image) -> str:
-    """The picture inside its own address, as PNG or as JPEG, whichever is smaller: drawings or photographs."""
+    """The picture as PNG or JPEG, whichever is smaller, inside its own address."""
     encoded = {}
     for kind, options in (("png", {}), ("jpeg", {"quality": _JPEG_QUALITY, "subsampling": 0})):
         buffer = io.BytesIO()
@@ -419,210 +354,3 @@ def _data_uri(image: Image.Image) -> str:
         encoded[kind] = buffer.getvalue()
     kind = min(encoded, key=lambda name: len(encoded[name]))
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- PNG
-
-_PNG_WIDTH, _PNG_MARGIN, _PNG_GAP, _PNG_MAX_PANEL_HEIGHT = 1440, 40, 24, 520
-_INK, _SOFT, _LINE, _BAR = "#1b1b1f", "#5b5b66", "#d9d9e0", "#2c728e"
-
-
-def png_page(explanation: Explanation) -> Image.Image:
-    """The page as one picture.
-
-    With matplotlib installed its font is used, which has most alphabets; Pillow's own has little more than the Latin
-    letters without accents.
-
-    Args:
-        explanation ([`Explanation`]): What to show.
-
-    Returns:
-        `PIL.Image.Image`: 1440 pixels wide, and as high as it takes.
-    """
-    canvas = _Canvas()
-    canvas.text(explanation.question, 30)
-    canvas.text(_subtitle(explanation), 17, _SOFT)
-    for section in _sections(explanation):
-        canvas.rule()
-        canvas.text(section.heading, 23)
-        canvas.text(section.intro, 17, _SOFT)
-        canvas.y += 10
-        canvas.answers(section.answers)
-        canvas.bars(section.bars)
-        canvas.figures(section.figures, columns=4 if section.is_small else 3)
-    return canvas.finished()
-
-
-class _Canvas:
-    """A page that is written from top to bottom and grows.
-
-    Attributes:
-        y (`int`): Where the next block begins.
-    """
-
-    def __init__(self) -> None:
-        self._image = Image.new("RGB", (_PNG_WIDTH, 1024), "white")
-        self.y = _PNG_MARGIN
-
-    def finished(self) -> Image.Image:
-        """What has been written."""
-        return self._image.crop((0, 0, _PNG_WIDTH, self.y + _PNG_MARGIN))
-
-    def rule(self) -> None:
-        """A line between sections."""
-        self.y += 28
-        self._draw(2).line([(_PNG_MARGIN, self.y), (_PNG_WIDTH - _PNG_MARGIN, self.y)], _LINE, 2)
-        self.y += 16
-
-    def text(self, text: str, size: int, colour: str = _INK) -> None:
-        """A paragraph over the whole width."""
-        self.y += self._write(_PNG_MARGIN, self.y, text, size, colour, _PNG_WIDTH - 2 * _PNG_MARGIN)
-
-    def answers(self, answers: Sequence[tuple[str, str]]) -> None:
-        """Labels on the left, texts on the right."""
-        for who, answer in answers:
-            heights = [
-                self._write(_PNG_MARGIN, self.y, who, 17, _SOFT, 420),
-                self._write(
-                    _PNG_MARGIN + 440, self.y, answer or _NOTHING, 17, _INK, _PNG_WIDTH - 2 * _PNG_MARGIN - 440
-                ),
-            ]
-            self.y += max(heights) + 6
-
-    def bars(self, bars: Sequence[_Bar]) -> None:
-        """Label, bar and number."""
-        for bar in bars:
-            x, width = _PNG_MARGIN + 160, 320
-            height = self._write(_PNG_MARGIN, self.y, bar.label, 17, _SOFT, 150)
-            self._write(x + width + 20, self.y, bar.text, 17, _INK, 600)
-            top = self.y + 6
-            draw = self._draw(height)
-            draw.rectangle([x, top, x + width, top + 11], _LINE)
-            if bar.fraction > 0:
-                draw.rectangle([x, top, x + round(width * bar.fraction), top + 11], _BAR)
-            self.y += height + 4
-
-    def figures(self, figures: Sequence[_Figure], columns: int) -> None:
-        """Figures side by side."""
-        if figures:
-            self.y += 10
-        width = (_PNG_WIDTH - 2 * _PNG_MARGIN - (columns - 1) * _PNG_GAP) // columns
-        for start in range(0, len(figures), columns):
-            heights = [
-                self._figure(figure, _PNG_MARGIN + index * (width + _PNG_GAP), width)
-                for index, figure in enumerate(figures[start : start + columns])
-            ]
-            self.y += max(heights) + 16
-
-    def _figure(self, figure: _Figure, x: int, width: int) -> int:
-        """Draws one figure at the current height, and returns how high it is."""
-        y, gap = self.y, 4
-        longest = max(len(row) for row in figure.rows)
-        widest = max(sum(panel.width for panel in row) for row in figure.rows)
-        highest = max(panel.height for row in figure.rows for panel in row)
-        scale = min(1.0, (width - (longest - 1) * gap) / widest, _PNG_MAX_PANEL_HEIGHT / highest)
-        for row in figure.rows:
-            panels = [
-                panel.resize(
-                    (max(1, int(panel.width * scale)), max(1, int(panel.height * scale))), Image.Resampling.LANCZOS
-                )
-                for panel in row
-            ]
-            height, left = max(panel.height for panel in panels), x
-            self._draw(y - self.y + height)
-            for panel in panels:
-                self._image.paste(panel, (left, y + height - panel.height))
-                left += panel.width + gap
-            y += height + gap
-        if figure.highest is not None:
-            y += self._scale(x, y, _highest(figure.highest), width)
-        for text, size, colour in ((figure.title, 18, _INK), *((line, 16, _SOFT) for line in figure.lines)):
-            y += self._write(x, y, text, size, colour, width)
-        return y - self.y
-
-    def _scale(self, x: int, y: int, highest: str, width: int) -> int:
-        """The colours from 0 to the highest, with numbers; returns the height."""
-        bar = min(120, width // 3)
-        colours = [np.interp(np.linspace(0, 1, bar), np.linspace(0, 1, 9), channel) for channel in HEAT_COLOURS.T]
-        stripes = np.repeat(np.stack(colours, axis=-1)[None], 11, axis=0).astype(np.uint8)
-        height = self._write(x, y, "0", 14, _SOFT, width)
-        self._image.paste(Image.fromarray(stripes), (x + 16, y + 5))
-        self._write(x + 16 + bar + 8, y, highest, 14, _SOFT, width - bar - 24)
-        return height
-
-    def _write(self, x: int, y: int, text: str, size: int, colour: str, width: int) -> int:
-        """Writes a text, in several lines where it has to, and returns how high it is."""
-        font = _font(size)
-        lines = [line for paragraph in text.splitlines() or [""] for line in _wrapped(paragraph, font, width)]
-        line_height = math.ceil(size * 1.4)
-        draw = self._draw(y - self.y + line_height * len(lines))
-        for index, line in enumerate(lines):
-            draw.text((x, y + index * line_height), line, colour, font)
-        return line_height * len(lines)
-
-    def _draw(self, height: int) -> ImageDraw.ImageDraw:
-        """A pen for so many pixels below the current height; the page grows where it is too short."""
-        needed = self.y + height + _PNG_MARGIN
-        if needed > self._image.height:
-            larger = Image.new("RGB", (_PNG_WIDTH, max(needed, 2 * self._image.height)), "white")
-            larger.paste(self._image)
-            self._image = larger
-        return ImageDraw.Draw(self._image)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans where matplotlib brings it along, else Pillow's own font."""
-    matplotlib = find_spec("matplotlib")
-    if matplotlib is not None and matplotlib.origin is not None:
-        file = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if file.is_file():
-            return ImageFont.truetype(str(file), size * 0.92)
-    return ImageFont.load_default(size)
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Iterator[str]:
-    """The lines of a paragraph; a word that is too long for a line is cut."""
-    line = ""
-    for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if line:
-            yield line
-        while font.getlength(word) > width and len(word) > 1:
-            fits = max(1, bisect(range(1, len(word)), float(width), key=lambda n: font.getlength(word[:n])))
-            yield word[:fits]
-            word = word[fits:]
-        line = word
-    yield line
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-
-def save_pages(explanation: Explanation, html_file: Path | None = None, png_file: Path | None = None) -> None:
-    """Writes the page; a file is there as a whole or not at all.
-
-    Args:
-        explanation ([`Explanation`]): What to show.
-        html_file (`Path`, *optional*): Where the HTML goes; replaced if it exists.
-        png_file (`Path`, *optional*): Where the picture goes; replaced if it exists.
-
-    Raises:
-        OSError: If a file cannot be written.
-    """
-    contents: list[tuple[Path, bytes]] = []
-    if html_file is not None:
-        contents.append((html_file, html_page(explanation).encode()))
-    if png_file is not None:
-        buffer = io.BytesIO()
-        png_page(explanation).save(buffer, "png")
-        contents.append((png_file, buffer.getvalue()))
-    for file, content in contents:
-        beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)

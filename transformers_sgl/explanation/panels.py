@@ -1,8 +1,7 @@
-"""Seeing what was kept: the importance map painted over the image the question was about.
+"""Importance and kept tokens, painted over the image that a question is about.
 
-Two steps, each usable alone. `token_boxes` says which part of the image every visual token stands for;
-`importance_overlay` paints boxes, importance and keep mask over the image, while `importance_panels` and `kept_panels`
-paint the one or the other alone, for a page that shows many. Only Pillow and NumPy draw.
+[`token_boxes`] says which part of the image every visual token stands for. [`importance_overlay`] paints importance
+and keep mask together; [`importance_panels`] and [`kept_panels`] paint one of them, for a page that shows many.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from transformers_sgl.tokens.boxes import visual_token_boxes
+
 __all__ = [
-    "HEAT_COLOURS",
+    "HEAT_COLOUR",
     "TokenBoxes",
     "importance_overlay",
     "importance_panels",
@@ -25,21 +26,13 @@ __all__ = [
     "token_boxes",
 ]
 
-# Low to high importance, ever lighter, so that it can be read in grey and by the colour-blind: every eighth of the
-# scale "viridis" of matplotlib (https://bids.github.io/colormap), rounded.
-HEAT_COLOURS = np.array(
-    [
-        *[(68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140)],
-        *[(40, 174, 128), (94, 201, 98), (173, 220, 48), (253, 231, 37)],
-    ],
-    np.float32,
-)
-HEAT_OPACITY = 0.4
-PANEL_HEAT_OPACITY = 0.7
-PANEL_GREYS = 40, 170  # of black and of white below the colours, which pure ones would distort
+# One hue, ever more opaque: what matters glows, and the photograph below stays visible.
+HEAT_COLOUR = 255, 170, 0
+HEAT_OPACITY = 0.7
+PANEL_GREYS = 10, 120  # black and white below the colour, so that the colour is always the lighter one
 DROPPED_BRIGHTNESS = 0.4
 MIN_LONG_SIDE_PX, MAX_LONG_SIDE_PX = 512, 1024
-MARGIN_PX = 12
+MARGIN_PX, LEGEND_PX = 12, 54
 HATCH_PERIOD_PX = 10
 
 
@@ -48,10 +41,9 @@ class TokenBoxes:
     """Where the visual tokens of one image lie in it.
 
     Attributes:
-        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom of what each token stands
-            for, in pixels of the original image.
-        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether it belongs to a thumbnail, a coarser view
-            of the whole image beside a finer one.
+        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom in pixels of the image.
+        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether the token belongs to a thumbnail, a
+            coarser view of the whole image beside a finer one.
     """
 
     boxes: npt.NDArray[np.float64]
@@ -62,16 +54,7 @@ class TokenBoxes:
 
     @classmethod
     def from_fractions(cls, fractions: npt.ArrayLike, size: tuple[int, int]) -> TokenBoxes:
-        """The boxes as `visual_token_boxes` has them, in pixels, with the thumbnail told from the rest.
-
-        Args:
-            fractions (array of shape `(num_visual_tokens, 4)`): Left, top, right and bottom of each token's box, as
-                fractions of the image's width and height.
-            size (`tuple` of `int`): The image's width and height.
-
-        Returns:
-            [`TokenBoxes`]: Where the model sees the image twice, the coarser view is the thumbnail.
-        """
+        """Boxes in pixels from fractions of width and height; the coarser of two views is the thumbnail."""
         fractions = np.asarray(fractions, dtype=np.float64)
         width, height = fractions[:, 2] - fractions[:, 0], fractions[:, 3] - fractions[:, 1]
         covered = np.cumsum(width * height)
@@ -87,96 +70,54 @@ class TokenBoxes:
 
 
 def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
-    """Looks up which part of an image each visual token of any known model stands for.
-
-    Args:
-        image (`PIL.Image.Image`): The original image.
-        processor (`ProcessorMixin`): The processor that prepares it.
-
-    Returns:
-        [`TokenBoxes`]: The places, with `boxes` of shape `(num_visual_tokens, 4)`. Where the model sees the image
-        twice, the coarser view is the thumbnail.
+    """Looks up which part of an image each visual token of a processor stands for.
 
     Raises:
         ValueError: If it is not known where the processor's visual tokens lie.
     """
-    # Here, not above: it brings in transformers, which painting does not need.
-    from transformers_sgl.tokens.boxes import visual_token_boxes
-
     [boxes] = visual_token_boxes(processor, [image])
     return TokenBoxes.from_fractions(boxes.numpy(), image.size)
 
 
 def importance_overlay(
-    image: Image.Image,
-    boxes: TokenBoxes,
-    importance: npt.ArrayLike,
-    keep_mask: npt.ArrayLike,
+    image: Image.Image, boxes: TokenBoxes, importance: npt.ArrayLike, keep_mask: npt.ArrayLike
 ) -> Image.Image:
     """Paints over an image which of its visual tokens were important, and which were dropped.
 
-    Heat colours show the importance; what the large model no longer saw is dark and hatched. Where the image was
-    read as tiles and a thumbnail, the tiles' map is on the left and the thumbnail's on the right. Both share one
-    scale, which ends at the 99th percentile because attention has outliers.
+    Amber shows importance; what was dropped is dark and hatched. An image that was read as tiles and a thumbnail is
+    shown twice: tiles left, thumbnail right. The scale ends at the 99th percentile because attention has outliers.
 
     Args:
-        image (`PIL.Image.Image`): The original image.
+        image (`PIL.Image.Image`): The original image. A small one is enlarged, a big one reduced.
         boxes ([`TokenBoxes`]): Where its tokens lie, for example from [`token_boxes`].
         importance (array of shape `(num_visual_tokens,)`): The importance of each token. Dropped tokens may be `-inf`.
         keep_mask (array of shape `(num_visual_tokens,)`): Whether each token was kept.
 
-    Returns:
-        `PIL.Image.Image`: A new RGB image. A small image is enlarged, a big one reduced, so that it can be looked at.
-
     Raises:
-        ValueError: If the three do not speak of the same number of tokens.
+        ValueError: If there is not one value for each box.
     """
     importance, keep_mask = _one_each(boxes, importance=importance, keep_mask=keep_mask)
     keep_mask = keep_mask.astype(bool)
     base = _at_readable_size(image.convert("RGB"))
     pixel_boxes = _pixel_boxes(boxes, image, base)
-    heat = _heat_colours(_normalized(importance))
+    heat = _normalized(importance)
     panels = [_paint(base, pixel_boxes[part], keep_mask[part], heat[part]) for part in _parts(boxes)]
 
     parts = " · left: tiles, right: thumbnail" if len(panels) > 1 else ""
-    legend = f"{keep_mask.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
+    legend = f"amber: important · {keep_mask.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
     return _compose(panels, legend)
 
 
 def importance_panels(
     image: Image.Image, boxes: TokenBoxes, importance: npt.ArrayLike, highest: float, long_side: int = 448
 ) -> list[Image.Image]:
-    """Paints the importance alone, over the image in grey, so that all colour is importance.
+    """Paints importance alone, over the image in grey, so that all colour is importance.
 
-    Args:
-        image (`PIL.Image.Image`): The original image.
-        boxes ([`TokenBoxes`]): Where its tokens lie.
-        importance (array of shape `(num_visual_tokens,)`): The importance of each token.
-        highest (`float`): The importance that gets the last colour of the scale, as all above it do; the first colour
-            is that of 0.
-        long_side (`int`, *optional*, defaults to 448): The longer side of the picture in pixels, about.
-
-    Returns:
-        `list` of `PIL.Image.Image`: A picture of the finer view and, half as large, one of the thumbnail if there is
-        one.
-
-    Raises:
-        ValueError: If there is not one value for each box.
-
-    Example:
-        ```python
-        >>> from PIL import Image
-        >>> from transformers_sgl.explanation.panels import TokenBoxes, importance_panels
-
-        >>> halves = TokenBoxes.from_fractions([(0, 0, 0.5, 1), (0.5, 0, 1, 1)], (64, 32))
-        >>> [panel] = importance_panels(Image.new("RGB", (64, 32)), halves, [1, 3], highest=3)
-        >>> panel.size
-        (448, 224)
-
-        ```
+    `importance` has the shape `(num_visual_tokens,)`; from `highest` on the colour is strongest. Returns the finer
+    view, with a longer side of about `long_side` pixels, and, half as large, the thumbnail if there is one.
     """
     (importance,) = _one_each(boxes, importance=importance)
-    heat = _heat_colours(np.clip(importance / (highest or 1.0), 0.0, 1.0))
+    heat = np.clip(importance / (highest or 1.0), 0.0, 1.0)
     darkest, brightest = PANEL_GREYS
     grey = image.convert("L").point(lambda value: darkest + value * (brightest - darkest) / 255).convert("RGB")
     return _panels(grey, boxes, np.ones(len(boxes), dtype=bool), heat, long_side)
@@ -185,34 +126,13 @@ def importance_panels(
 def kept_panels(
     image: Image.Image, boxes: TokenBoxes, keep_mask: npt.ArrayLike, long_side: int = 448
 ) -> list[Image.Image]:
-    """Shows what is kept of an image as it is; the rest is dark and hatched.
-
-    Args:
-        image (`PIL.Image.Image`): The original image.
-        boxes ([`TokenBoxes`]): Where its tokens lie.
-        keep_mask (array of shape `(num_visual_tokens,)`): Whether each token was kept.
-        long_side (`int`, *optional*, defaults to 448): The longer side of the picture in pixels, about.
-
-    Returns:
-        `list` of `PIL.Image.Image`: As from [`importance_panels`].
-
-    Raises:
-        ValueError: If there is not one value for each box.
-    """
+    """Shows what is kept, `(num_visual_tokens,)`, as it is and the rest dark and hatched; else as above."""
     (keep_mask,) = _one_each(boxes, keep_mask=keep_mask)
     return _panels(image.convert("RGB"), boxes, keep_mask.astype(bool), None, long_side)
 
 
 def plain_panel(image: Image.Image, long_side: int = 448) -> Image.Image:
-    """The image itself in the size of the other panels.
-
-    Args:
-        image (`PIL.Image.Image`): The original image.
-        long_side (`int`, *optional*, defaults to 448): The longer side of the picture in pixels, about.
-
-    Returns:
-        `PIL.Image.Image`: A new RGB image.
-    """
+    """The image itself, as large as the other panels of that `long_side`."""
     return _at_readable_size(image.convert("RGB"), long_side, long_side)
 
 
@@ -233,8 +153,10 @@ def _parts(boxes: TokenBoxes) -> list[npt.NDArray[np.bool_]]:
 
 
 def _pixel_boxes(boxes: TokenBoxes, image: Image.Image, base: Image.Image) -> npt.NDArray[np.int64]:
-    """The boxes in pixels of the image at another size."""
-    return np.rint(boxes.boxes * np.tile(np.divide(base.size, image.size), 2)).astype(int)
+    """The boxes in pixels of the image at another size, without the seams that measured boxes have between tiles."""
+    whole = np.rint(boxes.boxes)
+    edges = np.where(np.abs(boxes.boxes - whole) < 0.26, whole, boxes.boxes)
+    return np.rint(edges * np.tile(np.divide(base.size, image.size), 2)).astype(int)
 
 
 def _panels(
@@ -247,10 +169,8 @@ def _panels(
     panels = []
     for part, side in zip(_parts(boxes), (long_side, long_side // 2), strict=False):
         base = plain_panel(image, side)
-        colours = None if heat is None else heat[part]
-        panels.append(
-            _paint(base, _pixel_boxes(boxes, image, base)[part], keep_mask[part], colours, PANEL_HEAT_OPACITY)
-        )
+        of_part = None if heat is None else heat[part]
+        panels.append(_paint(base, _pixel_boxes(boxes, image, base)[part], keep_mask[part], of_part))
     return panels
 
 
@@ -280,28 +200,21 @@ def _normalized(importance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.clip((np.where(np.isfinite(importance), importance, low) - low) / spread, 0.0, 1.0)
 
 
-def _heat_colours(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Turns values in [0, 1] of shape `(n,)` into RGB colours of shape `(n, 3)`."""
-    stops = np.linspace(0.0, 1.0, len(HEAT_COLOURS))
-    return np.stack([np.interp(values, stops, channel) for channel in HEAT_COLOURS.T], axis=-1)
-
-
 def _paint(
     base: Image.Image,
     pixel_boxes: npt.NDArray[np.int64],
     keep_mask: npt.NDArray[np.bool_],
-    colours: npt.NDArray[np.float32] | None,
-    opacity: float = HEAT_OPACITY,
+    heat: npt.NDArray[np.float32] | None,
 ) -> Image.Image:
-    """Colours the boxes where there are colours, and darkens and hatches those that were dropped."""
+    """Colours the boxes by heat in [0, 1], and darkens and hatches those that were dropped."""
     pixels = np.asarray(base, dtype=np.float32)
-    heat = pixels.copy()
+    opacity = np.zeros((*pixels.shape[:2], 1), np.float32)
     dropped = np.zeros(pixels.shape[:2], dtype=bool)
     for index, (left, top, right, bottom) in enumerate(pixel_boxes):
-        if colours is not None:
-            heat[top:bottom, left:right] = colours[index]
+        if heat is not None:
+            opacity[top:bottom, left:right] = HEAT_OPACITY * heat[index]
         dropped[top:bottom, left:right] = not keep_mask[index]
-    painted = (1 - opacity) * pixels + opacity * heat
+    painted = (1 - opacity) * pixels + opacity * np.array(HEAT_COLOUR, np.float32)
 
     row, column = np.indices(dropped.shape)
     hatch = dropped & ((row + column) % HATCH_PERIOD_PX == 0)
@@ -311,28 +224,15 @@ def _paint(
 
 
 def _compose(panels: list[Image.Image], legend: str) -> Image.Image:
-    """Puts the panels beside one another, the heat scale and the legend below."""
+    """Puts the panels beside one another, and the legend below."""
     font = ImageFont.load_default(size=16)
-    bar_width, bar_height = 80, 14
-    low, high = "low", "high"
-    low_width, high_width, space = font.getlength(low), font.getlength(high), font.getlength("  ")
-    text_x = MARGIN_PX + low_width + space + bar_width + space + high_width + 2 * space
     panels_width = sum(panel.width + MARGIN_PX for panel in panels) + MARGIN_PX
-    width = max(panels_width, math.ceil(text_x + font.getlength(legend)) + MARGIN_PX)
-    height = panels[0].height + 3 * MARGIN_PX + bar_height + 4
-
-    canvas = Image.new("RGB", (width, height), "white")
+    width = max(panels_width, math.ceil(font.getlength(legend)) + 2 * MARGIN_PX)
+    canvas = Image.new("RGB", (width, panels[0].height + LEGEND_PX), "white")
     x = (width - panels_width) // 2 + MARGIN_PX
     for panel in panels:
         canvas.paste(panel, (x, MARGIN_PX))
         x += panel.width + MARGIN_PX
-
-    draw = ImageDraw.Draw(canvas)
-    middle = height - MARGIN_PX - bar_height // 2
-    bar = np.repeat(_heat_colours(np.linspace(0, 1, bar_width, dtype=np.float32))[None], bar_height, axis=0)
-    bar_x = MARGIN_PX + low_width + space
-    draw.text((MARGIN_PX, middle), low, fill="black", font=font, anchor="lm")
-    canvas.paste(Image.fromarray(bar.astype(np.uint8)), (round(bar_x), middle - bar_height // 2))
-    draw.text((bar_x + bar_width + space, middle), high, fill="black", font=font, anchor="lm")
-    draw.text((text_x, middle), legend, fill="black", font=font, anchor="lm")
+    middle = canvas.height - (LEGEND_PX - MARGIN_PX) // 2
+    ImageDraw.Draw(canvas).text((MARGIN_PX, middle), legend, fill="black", font=font, anchor="lm")
     return canvas

@@ -1,7 +1,8 @@
-"""Where ready-made pairs come from, and how they get to the Hub."""
+"""The embedded pair, and publishing pairs on the Hub."""
 
+from transformers_sgl.hub.contents import Finding
 from transformers_sgl.hub.embedded import embedded_pair
 from transformers_sgl.hub.publishing import Publication, PublishedFile, publish
-from transformers_sgl.hub.validation import Finding, validate
+from transformers_sgl.hub.validation import validate
 
 __all__ = ["Finding", "Publication", "PublishedFile", "embedded_pair", "publish", "validate"]

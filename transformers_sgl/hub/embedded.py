@@ -12,13 +12,13 @@ def embedded_pair() -> Path:
     """Returns the folder of the pair of tiny models that is shipped with the package.
 
     The bundle `sgl-tiny` holds a large and a small vision-language model, both trained from scratch on drawn
-    shapes and small enough for one CPU core. It needs no download, so tests, examples and a first try run anywhere.
+    shapes and small enough for one CPU core. It needs no download.
 
     Returns:
-        `Path`: The folder, which `from_pretrained` of the model and of the processor reads like any checkpoint.
+        `Path`: The folder, for `from_pretrained` of the model and of the processor.
 
     Raises:
-        OSError: If the bundle is not there, because the installation is incomplete.
+        OSError: If the installation is incomplete and lacks the bundle.
 
     Example:
         ```python
@@ -30,7 +30,7 @@ def embedded_pair() -> Path:
         ```
     """
     package = Path(str(files("transformers_sgl")))
-    # An installed package carries the bundle inside; in a source tree, editable or not, it lies beside the package.
+    # A wheel has the bundle inside the package; a source tree has it beside the package.
     for parent in (package, package.parent):
         bundle = parent / "model_cards" / "sgl-tiny"
         if (bundle / "config.json").is_file():

@@ -1,7 +1,4 @@
-"""From a folder to the Hub: looked over, announced, and uploaded in one commit.
-
-Between `validation`, which says what is wrong with the folder, and `hub`, which offers all of this.
-"""
+"""Uploads a folder to the Hub in one commit, after `validation` has found nothing against it."""
 
 from __future__ import annotations
 
@@ -25,18 +22,13 @@ from transformers_sgl.storage.checkpoints import first_sentence
 
 __all__ = ["Publication", "PublishedFile", "publish"]
 
-# What the Hub's client raises when a request fails on its way; which package it is from depends on the version.
+# What the Hub's client raises where it has no connection: `httpx` or `requests`, depending on its version.
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file of a publication.
-
-    Attributes:
-        path (`str`): Its path in the repository.
-        size_bytes (`int`): Its size.
-    """
+    """A file's path in the repository and its size."""
 
     path: str
     size_bytes: int
@@ -49,12 +41,12 @@ class Publication:
     Attributes:
         repo_id (`str`): The repository.
         kind (`str`): `"bundle"`, `"recipe"`, or `"function"` for `custom_generate`.
-        private (`bool`): Whether a repository that is made for it is private.
+        private (`bool`): Whether a new repository is private.
         dry_run (`bool`): Whether nothing was to be uploaded.
-        files (`tuple` of [`PublishedFile`]): What the commit holds.
-        deleted (`tuple` of `str`): Weights of an earlier publication that it removes, because they would be loaded.
-        pinned (`dict`): For a recipe, the commits of its models, by `"large"` and `"small"`.
-        notes (`tuple` of `str`): What is worth knowing and does not stop a publication.
+        files (`tuple` of [`PublishedFile`]): The files of the commit.
+        deleted (`tuple` of `str`): Weights of an earlier publication that the commit removes.
+        pinned (`dict`): The commits of a recipe's models, by `"large"` and `"small"`.
+        notes (`tuple` of `str`): Findings that do not prevent publication.
         commit (`str`, *optional*): The commit's id, once there is one.
         url (`str`, *optional*): The commit's address, once there is one.
     """
@@ -82,26 +74,25 @@ def publish(
     kind: str | None = None,
     announce: Callable[[Publication], None] | None = None,
 ) -> Publication:
-    """Uploads a bundle or a recipe to the Hub, in one commit, after [`validate`] has found nothing against it.
+    """Uploads a bundle, a recipe or a generation function to the Hub in one commit, after [`validate`].
 
-    A recipe's models are pinned in what is uploaded: the Hub is asked for the commit of each that the recipe does not
-    pin itself. The folder is only read.
+    The folder is only read. In the uploaded recipe each model is pinned to a commit: the recipe's own, or the newest.
 
     Args:
-        folder (`str` or `os.PathLike`): The bundle or recipe.
-        repo_id (`str`): The repository, such as `"me/my-pair"`; made if it does not exist.
+        folder (`str` or `os.PathLike`): The folder to upload.
+        repo_id (`str`): The repository, such as `"me/my-pair"`; created if it does not exist.
         private (`bool`, *optional*, defaults to `False`): Whether it must be private.
         dry_run (`bool`, *optional*, defaults to `False`): Do everything but write to the Hub.
-        token (`str`, *optional*): A token that may write there; by default the one you are logged in with.
-        revision (`str`, *optional*): The branch to commit to, if not the main one; made if it does not exist.
-        kind (`str`, *optional*): `"bundle"` or `"recipe"`, to refuse a folder that is the other.
-        announce (`Callable`, *optional*): Called with the [`Publication`] as planned, before anything is uploaded.
+        token (`str`, *optional*): A token with write access; by default the one you are logged in with.
+        revision (`str`, *optional*): The branch to commit to, if not the main one; created if it does not exist.
+        kind (`str`, *optional*): `"bundle"` or `"recipe"`, to refuse a folder of the other kind.
+        announce (`Callable`, *optional*): Called with the planned [`Publication`] before anything is uploaded.
 
     Returns:
         [`Publication`]: What was uploaded.
 
     Raises:
-        ValueError: If anything is to be put right in the folder first, or the repository is public and must not be.
+        ValueError: If the folder needs corrections first, or the repository is public and must not be.
         OSError: If there is no such folder, or the Hub refuses or cannot be reached.
 
     Example:
@@ -114,57 +105,61 @@ def publish(
 
         ```
     """
-    # 1. Without the Hub: the names, then the folder.
     _check_names(repo_id, token)
-    folder = Path(folder)
-    findings = validate(folder, repo_id)
-    problems = [str(finding) for finding in findings if finding.stops]
-    if problems:
-        raise ValueError(f"{str(folder)!r} cannot be published yet. {' '.join(problems)}")
-    path = folder / "config.json"
-    config = {} if is_function(folder) else json.loads(path.read_text(encoding="utf-8"))
-    found = "function" if is_function(folder) else kind_of(config)
-    _check_kind(folder, found, kind)
-
-    # 2. The Hub is asked, and nothing written to it yet.
+    found, config, notes = _read(Path(folder), repo_id, kind)
     api = HfApi(token=token)
-    notes = [str(finding) for finding in findings]
     repo = head = None
     pinned: dict[str, str] = {}
     try:
         with _one_sentence(repo_id):
             repo, head = _existing(api, repo_id, revision)
-            pinned = _pin(api, folder, config, notes) if found == "recipe" else {}
+            pinned = _pin(api, Path(folder), config, notes) if found == "recipe" else {}
     except OSError as error:
         if not dry_run:
             raise
-        notes.append(f"The Hub could not be asked, so names and revisions were not looked up. {error}")
+        notes.append(f"The Hub could not be asked, so names and revisions were not checked. {error}")
     if repo and private and not repo.private:
         raise ValueError(f"{repo_id!r} is a public repository: make it private in its settings, or name another.")
-    contents = _contents(folder, config if pinned else None)
+    contents = _contents(Path(folder), config if pinned else None)
+    files = tuple(PublishedFile(path, _size(content)) for path, content in contents.items())
     deleted = _outdated(head or repo, set(contents))
-    publication = Publication(
-        repo_id=repo_id,
-        kind=found,
-        private=private,
-        dry_run=dry_run,
-        files=tuple(PublishedFile(path, _size(content)) for path, content in contents.items()),
-        deleted=deleted,
-        pinned=pinned,
-        notes=tuple(notes),
-    )
+    publication = Publication(repo_id, found, private, dry_run, files, deleted, pinned, tuple(notes))
     if announce:
         announce(publication)
-    if dry_run:
-        return publication
+    return publication if dry_run else _commit(api, publication, contents, repo, head, revision)
 
-    # 3. One commit; where somebody else has committed since, it is refused.
+
+def _read(folder: Path, repo_id: str, kind: str | None) -> tuple[str, dict[str, Any], list[str]]:
+    """Checks a folder and returns its kind, its configuration and its notes."""
+    findings = validate(folder, repo_id)
+    problems = [str(finding) for finding in findings if finding.stops]
+    if problems:
+        raise ValueError(f"{str(folder)!r} cannot be published yet. {' '.join(problems)}")
+    if is_function(folder):
+        found, config = "function", {}
+    else:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = kind_of(config)
+    _check_kind(folder, found, kind)
+    return found, config, [str(finding) for finding in findings]
+
+
+def _commit(
+    api: HfApi,
+    publication: Publication,
+    contents: dict[str, Path | bytes],
+    repo: Any,
+    head: Any,
+    revision: str | None,
+) -> Publication:
+    """Makes one commit, which the Hub refuses if somebody else has committed since `head` was read."""
+    repo_id = publication.repo_id
     operations: list[Any] = [CommitOperationAdd(path, content) for path, content in contents.items()]
-    operations += [CommitOperationDelete(path) for path in deleted]
+    operations += [CommitOperationDelete(path) for path in publication.deleted]
     if repo is None:
         with _one_sentence(repo_id):
-            api.create_repo(repo_id, private=private)
-    with _one_sentence(repo_id, " The repository was made, and is empty." if repo is None else ""):
+            api.create_repo(repo_id, private=publication.private)
+    with _one_sentence(repo_id, " The repository was created, and is empty." if repo is None else ""):
         if revision and head is None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         parent = head or repo
@@ -182,23 +177,23 @@ def _check_names(repo_id: str, token: str | None) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository's name: pass one such as 'me/my-pair'.") from error
+        raise ValueError(f"{repo_id!r} is not a repository's name: pass one such as 'me/my-pair'.") from error
     if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} does not say whose repository it is: pass a name such as 'me/{repo_id}'.")
+        raise ValueError(f"{repo_id!r} does not name the repository's owner: pass a name such as 'me/{repo_id}'.")
     if token is not None and not re.fullmatch(r"[!-~]+", token):
-        # An HTTP client would refuse it too, and print it.
-        raise ValueError("The token has characters that no token has: copy it again.")
+        # An HTTP client would refuse it too, but print it.
+        raise ValueError("The token has characters that no token can have: copy it again.")
 
 
 def _check_kind(folder: Path, found: str, wanted: str | None) -> None:
     if wanted not in (None, "bundle", "recipe"):
         raise ValueError(f"`kind` is {wanted!r}: choose 'bundle' or 'recipe'.")
     if wanted is not None and found == "function":
-        raise ValueError(f"{str(folder)!r} is a generation function, and no {wanted}: leave the kind out.")
+        raise ValueError(f"{str(folder)!r} is a generation function, not a {wanted}: leave the kind out.")
     if wanted == "recipe" and found == "bundle":
         raise ValueError(
-            f"{str(folder)!r} is a bundle, which does not say what checkpoints its models came from: write a recipe "
-            "from named checkpoints and publish that, or publish the bundle."
+            f"{str(folder)!r} is a bundle, which does not name the checkpoints of its models: write a recipe from "
+            "named checkpoints and publish that, or publish the bundle."
         )
     if wanted == "bundle" and found == "recipe":
         raise ValueError(
@@ -208,7 +203,7 @@ def _check_kind(folder: Path, found: str, wanted: str | None) -> None:
 
 
 def _existing(api: HfApi, repo_id: str, revision: str | None) -> tuple[Any, Any]:
-    """What the Hub knows of a repository, and of the branch that is written to; `None` for what does not exist."""
+    """The Hub's records of a repository and of the branch to commit to; `None` for what does not exist."""
     try:
         repo = api.model_info(repo_id)
     except RepositoryNotFoundError:
@@ -226,11 +221,11 @@ def _pin(api: HfApi, folder: Path, config: dict[str, Any], notes: list[str]) -> 
         name, revision = config[part]["name_or_path"], config[part].get("revision")
         local = named_folder(folder, name)
         if local is not None and local.is_relative_to(folder.resolve()):
-            continue  # it comes along, in the same commit
+            continue  # part of the same commit
         if local is not None:
             raise ValueError(
-                f"The recipe names the folder {name!r} as the {part} model, where nobody else can load it: publish "
-                "that checkpoint and put its repository's name into `config.json`."
+                f"The recipe names the folder {name!r} as the {part} model, which nobody else can load: publish "
+                "that checkpoint and name its repository in `config.json`."
             )
         try:
             info = api.model_info(name, revision=revision)
@@ -239,18 +234,22 @@ def _pin(api: HfApi, folder: Path, config: dict[str, Any], notes: list[str]) -> 
             raise ValueError(f"The Hub has no {name!r}{at}, which the recipe names as the {part} model.") from error
         weights = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
         if not weights:
-            raise ValueError(f"{name!r} has no safetensors weights, and others are never loaded: name another model.")
+            raise ValueError(
+                f"{name!r} has no safetensors weights, the only ones that are loaded: name another model."
+            )
         model_type = (info.config or {}).get("model_type")
         if model_type is not None and model_type not in ARCHITECTURES:
-            raise ValueError(f"{name!r} is of type {model_type!r}, which no pair can have: name another model.")
+            raise ValueError(f"{name!r} is of type {model_type!r}, which no pair supports: name another model.")
         if info.private or info.gated:
-            notes.append(f"config.json: {name!r} is {'private' if info.private else 'gated'}: not all can load it.")
+            notes.append(
+                f"config.json: {name!r} is {'private' if info.private else 'gated'}: not everybody can load it."
+            )
         pinned[part] = config[part]["revision"] = str(info.sha)
     return pinned
 
 
 def _contents(folder: Path, config: dict[str, Any] | None) -> dict[str, Path | bytes]:
-    """What is uploaded, by its path in the repository: a file, or what stands in its place."""
+    """What is uploaded, by path in the repository: a file, or its changed content."""
     contents: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in published_files(folder)}
     if config is not None:
         contents["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -258,7 +257,7 @@ def _contents(folder: Path, config: dict[str, Any] | None) -> dict[str, Path | b
 
 
 def _outdated(existing: Any, paths: set[str]) -> tuple[str, ...]:
-    """Weights in the repository that would be loaded in the place of the new ones, or beside them."""
+    """Weights in the repository that would be loaded instead of the new ones, or with them."""
     there = [file.rfilename for file in (existing.siblings or [])] if existing else []
     endings = (".safetensors", ".safetensors.index.json")
     parts = tuple(f"{part}/" for part in PARTS)
@@ -271,7 +270,7 @@ def _size(content: Path | bytes) -> int:
 
 @contextmanager
 def _one_sentence(repo_id: str, left_behind: str = "") -> Iterator[None]:
-    """Turns what the Hub's client raises into one line: cause, cure, and what is there now that was not before."""
+    """Raises one sentence for what the Hub's client raises: cause, cure, and what was created."""
     try:
         yield
     except (OSError, _TransportError) as error:

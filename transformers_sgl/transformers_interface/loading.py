@@ -19,6 +19,7 @@ __all__ = [
     "processor_name",
     "server_class",
     "server_model_tables",
+    "server_models",
     "stock_fault",
     "uninitialized",
 ]
@@ -129,3 +130,12 @@ def server_model_tables() -> list[dict[str, str]]:
     """
     names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
     return [from_module("models.auto.modeling_auto", name) for name in names]
+
+
+def server_models(server: Any) -> Any:
+    """The server's store of models.
+
+    Assumes that its `force_model` is the name of the model it was started with, and that each request calls
+    `load_model_and_processor` in its own context. Without it, answers do not say what was kept.
+    """
+    return server._model_manager
