@@ -7,24 +7,22 @@ at a time, with and without pruning, under settings that shape answers in every 
 written must be equal to the last token; the script fails otherwise. Forward passes of the large model are counted,
 not timed.
 
-The result goes to `benchmarks/sgl_tiny_drafts.json`, from which `scripts/render_tables.py` fills the README.
+The result goes to `benchmarks/results/sgl_tiny_drafts.json`, from which `scripts/render_tables.py` fills the README.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evaluate_tiny_pair import ROOT, Evaluation, Sample, easy_vqa_samples, scene_samples
+from evaluate_tiny_pair import scene_samples
+from tiny_pair_evaluation import Evaluation, argument_parser, write_record
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation import Sample, load_samples
+from transformers_sgl.opening import open_pair
 
 # In what way the settings shape answers; a question gets one of them.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -39,17 +37,10 @@ LENGTHS = ((1, 2), (3, 5), (6, 10), (11, 20), (21, 40))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_drafts.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=504, help="questions in all")
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__, "sgl_tiny_drafts.json", limit=504).parse_args()
 
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    easy = easy_vqa_samples("test")
+    model, processor = open_pair(arguments.model, device=arguments.device)
+    easy = load_samples("easy-vqa")
     order = np.random.default_rng(arguments.seed).permutation(len(easy))[: arguments.limit // 2]
     data = [easy[index] for index in order], scene_samples("test", arguments.limit // 2, questions_per_scene=1)
     measured = [
@@ -59,12 +50,8 @@ def main() -> None:
         for samples in data
         for run in compare(Evaluation(model, processor, batch_size), samples, pruned)
     ]
-    record = {
-        **measurement_record(arguments.seed, torch.device(arguments.device)),
-        "tables": {"sgl-tiny-drafts": table(measured), "sgl-tiny-drafts-lengths": lengths_table(measured)},
-    }
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {arguments.output}")
+    tables = {"sgl-tiny-drafts": table(measured), "sgl-tiny-drafts-lengths": lengths_table(measured)}
+    write_record(arguments, tables)
 
 
 def compare(evaluation: Evaluation, samples: list[Sample], pruned: bool) -> list[dict[str, Any]]:

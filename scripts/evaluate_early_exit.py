@@ -11,36 +11,33 @@
 3. How often a calibrated threshold keeps its promise on questions it has not seen, over 100 splits.
 
 An answer counts if it is the expected one to the letter. Everything is drawn from `--seed`; the result goes to
-`benchmarks/sgl_tiny_early_exit.json`, from which `scripts/render_tables.py` fills the README and the card.
+`benchmarks/results/sgl_tiny_early_exit.json`, from which `scripts/render_tables.py` fills the README and the card.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evaluate_tiny_pair import (
+from evaluate_tiny_pair import scene_samples
+from tiny_pair_evaluation import (
     MAX_NEW_TOKENS,
-    ROOT,
     Evaluation,
-    Sample,
-    easy_vqa_samples,
+    argument_parser,
+    is_right,
+    open_evaluation,
     paired_interval,
     percent,
-    scene_samples,
+    write_record,
 )
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from transformers_sgl.evaluation.calibration import KeepAccuracy, LargeCallBudget, Promise, calibrate
-from transformers_sgl.evaluation.calibration_run import Record
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.clock import now_ms
+from transformers_sgl.evaluation import KeepAccuracy, LargeCallBudget, Sample, load_samples
+from transformers_sgl.evaluation.calibration import Promise, Record
+from transformers_sgl.evaluation.calibration.threshold import choose_threshold
 
 NEVER = float("inf")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -53,20 +50,12 @@ Answers = dict[str, np.ndarray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_early_exit.json")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=2000, help="questions of each set")
+    parser = argument_parser(__doc__, "sgl_tiny_early_exit.json", limit=2000)
     parser.add_argument("--timed", type=int, default=200, help="questions of each set that are timed one by one")
     arguments = parser.parse_args()
 
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    evaluation = Evaluation(model, processor, arguments.batch_size)
-    easy = easy_vqa_samples("test")
+    evaluation = open_evaluation(arguments)
+    easy = load_samples("easy-vqa")
     order = np.random.default_rng(arguments.seed).permutation(len(easy))[: arguments.limit]
     data = {
         "easy-VQA": [easy[index] for index in order],
@@ -74,21 +63,16 @@ def main() -> None:
     }
     answers = {name: ask(evaluation, samples, name) for name, samples in data.items()}
     seconds = {name: time_routes(evaluation, samples[: arguments.timed], name) for name, samples in data.items()}
-    record = {
-        **measurement_record(arguments.seed, torch.device(arguments.device)),
-        "tables": {
-            "sgl-tiny-early-exit": thresholds_table(answers, seconds),
-            "sgl-tiny-early-exit-scores": scores_table(answers, arguments.seed),
-            "sgl-tiny-calibration": calibration_table(answers),
-        },
-        # What the tables are made of, so that other questions can be put to it.
-        "answers": {
-            name: {key: np.round(values, 5).tolist() for key, values in known.items()}
-            for name, known in answers.items()
-        },
+    tables = {
+        "sgl-tiny-early-exit": thresholds_table(answers, seconds),
+        "sgl-tiny-early-exit-scores": scores_table(answers, arguments.seed),
+        "sgl-tiny-calibration": calibration_table(answers),
     }
-    arguments.output.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    print(f"written: {arguments.output}")
+    # What the tables are made of, so that other questions can be put to it.
+    found = {
+        name: {key: np.round(values, 5).tolist() for key, values in known.items()} for name, known in answers.items()
+    }
+    write_record(arguments, tables, indent=None, answers=found)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -113,7 +97,7 @@ def ask(evaluation: Evaluation, samples: Sequence[Sample], title: str) -> Answer
             ("alone_right", alone[:, prompt_length:], evaluation.processor),
         ):
             texts = processor.batch_decode(written, skip_special_tokens=True)
-            found[name] += [text.strip() == sample.answer for text, sample in zip(texts, batch, strict=True)]
+            found[name] += map(is_right, texts, batch)
         found["confidence"] += output.confidence.tolist()
         found["consistency"] += output.consistency.tolist()
     return {name: np.array(values, dtype=float) for name, values in found.items()}
@@ -151,11 +135,9 @@ def time_routes(evaluation: Evaluation, samples: Sequence[Sample], title: str, r
         times: dict[str, list[float]] = {name: [] for name in routes}
         for _ in range(rounds):
             for name, route in routes.items():
-                synchronize(model.device)
-                start = time.perf_counter()
+                start = now_ms(model.device)
                 output = route(inputs)
-                synchronize(model.device)
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(now_ms(model.device) - start)
                 if name == "scored":
                     scores = float(output.confidence), float(output.consistency)
         for name in routes:
@@ -172,11 +154,6 @@ def relative_seconds(times: Answers, score: str, threshold: float) -> float:
     scoring = times["scored"] - times["unscored"] if score == "confidence" else 0.0
     spent = np.where(called, times["scored"], times["exit"]) - scoring
     return float(spent.mean() / times["alone"].mean())
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -274,7 +251,7 @@ def calibration_table(answers: dict[str, Answers]) -> dict[str, Any]:
     for name, known in answers.items():
         records = records_of(known)
         for promise in PROMISES:
-            reports = [calibrate(records, range(len(records)), promise, seed=seed) for seed in range(SPLITS)]
+            reports = [choose_threshold(records, range(len(records)), promise, seed=seed) for seed in range(SPLITS)]
             rows.append(
                 [
                     name,

@@ -1,11 +1,11 @@
-"""Compares guided pruning of the embedded pair with everything else that prunes, by `transformers-sgl evaluate`.
+"""Compares guided pruning of the embedded pair with everything else that prunes.
 
     python scripts/evaluate_methods.py --work methods
 
 On the whole easy-VQA test split and on 2,000 held-out scenes, at 64, 35 and 9 % average retention: the pair against
 random pruning, FastV, DivPrune, a smaller image, the oracle, and both models alone. On 1,000 questions of each: which
 of the small model's layers and queries guide best. `--work` keeps the records of the four evaluations, so that a run
-that was cut off goes on; summaries and tables go to `benchmarks/sgl_tiny_methods.json`, from which
+that was cut off goes on; summaries and tables go to `benchmarks/results/sgl_tiny_methods.json`, from which
 `scripts/render_tables.py` fills the README and the card, and the figures into the card's folder.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_sgl.cli import main as transformers_sgl
-from transformers_sgl.evaluation.evaluation_report import p_value, points
+from transformers_sgl.evaluation import evaluate
+from transformers_sgl.evaluation.report import p_value, points
 
 ROOT = Path(__file__).parents[1]
 DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
@@ -54,27 +54,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
     parser.add_argument("--work", type=Path, required=True, help="folder for the records of the evaluations")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_methods.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sgl_tiny_methods.json")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    shared = ["--batch-size", arguments.batch_size, "--seed", arguments.seed]
     found: dict[str, dict[str, Any]] = {}
     for data in DATA:
-        asked = {data: ["--methods", ",".join(METHODS)]}
-        asked[f"{data}-guides"] = ["--methods", ",".join(GUIDES), "--limit", GUIDES_LIMIT]
-        for name, options in asked.items():
+        for name, methods, limit in ((data, METHODS, None), (f"{data}-guides", GUIDES, GUIDES_LIMIT)):
             folder = arguments.work / name
-            command = ["evaluate", arguments.model, "--data", data, *options, *shared, "--out", folder]
-            if transformers_sgl([str(part) for part in command]) != 0:
-                raise SystemExit(f"{name} was not evaluated.")
-            found[name] = {
-                part: json.loads((folder / f"{part}.json").read_text(encoding="utf-8"))
-                for part in ("summary", "speed")
-            }
-            if name in DATA:
-                shutil.copy(folder / "figure.png", ROOT / "model_cards" / "sgl-tiny" / f"methods-{name}.png")
+            evaluation = evaluate(
+                arguments.model,
+                data,
+                out=folder,
+                methods=methods,
+                retentions=RETENTIONS,
+                limit=limit,
+                batch_size=arguments.batch_size,
+                seed=arguments.seed,
+            )
+            print(f"{name}\n{evaluation.to_markdown()}\n")
+            found[name] = {"summary": evaluation.report, "speed": evaluation.speed}
+        shutil.copy(arguments.work / data / "figure.png", ROOT / "model_cards" / "sgl-tiny" / f"methods-{data}.png")
 
     speed = found["easy-vqa"]["speed"]
     tables = {f"methods-{data}": methods_table(found[data]) for data in DATA}

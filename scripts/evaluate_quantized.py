@@ -9,24 +9,29 @@ small model stays in float32. An answer counts if it is the expected one to the 
 come with a 95 % paired-bootstrap interval. The script fails if 4 bit costs more than two points.
 
 Quantised is the text decoder: the vision encoder's layers are too narrow for blocks of 64 weights. The result goes to
-`benchmarks/sgl_tiny_quantized.json`, from which `scripts/render_tables.py` fills the README.
+`benchmarks/results/sgl_tiny_quantized.json`, from which `scripts/render_tables.py` fills the README.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, Evaluation, Method, easy_vqa_samples, paired_interval, percent
+from tiny_pair_evaluation import (
+    MAX_NEW_TOKENS,
+    Evaluation,
+    Method,
+    argument_parser,
+    difference,
+    percent,
+    write_record,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 
 from transformers_sgl import SGLGenerationConfig
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation import load_samples
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 WEIGHTS: dict[str, BitsAndBytesConfig | None] = {
@@ -38,16 +43,9 @@ MOST_POINTS_LOST = 2.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_quantized.json")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=500, help="questions in all")
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__, "sgl_tiny_quantized.json", limit=500).parse_args()
 
-    easy = easy_vqa_samples("test")
+    easy = load_samples("easy-vqa")
     order = np.random.default_rng(arguments.seed).permutation(len(easy))[: arguments.limit]
     samples = [easy[index] for index in order]
     processor = AutoProcessor.from_pretrained(arguments.model)
@@ -63,11 +61,8 @@ def main() -> None:
         hits = evaluate(samples, {"large": evaluate.large_alone, "pair": guided(model)}, name)
         right[name] = {method: np.array(values, dtype=float) for method, values in hits.items()}
 
-    record = measurement_record(arguments.seed, torch.device(arguments.device))
-    record["versions"]["bitsandbytes"] = version("bitsandbytes")
-    record["tables"] = {"sgl-tiny-quantized": table(right, megabytes, arguments.seed)}
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {arguments.output}")
+    versions = {**measurement_record(arguments.seed)["versions"], "bitsandbytes": version("bitsandbytes")}
+    write_record(arguments, {"sgl-tiny-quantized": table(right, megabytes, arguments.seed)}, versions=versions)
     for method, hits in right["4 bit"].items():
         lost = percent(right["float32"][method]) - percent(hits)
         if lost > MOST_POINTS_LOST:
@@ -97,10 +92,8 @@ def table(right: dict[str, dict[str, np.ndarray]], megabytes: dict[str, list[flo
     for name, hits in right.items():
         row: list[Any] = [name, *megabytes[name]]
         for method, values in hits.items():
-            differences = values - right["float32"][method]
-            low, high = paired_interval(differences, seed)
-            interval = f"{percent(differences):+.1f} [{low:+.1f}, {high:+.1f}]"
-            row += [percent(values), "" if name == "float32" else interval]
+            versus = "" if name == "float32" else difference(values, right["float32"][method], seed)
+            row += [percent(values), versus]
         rows.append(row)
     return {
         "columns": [

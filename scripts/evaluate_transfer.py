@@ -8,31 +8,26 @@ to 35 % average retention, the large model answers 1,000 questions about held-ou
 every grid; beside that stand guidance on its own grid and random pruning (mean over several seeds). All see the same
 questions, so the differences come with 95 % paired-bootstrap intervals.
 
-An answer counts if it is the expected one to the letter. The result goes to `benchmarks/sgl_tiny_transfer.json`, from
-which `scripts/render_tables.py` fills the README. The script fails if guidance on one of the grids keeps less than
-95 % of the accuracy that guidance on the large model's own grid keeps.
+An answer counts if it is the expected one to the letter. The result goes to
+`benchmarks/results/sgl_tiny_transfer.json`, from which `scripts/render_tables.py` fills the README. The script fails
+if guidance on one of the grids keeps less than 95 % of the accuracy that guidance on the large model's own grid keeps.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from evaluate_tiny_pair import MAX_NEW_TOKENS, ROOT, paired_interval, percent
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_pair_evaluation import MAX_NEW_TOKENS, argument_parser, difference, percent, write_record
 
 from transformers_sgl import SGLProcessor
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import load_samples
 from transformers_sgl.evaluation.methods import SGP, Batch, Large, Method, Pair, Random, Setting, Small
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.opening import open_pair
 
 AVERAGE_RETENTION = 0.35
 LEAST_KEPT = 0.95
@@ -63,18 +58,11 @@ GRIDS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "model_cards" / "sgl-tiny")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "sgl_tiny_transfer.json")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser(__doc__, "sgl_tiny_transfer.json", limit=1000)
     parser.add_argument("--random-seeds", type=int, default=3, help="seeds that random pruning is averaged over")
-    parser.add_argument("--limit", type=int, default=1000, help="questions in all")
     arguments = parser.parse_args()
 
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    model, processor = open_pair(arguments.model, device=arguments.device)
     samples = load_samples("scenes")[: arguments.limit]
 
     setting = Setting.of(AVERAGE_RETENTION, len(decoder_layers(model.large)))
@@ -100,12 +88,8 @@ def main() -> None:
     random = np.mean([right_by(Random(), processor, seed) for seed in range(arguments.random_seeds)], axis=0)
 
     num_tokens = [count_tokens(processor, samples), *(count_tokens(regridded(processor, g), samples) for g in GRIDS)]
-    record = measurement_record(arguments.seed, torch.device(arguments.device))
-    record["tables"] = {
-        "sgl-tiny-transfer": table(accuracy, "guided", random, num_tokens, arguments.random_seeds, arguments.seed)
-    }
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {arguments.output}")
+    made = table(accuracy, "guided", random, num_tokens, arguments.random_seeds, arguments.seed)
+    write_record(arguments, {"sgl-tiny-transfer": made})
     for grid in GRIDS:
         kept = accuracy[f"guided {grid.name}"].mean() / accuracy["guided"].mean()
         if kept < LEAST_KEPT:
@@ -166,11 +150,6 @@ def table(
             f"{percent(accuracy['large'])}; pruned at random, {percent(random)} (mean over {num_random_seeds} seeds)."
         ),
     }
-
-
-def difference(hits: np.ndarray, other: np.ndarray, seed: int) -> str:
-    low, high = paired_interval(hits - other, seed)
-    return f"{percent(hits - other):+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #     PYTHON=.venv/bin/python bash scripts/gpu_check.sh   another Python than `python`
 #
 # The package need not be installed. FOLDER gets tests.txt, benchmark.txt, summary.txt, and after every part speed.json
-# with its figures, which is what scripts/benchmark.py writes to benchmarks/. Each part has a limit; what no longer fits
+# with its figures, which is what `python -m benchmarks --record FILE` writes. Each part has a limit; what no longer fits
 # into SECONDS is left out, and said so. The exit status is 1 if a test or a part failed, 2 if a package is missing.
 # Without a GPU the same is tried at a size that a CPU can do: the tests are skipped, and the figures mean nothing.
 set -uo pipefail
@@ -65,7 +65,7 @@ def imported(path):
 setup = configparser.ConfigParser()
 setup.read("setup.cfg", encoding="utf-8")
 needed = [line for line in setup["options"]["install_requires"].split() if lacks(line)]
-needed += [name for name in ("matplotlib",) if lacks(name)]  # for the benchmark's figure
+needed += [name for name in ("matplotlib", "psutil") if lacks(name)]  # for the benchmark
 able, unable, of_tests = [], [], set()
 if not needed:  # else the tests' imports say no more
     for path in map(Path, sys.argv[1:]):
@@ -130,17 +130,16 @@ fi
 # 3. The benchmark. A process of its own for each, since nothing else is sure to leave a GPU as it was.
 bench() { # LEAST LIMIT PARTS OPTIONS...
     part "$3" "$1" "$2" benchmark.txt \
-        "$PYTHON" scripts/benchmark.py --work "$WORK" --output "$OUT/speed.json" --parts "$3" "${@:4}"
+        "$PYTHON" -m benchmarks --out "$WORK/parts" --record "$OUT/speed.json" --parts "$3" "${@:4}"
     case $? in 0 | 124 | 130 | 137) ;; *) failed=1 ;; esac
 }
 : >"$OUT/benchmark.txt"
 if [[ $device == cuda ]]; then
-    bench 45 150 end-to-end --rounds 5
-    bench 30 90 prefill --rounds 5
+    bench 45 150 end-to-end
+    bench 30 90 prefill
     bench 30 90 guidance
     bench 30 100 decode,drafts
-    # At 8,192 tokens the attention matrices that `output_attentions` keeps are as much as an 80 GB GPU holds.
-    bench 40 120 break-even-tokens,growth-tokens --max-tokens 5000
+    bench 40 120 break-even-tokens,growth-tokens
     bench 40 150 break-even-answers,break-even-sizes,growth-batches,growth-answers
 else
     export OMP_NUM_THREADS=1 # models this small gain nothing from more

@@ -1,17 +1,21 @@
-"""Fills the tables of README.md and of the model cards from the benchmarks' JSON files.
+"""Fills the tables of README.md, docs/ and the model cards from the benchmarks' JSON files.
 
 A place for a table is a pair of comments, and what stands between them belongs to this script:
 
     <!-- table: NAME -->
     <!-- end table -->
 
-NAME is looked up in `benchmarks/*.json`, which benchmark scripts write:
+NAME is looked up in the JSON files of [`RESULTS`], which benchmark scripts write:
 
     {"machine": ..., "versions": {...}, "seed": ..., "date": ...,
      "tables": {NAME: {"columns": [...], "rows": [[...]], "caption": "..."}}}
 
-The one table that is not measured, `presets`, is computed from the package. Without arguments the files are written;
-with `--check` nothing is written, and the exit code is 1 if a file differs from what the JSON says.
+Where a file has a place `<!-- sources -->` ... `<!-- end sources -->`, machine, versions, seed and date of its tables
+are named there, once; else every caption names them. Two tables are computed: `presets` from the package, and
+`presets-measured` from several results. Pictures that go with results are copied to `docs/pictures/`.
+
+Without arguments the files are written; with `--check` nothing is written, and the exit code is 1 if a file differs
+from what the results say.
 """
 
 from __future__ import annotations
@@ -21,65 +25,134 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from build_model_cards import PAPER_SCORES
+
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 
+RESULTS = "benchmarks/results"  # the folder of the JSON files, from the repository's root
+PICTURES = (f"{RESULTS}/*.png", "model_cards/sgl-tiny/methods-*.png")
+
 PLACE = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end table -->)", re.DOTALL)
+SOURCES = re.compile(r"(?P<start><!-- sources -->\n)(?P<body>.*?)(?P<end><!-- end sources -->)", re.DOTALL)
 NOT_MEASURED = "*Not measured yet.*\n"
 PAPER_NUM_LAYERS = 48  # decoder layers of the paper's large model, InternVL2-26B
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table, and where its figures come from.
+
+    Attributes:
+        columns: The names of the columns.
+        rows: The cells, as Markdown or numbers.
+        caption: What is shown.
+        measured: Machine, versions, seed and date, in words; none for a table that nobody measured.
+        files: The files that hold the figures.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str
+    measured: str = ""
+    files: tuple[str, ...] = ()
+
+    def to_markdown(self, with_source: bool) -> str:
+        """The table with its caption below it."""
+        numeric = [all(isinstance(row[i], (int, float)) for row in self.rows) for i in range(len(self.columns))]
+        lines = [_line(self.columns), _line("--:" if right else "---" for right in numeric), *map(_line, self.rows)]
+        source = f" ({self.measured}; {_code(self.files)})" if with_source and self.measured else ""
+        return "\n".join([*lines, "", f"*{self.caption}{source}*", ""])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say which files differ from the JSON")
+    parser.add_argument("--check", action="store_true", help="only say which files differ from the results")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="folder of the repository")
     arguments = parser.parse_args(argv)
 
-    tables = {"presets": presets_table(), **read_tables(arguments.root / "benchmarks")}
-    for path in arguments.root.glob("model_cards/*/training.json"):
+    root = arguments.root
+    tables = {"presets": presets_table(), **read_tables(root / RESULTS)}
+    tables["presets-measured"] = presets_measured_table(tables)
+    for path in root.glob("model_cards/*/training.json"):
         tables[f"{path.parent.name}-training"] = training_table(json.loads(path.read_text(encoding="utf-8")))
-    stale = []
-    for path in [arguments.root / "README.md", *sorted(arguments.root.glob("model_cards/*/README.md"))]:
-        text = path.read_text(encoding="utf-8")
-        rendered = fill(text, tables)
-        if rendered != text:
-            stale.append(path.relative_to(arguments.root))
-            if not arguments.check:
-                path.write_text(rendered, encoding="utf-8")
+    contents = {path: fill(path.read_text(encoding="utf-8"), tables).encode() for path in _pages(root)}
+    for picture in (found for pattern in PICTURES for found in root.glob(pattern)):
+        contents[root / "docs" / "pictures" / picture.name] = picture.read_bytes()
 
+    stale = [path for path, content in contents.items() if not path.exists() or path.read_bytes() != content]
     for path in stale:
-        print(f"{path} {'differs from the JSON: run scripts/render_tables.py' if arguments.check else 'written'}")
+        if not arguments.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(contents[path])
+        said = "differs from the results: run scripts/render_tables.py" if arguments.check else "written"
+        print(f"{path.relative_to(root)} {said}")
     return 1 if stale and arguments.check else 0
 
 
-def read_tables(folder: Path) -> dict[str, str]:
-    """Reads every table in a folder of JSON files as Markdown, by name."""
-    tables: dict[str, str] = {}
+def read_tables(folder: Path) -> dict[str, Table]:
+    """Reads every table in a folder of JSON files, by name."""
+    tables: dict[str, Table] = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, table in record.get("tables", {}).items():
             if name in tables:
                 raise ValueError(f"Two benchmarks have a table {name!r}, the second is {path.name}: rename one.")
             where = "; ".join([*_words(record["machine"]), ", ".join(_words(record["versions"]))])
-            source = f"{where}; seed {record['seed']}; {record['date']}; `benchmarks/{path.name}`"
-            tables[name] = _markdown(table["columns"], table["rows"], f"{table['caption']} ({source})")
+            measured = f"{where}; seed {record['seed']}; {record['date']}"
+            tables[name] = Table(**table, measured=measured, files=(f"{RESULTS}/{path.name}",))
     return tables
 
 
-def presets_table() -> str:
+def presets_table() -> Table:
     """The presets and what they mean on the paper's large model."""
     rows = []
     for name, preset in PRESETS.items():
-        share = SGLGenerationConfig.from_preset(name).average_retention(PAPER_NUM_LAYERS)
         layer = resolve_prune_layer(preset["prune_layer"], PAPER_NUM_LAYERS)
-        rows.append([f'`"{name}"`', f"{preset['retention_ratio']:g}", f"{layer}/{PAPER_NUM_LAYERS}", f"{share:.0%}"])
+        share = _average_retention(name)
+        rows.append([f'`"{name}"`', f"{preset['retention_ratio']:g}", f"{layer}/{PAPER_NUM_LAYERS}", share])
     columns = ["preset", "`retention_ratio`", "`prune_layer`", "average retention"]
-    return _markdown(columns, rows, f"Average retention is that of a large model of {PAPER_NUM_LAYERS} layers.")
+    return Table(columns, rows, f"Average retention is that of a large model of {PAPER_NUM_LAYERS} layers.")
 
 
-def training_table(record: dict[str, Any]) -> str:
+def presets_measured_table(tables: dict[str, Table]) -> Table:
+    """What was measured of each preset, and on what; a cell whose result is missing says so."""
+
+    def cell(table: str, row: str, column: str | int) -> str:
+        found = tables.get(table)
+        cells = next((cells for cells in found.rows if str(cells[0]).startswith(row)), None) if found else None
+        if found is None or cells is None:
+            return "not measured"
+        place = column if isinstance(column, int) else list(found.columns).index(column)
+        return str(cells[place])
+
+    sets = {"easy-VQA": "methods-easy-vqa", "scenes": "methods-scenes"}
+    rows = []
+    for name in PRESETS:
+        share = _average_retention(name)
+        accuracies = [cell(table, "**guided** (`sgp`)", share) for table in sets.values()]
+        time = cell("speed-end-to-end", f"guided, {share}", 1)
+        rows.append([f'`"{name}"`', share, f"{PAPER_SCORES[name]:.1f}", *accuracies, time])
+    unpruned = " and ".join(cell(table, "large model alone", 1) for table in sets.values())
+    columns = ["preset", "average retention", "score in the paper", *(f"accuracy, {name}" for name in sets), "time"]
+    caption = (
+        "Score in the paper: InternVL2 2B guides 26B, mean of 11 benchmarks in % of the unpruned 26B model, as "
+        "published and not reproduced by us. Accuracy: exact match in % of the embedded pair, two tiny models trained "
+        f"on drawn shapes; unpruned, its large model reaches {unpruned}. Time: a whole answer relative to the large "
+        "model alone, on random weights of the proportions of InternVL 2B and 26B. Brackets: 95 % intervals of "
+        "accuracies; least and greatest of times, where there were enough rounds."
+    )
+    used = [tables[name] for name in (*sets.values(), "speed-end-to-end") if name in tables]
+    measured = "; ".join(dict.fromkeys(table.measured for table in used))
+    return Table(
+        columns, rows, caption, measured, tuple(dict.fromkeys(file for table in used for file in table.files))
+    )
+
+
+def training_table(record: dict[str, Any]) -> Table:
     """What a pair's training script wrote down about its stages."""
     rows = [
         [
@@ -93,23 +166,47 @@ def training_table(record: dict[str, Any]) -> str:
     versions = ", ".join(_words(record["versions"]))
     caption = f"On {record['machine']}, one core for each stage; {versions}; seed {record['seed']}; {record['date']}; "
     caption += f"`training.json`. {record['note']}"
-    return _markdown(["stage", "pictures seen", "questions answered", "minutes"], rows, caption)
+    return Table(["stage", "pictures seen", "questions answered", "minutes"], rows, caption)
 
 
-def fill(text: str, tables: dict[str, str]) -> str:
-    """Puts the tables into their places; a table that no JSON has is said to be unmeasured."""
-    return PLACE.sub(lambda place: place["start"] + tables.get(place["name"], NOT_MEASURED) + place["end"], text)
+def fill(text: str, tables: dict[str, Table]) -> str:
+    """Puts tables and sources into their places; a table that no JSON has is said to be unmeasured."""
+    names = [place["name"] for place in PLACE.finditer(text)]
+    shown = [tables[name] for name in names if name in tables]
+    with_source = SOURCES.search(text) is None
+
+    def table(place: re.Match[str]) -> str:
+        body = tables[place["name"]].to_markdown(with_source) if place["name"] in tables else NOT_MEASURED
+        return place["start"] + body + place["end"]
+
+    text = PLACE.sub(table, text)
+    return SOURCES.sub(lambda place: place["start"] + sources(shown) + place["end"], text)
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
-    numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(columns))]
-    lines = [_line(columns), _line("--:" if right else "---" for right in numeric), *map(_line, rows)]
-    return "\n".join([*lines, "", f"*{caption}*", ""])
+def sources(tables: Sequence[Table]) -> str:
+    """One sentence for each machine on which tables were measured."""
+    files: dict[str, list[str]] = {}
+    for table in tables:
+        if table.measured:
+            files.setdefault(table.measured, []).extend(table.files)
+    return "".join(f"Measured on {measured} ({_code(dict.fromkeys(names))}).\n" for measured, names in files.items())
+
+
+def _pages(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted(root.glob("docs/**/*.md")), *sorted(root.glob("model_cards/*/README.md"))]
+
+
+def _average_retention(preset: str) -> str:
+    return f"{SGLGenerationConfig.from_preset(preset).average_retention(PAPER_NUM_LAYERS):.0%}"
 
 
 def _line(cells: Any) -> str:
     # numbers stay as the benchmark rounded them
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _code(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _words(value: Any) -> list[str]:

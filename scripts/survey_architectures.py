@@ -4,8 +4,8 @@
 
 Every architecture is a tiny random model of its own configuration class, and has to keep the promises of
 `tests/architectures/conformance.py`: the same functions that the tests run. The result goes to
-`benchmarks/architectures.json`, from which `scripts/render_tables.py` fills the README. Run it with the oldest and
-with the newest supported transformers: each version replaces only its own part of the file.
+`benchmarks/results/architectures.json`, from which `scripts/render_tables.py` fills the README. Run it with the oldest
+and with the newest supported transformers: each version replaces only its own part of the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers_sgl.architectures import (
     decoder_layers,
     key_sources,
 )
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.tokens.layouts import LAYOUTS, PLACELESS
 from transformers_sgl.transformers_interface import processor_name, server_model_tables
 
@@ -50,7 +50,7 @@ from architectures import TINY, conformance, tiny_model  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "architectures.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
     parser.add_argument("--tables", action="store_true", help="only make the tables of earlier runs again")
     parser.add_argument("--only", nargs="*", help="types of models to try, for a quick look: nothing is written")
     arguments = parser.parse_args()

@@ -17,19 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from transformers_sgl.evaluation.scenes import (
+from transformers_sgl.evaluation.data.scene_objects import (
     COLORS,
-    KINDS,
     LABELS,
     SHAPES,
-    Question,
     SceneObject,
-    Scenes,
     paint_object_map,
     patch_objects,
     random_background,
     render,
 )
+from transformers_sgl.evaluation.data.scene_questions import KINDS, Question
+from transformers_sgl.evaluation.data.scenes import Scenes
 
 TILE = 64  # pixels
 PATCH = 8  # pixels, one visual token

@@ -55,7 +55,7 @@ from transformers import (
 from transformers.utils import logging
 
 from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
-from transformers_sgl.evaluation.records import measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,7 @@ def test_a_stock_model_is_guided_without_a_pair(name: str, num_beams: int) -> No
 
 
 def test_the_table_of_architectures_is_that_of_the_package() -> None:
-    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "architectures.json").read_text())
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "architectures.json").read_text())
     assert {model_type for run in record["runs"].values() for model_type in run} == ARCHITECTURES.keys()
     for run in record["runs"].values():
         for found in run.values():

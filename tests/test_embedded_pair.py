@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from transformers_sgl import RetentionRatioProcessor, SGLForConditionalGeneration, VisualTokenPruner, VisualTokens
-from transformers_sgl.evaluation import Scenes, load_easy_vqa
+from transformers_sgl.evaluation import Scenes, load_samples
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 24}
 
@@ -62,8 +62,9 @@ def photographs() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def easy(processor: Any) -> tuple[dict[str, Tensor], list[str]]:
-    questions = load_easy_vqa("test")[::32]  # 303 of 9,673
-    return prepare(processor, [(item.image, item.question) for item in questions]), [q.answer for q in questions]
+    samples = load_samples("easy-vqa")[::32]  # 303 of 9,673
+    questions = [(sample.open_image(), sample.question) for sample in samples]
+    return prepare(processor, questions), [sample.answers[0] for sample in samples]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_batch_of_unlike_images_gives_the_answers_of_its_samples(
     questions = [
         *((image, "what is in the image?") for image in photographs()),
         *((scene.image, question.question) for question in scene.questions),
-        (load_easy_vqa("test", limit=1)[0].image, "what shape is in the image?"),
+        (load_samples("easy-vqa")[0].open_image(), "what shape is in the image?"),
     ]
     inputs = prepare(processor, questions)
     before = state(pair)
@@ -166,21 +167,21 @@ def test_keeping_everything_is_the_stock_large_model(
 
 def test_the_pipeline_takes_chats_and_plain_prompts(embedded_pair_path: Path, processor: Any) -> None:
     pipe = pipeline("image-text-to-text", model=str(embedded_pair_path))
-    item = load_easy_vqa("test", limit=1)[0]
+    image = load_samples("easy-vqa")[0].open_image()
     question = "what shape is in the image?"
     shape = {"circle", "rectangle", "triangle"}
 
     def words(output: dict[str, Any]) -> str:
         return output["generated_text"].split()[-1]
 
-    single = pipe(text=chat(item.image, question), max_new_tokens=8, return_full_text=False)
+    single = pipe(text=chat(image, question), max_new_tokens=8, return_full_text=False)
     assert words(single[0]) in shape
-    batch = pipe(text=[chat(item.image, question)] * 3, max_new_tokens=8, return_full_text=False, batch_size=3)
+    batch = pipe(text=[chat(image, question)] * 3, max_new_tokens=8, return_full_text=False, batch_size=3)
     assert [words(one[0]) for one in batch] == [words(single[0])] * 3
-    prompt = processor.apply_chat_template(chat(item.image, question), add_generation_prompt=True)
-    plain = pipe(item.image, text=prompt, max_new_tokens=8, generate_kwargs={"retention_ratio": 0.5})
+    prompt = processor.apply_chat_template(chat(image, question), add_generation_prompt=True)
+    plain = pipe(image, text=prompt, max_new_tokens=8, generate_kwargs={"retention_ratio": 0.5})
     assert words(plain[0]) in shape
-    several = pipe([item.image] * 2, text=[prompt] * 2, max_new_tokens=8)
+    several = pipe([image] * 2, text=[prompt] * 2, max_new_tokens=8)
     assert [words(one) for one in several] == [words(single[0])] * 2
 
 

@@ -28,13 +28,13 @@ if words[0] == "-":
     os.execv({python!r}, [{python!r}, *words])
 with open(os.environ["ASKED"], "a") as file:
     file.write(json.dumps([words, os.environ["PYTHONPATH"]]) + "\\n")
-print("words of", words[0])
+print("words of", *words[:2])
 sys.stdout.flush()
 name = words[words.index("--parts") + 1] if "--parts" in words else "tests"
 seconds, status = json.loads(os.environ["PRETEND"]).get(name, (0, 0))
 time.sleep(seconds)
 if status == 0 and name != "tests":
-    with open(words[words.index("--output") + 1], "w") as file:
+    with open(words[words.index("--record") + 1], "w") as file:
         file.write(os.environ["SPEED"])
 sys.exit(status)
 """
@@ -80,7 +80,7 @@ def test_tests_come_first_and_then_the_most_telling_part(tmp_path: Path) -> None
         if "\n@pytest.mark.gpu" in path.read_text()
     }
     assert with_mark <= set(tests)
-    assert first[:1] == ["scripts/benchmark.py"]
+    assert first[:2] == ["-m", "benchmarks"]
     assert "--shrink" not in first  # the models as they are
     assert parts_of(asked)[:3] == ["end-to-end", "prefill", "guidance"]
     assert "large model alone | 12" in result.stdout
@@ -103,7 +103,7 @@ def test_what_fails_stops_nothing_and_is_told(tmp_path: Path) -> None:
     assert "tests: FAILED with status 1" in summary
     assert "prefill: FAILED with status 1" in summary
     assert "guidance: done" in summary
-    assert "words of scripts/benchmark.py" in result.stdout  # the end of the log
+    assert "words of -m benchmarks" in result.stdout  # the end of the log
 
 
 def test_what_takes_too_long_is_cut_off_and_the_rest_left_out(tmp_path: Path) -> None:

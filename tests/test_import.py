@@ -93,9 +93,27 @@ def test_beside_transformers_it_adds_itself_and_its_hooks_only() -> None:
     assert own == {"transformers_sgl", *(f"transformers_sgl.{name}" for name in light)}
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import contextlib\nfrom transformers_sgl.cli import main\nwith contextlib.suppress(SystemExit): main({})"
-    assert not HEAVY & modules_after(code.format(["run", "--help"]))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["run", "image.png"],
+        ["run", "missing.png", "what?", "--preset", "slow"],
+        ["run", "missing.png", "what?", "--prune-layer", "middle"],
+        ["calibrate", "pair", "--data", "data.jsonl", "--out", "out"],
+        ["publish", "pair", "--repo", "me/pair", "--recipe", "--bundle"],
+    ],
+)
+def test_help_and_most_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    modules = modules_after(f"from transformers_sgl.cli import main\nmain({arguments})")
+    assert "transformers_sgl.cli.shared" in modules
+    assert not HEAVY & modules
+
+
+def test_a_missing_image_imports_no_model() -> None:
+    modules = modules_after("from transformers_sgl.cli import main\nmain(['run', 'missing.png', 'what?'])")
+    assert HEAVY & modules <= {"PIL"}
 
 
 def test_whichever_import_comes_first_the_auto_classes_know_the_pair() -> None:

@@ -22,12 +22,13 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
 from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
-from transformers_sgl.evaluation import lmms_eval_model, load_easy_vqa
-from transformers_sgl.evaluation.lmms_eval_model import SGLChatModel
+from transformers_sgl.evaluation import load_samples
+from transformers_sgl.evaluation.lmms_eval import model as lmms_eval_model
+from transformers_sgl.evaluation.lmms_eval.model import SGLChatModel
 
 ROOT = Path(__file__).parents[1]
 TASK = Path(__file__).parent / "lmms_eval_task"
-QUESTIONS = load_easy_vqa("test", limit=200)
+QUESTIONS = load_samples("easy-vqa")[:200]
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +117,12 @@ def test_a_task_gets_the_answers_and_the_accuracy_of_generate(embedded_pair_path
     expected = []
     for start in range(0, len(QUESTIONS), 25):  # batches of another size than lmms-eval's
         batch = QUESTIONS[start : start + 25]
-        chats = [ask({"type": "image", "image": item.image}, text(item.question)) for item in batch]
+        chats = [ask({"type": "image", "image": item.open_image()}, text(item.question)) for item in batch]
         expected += answers_of(model, processor, chats, max_new_tokens=40, **settings)
-    accuracy = float(np.mean([answer == item.answer for answer, item in zip(expected, QUESTIONS, strict=True)]))
+    accuracy = float(np.mean([answer == item.answers[0] for answer, item in zip(expected, QUESTIONS, strict=True)]))
 
     assert [sample["filtered_resps"][0] for sample in samples] == expected
-    assert [sample["target"] for sample in samples] == [item.answer for item in QUESTIONS]
+    assert [sample["target"] for sample in samples] == [item.answers[0] for item in QUESTIONS]
     assert results["results"]["easy_vqa"]["exact_match,none"] == pytest.approx(accuracy)
     if arguments in ("retention_ratio=0.02,prune_layer=0", "method=small"):
         assert 0.5 < accuracy < 1  # so that equal accuracies mean something
@@ -162,15 +163,15 @@ def test_two_processes_answer_as_one_from_the_command_line(embedded_pair_path, t
 
 def test_answers_come_in_the_order_of_the_requests_whatever_their_settings(make, pair):
     model = make(batch_size="2")
-    chats = [ask({"type": "image", "url": item.image}, text(item.question)) for item in QUESTIONS[:6]]
+    chats = [ask({"type": "image", "url": item.open_image()}, text(item.question)) for item in QUESTIONS[:6]]
     settings = [{"max_new_tokens": 8 if index % 2 else 40} for index in range(6)]
     answers = model.generate_until(requests_for(model, *zip(chats, settings, strict=True)))
-    assert [answer.text for answer in answers] == [item.answer for item in QUESTIONS[:6]]
-    assert len({item.answer for item in QUESTIONS[:6]}) > 2
+    assert [answer.text for answer in answers] == [item.answers[0] for item in QUESTIONS[:6]]
+    assert len({item.answers[0] for item in QUESTIONS[:6]}) > 2
 
 
 def test_conversations_with_no_image_or_several_share_a_batch(make, pair):
-    first, second = (item.image for item in QUESTIONS[:10:9])
+    first, second = (item.open_image() for item in QUESTIONS[:10:9])
     prompts = [[first], [], [first, second]]
     question = text("what is the red shape?")
     model = make(batch_size=3)
@@ -189,7 +190,7 @@ def test_conversations_with_no_image_or_several_share_a_batch(make, pair):
 
 
 def test_videos_are_read_with_the_number_of_frames_asked_for(make):
-    frames = np.stack([np.asarray(item.image) for item in QUESTIONS[::20]])
+    frames = np.stack([np.asarray(item.open_image()) for item in QUESTIONS[::20]])
     counts = []
     for arguments in ("", "num_frames=2", "num_frames=4"):
         model = make(arguments)
@@ -229,7 +230,7 @@ def test_a_task_sets_how_its_answers_are_generated(make, monkeypatch, asked, exp
         return generate(**{**kwargs, "max_new_tokens": 2})
 
     monkeypatch.setattr(model.model, "generate", spy)
-    chat = ask({"type": "image", "url": QUESTIONS[0].image}, text(QUESTIONS[0].question))
+    chat = ask({"type": "image", "url": QUESTIONS[0].open_image()}, text(QUESTIONS[0].question))
     model.generate_until(requests_for(model, (chat, asked)))
     assert seen.items() >= {**expected, "retention_ratio": 0.4, "prune_layer": 19 / 48}.items()
     assert not absent & seen.keys()
@@ -237,7 +238,7 @@ def test_a_task_sets_how_its_answers_are_generated(make, monkeypatch, asked, exp
 
 def test_an_answer_ends_before_the_first_stop_string(make):
     model = make()
-    chat = ask({"type": "image", "url": QUESTIONS[0].image}, text(QUESTIONS[0].question))
+    chat = ask({"type": "image", "url": QUESTIONS[0].open_image()}, text(QUESTIONS[0].question))
     whole, cut = model.generate_until(requests_for(model, (chat, {}), (chat, {"until": ["ngl", "a"]})))
     assert whole.text == "triangle"
     assert cut.text == "tri"

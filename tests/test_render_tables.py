@@ -18,16 +18,50 @@ RECORD = {
 
 @pytest.fixture
 def repository(tmp_path):
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "speed.json").write_text(json.dumps(RECORD))
+    results = tmp_path / render_tables.RESULTS
+    results.mkdir(parents=True)
+    (results / "speed.json").write_text(json.dumps(RECORD))
+    (results / "speed.png").write_bytes(b"picture")
     (tmp_path / "model_cards" / "tiny").mkdir(parents=True)
     place = "before\n\n<!-- table: {} -->\nold\n<!-- end table -->\n\nafter\n"
     (tmp_path / "README.md").write_text(place.format("speed") + place.format("unknown"))
     (tmp_path / "model_cards" / "tiny" / "README.md").write_text(place.format("presets"))
+    (tmp_path / "docs").mkdir()
+    sources = "<!-- sources -->\nold\n<!-- end sources -->\n"
+    (tmp_path / "docs" / "speed.md").write_text(place.format("speed") + place.format("speed") + sources)
     return tmp_path
 
 
-def test_every_table_of_this_repository_is_what_the_json_says(capsys):
+def test_a_page_names_the_machine_once(repository):
+    render_tables.main(["--root", str(repository)])
+    page = (repository / "docs" / "speed.md").read_text()
+    assert page.count("| pair | 9 |\n\n*Medians.*\n<!-- end table -->") == 2
+    assert page.count("2 cores") == 1
+    assert page.endswith(
+        "<!-- sources -->\nMeasured on 2 cores; torch 2.15.0, transformers 5.23.0; seed 0; 2026-11-22 "
+        f"(`{render_tables.RESULTS}/speed.json`).\n<!-- end sources -->\n"
+    )
+
+
+def test_pictures_are_copied(repository):
+    render_tables.main(["--root", str(repository)])
+    assert (repository / "docs" / "pictures" / "speed.png").read_bytes() == b"picture"
+
+
+def test_what_was_measured_of_the_presets():
+    def table(name, *rows):
+        return render_tables.Table(name, rows, "", "2 cores", ("a.json",))
+
+    accuracies = table(["method", "64%", "35%", "9%"], ["large model alone", "99.5 [99, 100]", "", ""])
+    guided = ["**guided** (`sgp`)", "99.4", "98.3", "97.2 [96, 98]"]
+    accuracies = table(accuracies.columns, *accuracies.rows, guided)
+    found = render_tables.presets_measured_table({"methods-easy-vqa": accuracies, "methods-scenes": accuracies})
+    assert found.rows[2] == ['`"fast"`', "9%", "89.6", "97.2 [96, 98]", "97.2 [96, 98]", "not measured"]
+    assert "reaches 99.5 [99, 100] and 99.5" in found.caption
+    assert (found.measured, found.files) == ("2 cores", ("a.json",))
+
+
+def test_every_table_of_this_repository_is_what_the_results_say(capsys):
     assert render_tables.main(["--check", "--root", str(ROOT)]) == 0, capsys.readouterr().out
 
 
@@ -36,7 +70,8 @@ def test_tables_are_filled_in_with_their_source(repository):
     assert (repository / "README.md").read_text() == (
         "before\n\n<!-- table: speed -->\n"
         "| what | ms |\n| --- | --: |\n| stock | 12.5 |\n| pair | 9 |\n\n"
-        "*Medians. (2 cores; torch 2.15.0, transformers 5.23.0; seed 0; 2026-11-22; `benchmarks/speed.json`)*\n"
+        "*Medians. (2 cores; torch 2.15.0, transformers 5.23.0; seed 0; 2026-11-22; "
+        f"`{render_tables.RESULTS}/speed.json`)*\n"
         "<!-- end table -->\n\nafter\n"
         "before\n\n<!-- table: unknown -->\n*Not measured yet.*\n<!-- end table -->\n\nafter\n"
     )
@@ -55,8 +90,8 @@ def test_check_names_what_differs_and_writes_nothing(repository, capsys):
     assert render_tables.main(["--check", "--root", str(repository)]) == 1
     assert (repository / "README.md").read_text() == before
     assert capsys.readouterr().out.splitlines() == [
-        "README.md differs from the JSON: run scripts/render_tables.py",
-        "model_cards/tiny/README.md differs from the JSON: run scripts/render_tables.py",
+        f"{name} differs from the results: run scripts/render_tables.py"
+        for name in ("README.md", "docs/speed.md", "model_cards/tiny/README.md", "docs/pictures/speed.png")
     ]
 
 
@@ -66,6 +101,6 @@ def test_check_is_content_after_writing(repository):
 
 
 def test_two_tables_of_one_name_are_refused(repository):
-    (repository / "benchmarks" / "speed2.json").write_text(json.dumps(RECORD))
+    (repository / render_tables.RESULTS / "speed2.json").write_text(json.dumps(RECORD))
     with pytest.raises(ValueError, match="Two benchmarks have a table 'speed'"):
         render_tables.main(["--root", str(repository)])

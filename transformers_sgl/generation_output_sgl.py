@@ -1,8 +1,7 @@
-"""What guided generation returns, and how long its parts took."""
+"""What guided generation returns."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from transformers_sgl.generation_config_sgl import average_retention
 from transformers_sgl.transformers_interface import CacheUnderBothNames
 
-__all__ = ["Clock", "SGLGenerateOutput", "passed_on", "sequences_of"]
+__all__ = ["SGLGenerateOutput", "passed_on", "sequences_of"]
 
 
 @dataclass(repr=False)
@@ -75,6 +75,23 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         """The shapes of tensors instead of their values, which would fill pages."""
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in self.items())})"
 
+    def average_retention(self, num_layers: int) -> Tensor:
+        """Visual tokens that the large model processed, averaged over its layers (paper, section 4.1).
+
+        Args:
+            num_layers (`int`): The number of the large model's decoder layers.
+
+        Returns:
+            `Tensor` of shape `(batch,)`: Fractions in float64: 1 where nothing was pruned, 0 for an early exit.
+        """
+        if self.keep_mask is None or self.prune_layer is None or self.num_visual_tokens is None:
+            found = [1.0] * len(self.sequences)
+        else:
+            counts = zip(self.keep_mask.sum(dim=1).tolist(), self.num_visual_tokens.tolist(), strict=True)
+            found = [average_retention(kept / max(1, number), self.prune_layer, num_layers) for kept, number in counts]
+        retention = torch.tensor(found, dtype=torch.float64)
+        return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
+
 
 def sequences_of(output: ModelOutput | Tensor) -> Tensor:
     """The sequences that stock `generate` returned, alone or in an output."""
@@ -87,31 +104,6 @@ def passed_on(output: ModelOutput | Tensor | None) -> dict[str, Any]:
         return {}
     names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
     return {name: output[name] for name in names if name in output}
-
-
-class Clock:
-    """Wall-clock milliseconds of each step; waits for the devices to finish."""
-
-    def __init__(self, *devices: torch.device) -> None:
-        self._devices = {device for device in devices if device.type == "cuda"}
-        self._started = self._last = self._now()
-        self._laps = {"guidance_ms": 0.0, "large_ms": 0.0}
-
-    def lap(self, name: str) -> None:
-        """Names the time since the last lap."""
-        now = self._now()
-        self._laps[name] = (now - self._last) * 1000
-        self._last = now
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """The laps and their total."""
-        return {**self._laps, "total_ms": (self._last - self._started) * 1000}
-
-    def _now(self) -> float:
-        for device in self._devices:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
 
 
 def _shown(value: Any) -> str:

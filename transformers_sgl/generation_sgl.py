@@ -18,8 +18,9 @@ from transformers_sgl.answer_rules import AnswerRules
 from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
 from transformers_sgl.arguments import split_inputs
 from transformers_sgl.batching import WholeBatchStreamer, merge_answers
+from transformers_sgl.clock import Clock
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.generation_output_sgl import Clock, SGLGenerateOutput, passed_on, sequences_of
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.draft_verifier import DraftVerifier

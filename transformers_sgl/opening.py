@@ -1,9 +1,9 @@
-"""Opens a saved pair by name: model and processor, checked before anything large is loaded."""
+"""Opens a saved pair by name, checked before anything large is loaded, and prepares what it is asked."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.processing_sgl import SGLProcessor
 from transformers_sgl.storage.checkpoints import first_sentence
 
-__all__ = ["check_device", "find_pair", "naming_pair", "open_pair"]
+__all__ = ["chat_inputs", "check_device", "find_pair", "naming_pair", "open_pair", "user_turn"]
 
 
 def open_pair(
@@ -87,3 +87,41 @@ def check_device(name: str) -> None:
         raise ValueError(f"There is no kind of device {name!r}: name one such as cpu or cuda:0.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"There is no device {name!r} on this machine: torch finds {torch.cuda.device_count()}.")
+
+
+def user_turn(question: str, images: Sequence[Any], *, is_video: bool = False) -> list[dict[str, Any]]:
+    """A conversation of one turn: images and a question about them.
+
+    Args:
+        question (`str`): The question.
+        images (`Sequence[PIL.Image.Image]`): The images, or the frames of a video.
+        is_video (`bool`, defaults to `False`): Whether they are the frames of one video.
+
+    Returns:
+        `list[dict]`: The conversation, as chat templates take it.
+    """
+    media = [{"type": "video", "video": images}] if is_video else [{"type": "image", "image": each} for each in images]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
+
+
+def chat_inputs(model: Any, processor: Any, chats: Sequence[Any], **options: Any) -> Any:
+    """What `generate` takes, for a batch of conversations.
+
+    Args:
+        model (`PreTrainedModel`): The pair, or one of its models.
+        processor (`ProcessorMixin`): Its processor.
+        chats (`Sequence`): The conversations, such as from [`user_turn`].
+        **options: Further arguments of the processor, such as `num_frames`.
+
+    Returns:
+        `BatchFeature`: `input_ids` of shape `(batch, prompt_length)` and whatever else the model reads, on the model's
+        device and in its number format.
+    """
+    return processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, **options},
+    ).to(model.device, dtype=model.dtype)

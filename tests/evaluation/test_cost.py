@@ -13,16 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl.evaluation import Scenes
 from transformers_sgl.evaluation import cost as cost_module
-from transformers_sgl.evaluation.cost import (
-    Cost,
-    available_memory,
-    flop_counter,
-    measure_cost,
-    measure_working_memory,
-)
+from transformers_sgl.evaluation.cost import Cost, flop_counter, measure_cost
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.evaluation.evaluation_run import measure_costs, plan
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Batch, Large, Pair, Setting
+from transformers_sgl.evaluation.run import measure_costs, plan
 
 THIRD = Setting(0.35, 2, 10)
 
@@ -159,23 +153,6 @@ class TestMemory:
         again = measure_cost(lambda: None).peak_memory_bytes
         assert again is not None
         assert again - peak < 2**25
-
-    def test_working_memory_is_the_most_that_tensors_take_at_a_time(self) -> None:
-        held = torch.zeros(2**20)  # which was there before
-
-        def work() -> None:
-            first = held + 1  # 4 MiB
-            del first
-            second = held[: 2**19] + 1  # 2 MiB
-            third = second * 2  # 4 MiB together
-            del second
-            torch.cat([third, third, held])  # 2 and 8 MiB
-
-        assert [measure_working_memory(work) for _ in range(2)] == [10 * 2**20] * 2
-
-    def test_what_is_left(self) -> None:
-        left = available_memory()
-        assert left is None or left > 2**20
 
     def test_a_system_that_does_not_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cost_module.sys, "platform", "darwin")

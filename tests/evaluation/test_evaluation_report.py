@@ -14,18 +14,11 @@ from PIL import Image
 
 from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.evaluation.evaluation_report import (
-    PairedScores,
-    as_markdown,
-    at_equal_cost,
-    draw_figure,
-    p_value,
-    summarise,
-    summarise_speed,
-    write_report,
-)
-from transformers_sgl.evaluation.evaluation_run import Result, Run, plan
+from transformers_sgl.evaluation.figure import draw_figure
 from transformers_sgl.evaluation.methods import METHODS
+from transformers_sgl.evaluation.report import as_markdown, p_value, summarise, summarise_speed, write_report
+from transformers_sgl.evaluation.run import Result, Run, plan
+from transformers_sgl.evaluation.statistics import PairedScores, at_equal_cost
 
 Array = np.ndarray
 

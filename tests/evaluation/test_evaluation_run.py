@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -19,25 +20,24 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scene_data import write_data
 
 from transformers_sgl.cli import main
-from transformers_sgl.evaluation import Scenes, evaluation_run
+from transformers_sgl.evaluation import load_samples
+from transformers_sgl.evaluation import run as run_module
 from transformers_sgl.evaluation.calibration import allowed_failures
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.evaluation.evaluation_run import (
-    Result,
-    Run,
+from transformers_sgl.evaluation.evaluate import (
     check_disjoint,
     check_enough,
-    check_scorable,
+    check_retentions,
     choose_thresholds,
+    load_scorable,
     other_split,
-    plan,
-    read_retentions,
-    run_methods,
 )
 from transformers_sgl.evaluation.methods import METHODS, Answer, Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import METRICS
+from transformers_sgl.evaluation.run import Result, Run, plan, run_methods
 
 PICTURE = Image.new("RGB", (8, 8))
 FAKE_PAIR = Pair(SimpleNamespace(device=torch.device("cpu"), large=None), None)
@@ -177,7 +177,7 @@ class TestRun:
                 (folder / "samples-0.jsonl").write_text("".join(lines))
 
         state = SimpleNamespace(is_main_process=False, process_index=1, num_processes=2, wait_for_everyone=wait)
-        monkeypatch.setattr(evaluation_run, "all_processes", lambda: state)
+        monkeypatch.setattr(run_module, "all_processes", lambda: state)
         assert without_time(run(folder, runs_of(one=first))) == without_time(whole)
         assert first.asked == [(4, 5, 6, 7), (4, 5, 6, 7)]
         assert not (folder / "samples.jsonl").exists()  # the first one's work
@@ -237,7 +237,7 @@ class TestThresholds:
                         for index in batch.indices
                     ]
 
-            monkeypatch.setattr(evaluation_run, "SGP", Told)
+            monkeypatch.setattr(sys.modules["transformers_sgl.evaluation.evaluate"], "SGP", Told)
             monkeypatch.setattr(Pair, "num_layers", 10)
 
         return told
@@ -291,13 +291,14 @@ class TestChecks:
         with pytest.raises(ValueError, match="2 images are in the data and in the calibration data, such as '1'"):
             check_disjoint(samples[:3], samples[1:])
 
-    def test_metrics_that_do_not_suit(self) -> None:
-        check_scorable(questions(3), "anls")
-        sample = Sample(PICTURE, "?", ("yes",), where="row 7")
-        with pytest.raises(ValueError, match="^row 7: .*choice"):
-            check_scorable([sample], "choice_accuracy")
+    def test_metrics_that_do_not_suit(self, tmp_path: Path) -> None:
+        data = str(write_data(tmp_path / "test.jsonl", "test", 3))
+        options: dict[str, Any] = {"columns": None, "limit": None, "seed": 0}
+        assert load_scorable(data, metric_name="anls", **options) == load_samples(data)
+        with pytest.raises(ValueError, match="line 1: .*choice"):
+            load_scorable(data, metric_name="choice_accuracy", **options)
         with pytest.raises(ValueError, match="best.*exact_match"):
-            check_scorable([sample], "best")
+            load_scorable(data, metric_name="best", **options)
 
     def test_other_splits(self) -> None:
         assert other_split("scenes") == "scenes:calibration"
@@ -308,30 +309,13 @@ class TestChecks:
             other_split("my.jsonl")
 
     def test_retentions(self) -> None:
-        assert read_retentions("0.64, 0.35,0.64") == [0.64, 0.35]
-        for text in ("", "0.64,", "half", "0.64;0.35"):
-            with pytest.raises(ValueError, match="--retention is .*: write fractions separated by commas"):
-                read_retentions(text)
-        for text in ("0", "1", "64", "0.5,-0.1", "nan"):
+        assert check_retentions([0.64, 0.35, 0.64]) == [0.64, 0.35]
+        for wrong in ([0.0], [1.0], [64.0], [0.5, -0.1], [math.nan]):
             with pytest.raises(ValueError, match="The average retention is .*: pass a fraction"):
-                read_retentions(text)
+                check_retentions(wrong)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
-
-
-def write_data(path: Path, split: str, number: int) -> Path:
-    """Scenes of both sizes, with a question each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(number):
-        scene = Scenes(split, seed=6, size=64 if index % 3 else 128)[index]
-        scene.image.save(path.with_name(f"{split}-{index}.png"))
-        question = scene.questions[0]
-        fields = {"image": f"{split}-{index}.png", "question": question.question, "answer": question.answer}
-        lines.append(json.dumps({**fields, "kind": question.kind}) + "\n")
-    path.write_text("".join(lines))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -451,8 +435,8 @@ class TestCommand:
         def fail(*arguments: Any, **kwargs: Any) -> None:
             raise AssertionError("a model was asked")
 
-        monkeypatch.setattr("transformers_sgl.evaluation.methods.SGP._generate", fail)
-        monkeypatch.setattr("transformers_sgl.evaluation.methods.Pair.write", fail)
+        monkeypatch.setattr("transformers_sgl.evaluation.methods.guided.SGP._generate", fail)
+        monkeypatch.setattr("transformers_sgl.evaluation.methods.base.Pair.write", fail)
         before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
         for changed, name in ((["--retention", "0.64"], "runs"), (["--limit", "9"], "data_sha256")):
             assert main([*command, str(uninterrupted), *changed]) == 2
@@ -475,7 +459,10 @@ class TestWrongArguments:
         [
             (["--methods", "large,best"], "There is no method 'best': take some of large, small"),
             (["--methods", "large,"], "There is no method ''"),
-            (["--retention", "much"], "--retention is 'much': write fractions"),
+            *(
+                (["--retention", wrong], f"--retention is {wrong!r}: write fractions")
+                for wrong in ("much", "", "0.6,")
+            ),
             (["--retention", "64"], "The average retention is 64.0: pass a fraction"),
             (["--metric", "bleu"], "bleu"),
             (["--metric", "choice_accuracy"], "line 1: "),
@@ -531,8 +518,7 @@ class TestWrongArguments:
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("COLUMNS", "2000")
-        with pytest.raises(SystemExit):
-            main(["evaluate", "--help"])
+        assert main(["evaluate", "--help"]) == 0
         text = capsys.readouterr().out
         listed = re.search(r"Methods: ([^.]*)\.", text)
         assert listed is not None

@@ -1,20 +1,29 @@
-"""Measuring: questions whose answers are known, and how right an answer is."""
+"""Measuring: how right a pair's answers are, compared with other methods, and when an early exit is safe.
 
-from transformers_sgl.evaluation.data import Sample, load_samples
-from transformers_sgl.evaluation.easy_vqa import EasyVQAQuestion, load_easy_vqa, question_only_prior
+Read [`evaluate`], which compares methods, and [`calibrate`], which sets the early-exit threshold. The rooms below them
+hold methods, data and calibration; `lmms_eval` makes a pair a model of that harness.
+"""
+
+from transformers_sgl.evaluation.calibration import CalibrationReport, KeepAccuracy, LargeCallBudget, calibrate
+from transformers_sgl.evaluation.data import Sample, Scenes, load_samples, read_samples
+from transformers_sgl.evaluation.evaluate import Evaluation, evaluate
+from transformers_sgl.evaluation.methods import METHODS, Guide, Method
 from transformers_sgl.evaluation.metrics import METRICS, metric
-from transformers_sgl.evaluation.scenes import Question, Scene, SceneObject, Scenes
 
 __all__ = [
+    "METHODS",
     "METRICS",
-    "EasyVQAQuestion",
-    "Question",
+    "CalibrationReport",
+    "Evaluation",
+    "Guide",
+    "KeepAccuracy",
+    "LargeCallBudget",
+    "Method",
     "Sample",
-    "Scene",
-    "SceneObject",
     "Scenes",
-    "load_easy_vqa",
+    "calibrate",
+    "evaluate",
     "load_samples",
     "metric",
-    "question_only_prior",
+    "read_samples",
 ]

@@ -9,8 +9,7 @@ benchmark reports is the mean over its questions. [`METRICS`] holds them by name
 - `relaxed_accuracy`: ChartQA.
 - `choice_accuracy`: multiple choice.
 
-An answer is taken as the model wrote it. Nothing is fished out of a long reasoning: who wants that scored asks for a
-short answer.
+An answer is taken as the model wrote it. Answers are not extracted from a longer text: ask for a short answer.
 """
 
 from __future__ import annotations
@@ -64,25 +63,7 @@ def metric(name: str) -> Metric:
 
 
 def exact_match(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """Whether an answer is one of the right ones, whatever its case, white space and final full stop.
-
-    Args:
-        answer (`str`): What a model wrote.
-        answers (`Sequence[str]`): The right answers.
-        choices (`Sequence[str]`, *optional*): Not used.
-
-    Returns:
-        `float`: 1 or 0.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.evaluation.metrics import exact_match
-
-        >>> exact_match(" A red  circle.", ["a red circle", "red circle"])
-        1.0
-
-        ```
-    """
+    """Whether an answer is one of the right ones, whatever its case, white space and final full stop."""
     return float(_normalised(answer) in map(_normalised, answers))
 
 
@@ -96,25 +77,13 @@ def _normalised(text: str) -> str:
 def vqa_accuracy(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """How many of the people who were asked gave this answer: the accuracy of VQAv2 and TextVQA.
 
-    Three people who agree are enough: `min(matches / 3, 1)`. So that a model is measured as a person would be, who is
-    compared with the nine others, the score is averaged over leaving out each of them in turn (Antol et al. 2015,
-    arXiv 1505.00468; visualqa.org/evaluation.html). With ten people one match gives 0.3, two 0.6, three 0.9, four 1.
+    Three people who agree are enough: `min(matches / 3, 1)`, averaged over leaving out each person in turn (Antol et
+    al. 2015, arXiv 1505.00468; visualqa.org/evaluation.html). With ten people one match gives 0.3, two 0.6, three 0.9,
+    four 1. At least four answers are needed.
 
-    Both sides are normalised as the challenge's evaluation does: lower case; punctuation away, except apostrophes,
-    colons and decimal points; number words up to ten as digits; no articles; apostrophes where contractions lack them.
-    The published code leaves articles and number words in people's answers, which in its own data are gone already;
-    here they are treated like the model's, as that page says.
-
-    Args:
-        answer (`str`): What a model wrote.
-        answers (`Sequence[str]`): What each person answered, repetitions included; ten of them, at least four.
-        choices (`Sequence[str]`, *optional*): Not used.
-
-    Returns:
-        `float`: The score, from 0 to 1.
-
-    Raises:
-        ValueError: If there are fewer than four answers, with which even the best answer would not score 1.
+    Both sides are normalised as in the challenge's evaluation: lower case; no punctuation except apostrophes, colons
+    and decimal points; number words up to ten as digits; no articles; apostrophes where contractions lack them. The
+    published code does not normalise articles and number words in people's answers, whose data has none; this does.
 
     Example:
         ```python
@@ -148,9 +117,9 @@ _NO_DECIMAL_POINT = re.compile(r"\.(?!\d)")
 
 
 def _contractions() -> dict[str, str]:
-    """What the challenge's evaluation takes for a contraction that lacks one apostrophe, with the whole of it.
+    """Contractions that lack one apostrophe, with their right spelling, as in the challenge's evaluation.
 
-    Words that would be others without it, such as "its" and "well", are left alone there, and so they are here.
+    Words that have another meaning without it, such as "its" and "well", are not among them.
     """
     stems = {
         "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
@@ -172,7 +141,7 @@ _CONTRACTIONS = _contractions()
 
 def _vqa_normalised(text: str) -> str:
     text = " ".join(text.split())
-    # A mark becomes a space, unless one is beside it already; where digits are grouped by commas, none does.
+    # A mark becomes a space, unless there is one beside it; where commas group digits, it is deleted.
     grouped = _DIGIT_COMMA.search(text) is not None
     text = text.translate(
         {ord(mark): "" if grouped or f" {mark}" in text or f"{mark} " in text else " " for mark in _VQA_PUNCTUATION}
@@ -185,32 +154,11 @@ def _vqa_normalised(text: str) -> str:
 
 
 def anls(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
-    """How near an answer comes to the nearest right one: the average normalised Levenshtein similarity's summand.
+    """How close an answer is to the nearest right one: the average normalised Levenshtein similarity.
 
-    The similarity is `1 - distance / length of the longer one`, and below one half it counts as 0: such an answer was
-    not misread but wrong (Biten et al. 2019, arXiv 1905.13648). A similarity of exactly one half counts, as in the
-    evaluation code of the DocVQA challenge; the paper's equation leaves it out. Case does not matter, nor does how
-    much white space there is.
-
-    Args:
-        answer (`str`): What a model wrote.
-        answers (`Sequence[str]`): The right answers.
-        choices (`Sequence[str]`, *optional*): Not used.
-
-    Returns:
-        `float`: The score, 0 or from 0.5 to 1.
-
-    Raises:
-        ImportError: If rapidfuzz is not installed.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.evaluation.metrics import anls
-
-        >>> anls("12/15/89", ["12/15/88", "1988"])
-        0.875
-
-        ```
+    The similarity is `1 - distance / length of the longer one`; below one half it counts as 0 (Biten et al. 2019,
+    arXiv 1905.13648). Exactly one half counts, as in the evaluation code of the DocVQA challenge, unlike in the
+    paper's equation. Case and the amount of white space do not matter.
     """
     try:
         from rapidfuzz.distance import Levenshtein
@@ -230,26 +178,8 @@ def anls(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> fl
 def relaxed_accuracy(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """Whether a number is within 5 % of the right one, or a text the right one: the accuracy of ChartQA.
 
-    Numbers read off a chart are never exact (Methani et al. 2020; Masry et al. 2022, arXiv 2203.10244, section 5.1).
-    A percent sign divides by 100, so that 96% and 0.96 are the same. Only what is a number as a whole counts as one;
-    anything else has to match as in [`exact_match`].
-
-    Args:
-        answer (`str`): What a model wrote.
-        answers (`Sequence[str]`): The right answers.
-        choices (`Sequence[str]`, *optional*): Not used.
-
-    Returns:
-        `float`: 1 or 0.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.evaluation.metrics import relaxed_accuracy
-
-        >>> [relaxed_accuracy("100%", [right]) for right in ("96%", "94%", "0.96")]
-        [1.0, 0.0, 1.0]
-
-        ```
+    See Methani et al. 2020; Masry et al. 2022, arXiv 2203.10244, section 5.1. A percent sign divides by 100, so 96%
+    and 0.96 are the same. What is not a number as a whole has to match as in [`exact_match`].
     """
     return float(any(_relaxed_match(_normalised(answer), _normalised(right)) for right in answers))
 
@@ -275,21 +205,9 @@ def _number(text: str) -> float | None:
 def choice_accuracy(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """Whether the right one of several choices was made.
 
-    A choice is made by its letter, alone (`B`, `(B)`, `b.`) or in front of a text (`B. a dog`); by its text; or by
-    either of them after the word answer, option or choice (`The answer is (B).`, `Answer: a dog`), of which the last
-    counts. A leading `A` that may be an article is none: `A dog`. Whoever names two letters at once (`A or B`) has
-    made no choice, and so has whoever only mentions a choice in a sentence.
-
-    Args:
-        answer (`str`): What a model wrote.
-        answers (`Sequence[str]`): The right choices, by letter or by text; what can be either is the letter.
-        choices (`Sequence[str]`): The texts of the choices, in the order of their letters.
-
-    Returns:
-        `float`: 1 or 0.
-
-    Raises:
-        ValueError: If there are no choices or more than letters, or a right answer is none of them.
+    A choice is made by its letter, alone (`B`, `(B)`, `b.`) or before a text (`B. a dog`); by its text; or by either
+    of them after the last of the words answer, option or choice (`The answer is (B).`, `Answer: a dog`). A leading
+    `A` that may be an article does not count (`A dog`), nor do two letters (`A or B`) or a choice within a sentence.
 
     Example:
         ```python

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -47,13 +48,17 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     Raises:
         OSError: If the pair cannot be loaded.
         ValueError: If an option cannot be used.
-        SystemExit: If the options cannot be read, or only help was asked for.
+        KeyboardInterrupt: If it is stopped.
+        TyperException: If the options cannot be read.
     """
     command = typer.Typer(add_completion=False)
     command.command(name="serve", help=Serve.__doc__)(PairServer)
     with _pairs_in_its_tables():
         # `--non-blocking` makes the server call `start_server`, which here blocks.
-        command(["--non-blocking", model, *arguments], prog_name="transformers-sgl serve")
+        arguments = ["--non-blocking", model, *arguments]
+        code = command(arguments, prog_name="transformers-sgl serve", standalone_mode=False)
+    if code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
+        raise KeyboardInterrupt
 
 
 class PairServer(Serve):

@@ -1,0 +1,193 @@
+"""`transformers-sgl run`: answers a question about an image."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from transformers_sgl.cli import shared
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["run"]
+
+_ROUNDS = 5
+_PANEL = "Settings (default: the pair's own)"
+
+
+def _layer(text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a layer's index nor a fraction of the depth.") from None
+
+
+def run(
+    image: Annotated[Path, shared.argument("IMAGE", "Image file.")],
+    question: shared.Question,
+    preset: Annotated[
+        Literal["quality", "balanced", "fast"] | None,
+        shared.option("NAME", "Settings of the paper: quality, balanced or fast.", _PANEL),
+    ] = None,
+    retention: Annotated[
+        float | None, shared.option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _PANEL)
+    ] = None,
+    prune_layer: Annotated[
+        Any, shared.option("K", "First layer that sees fewer tokens: 9, or 0.25 of the depth.", _PANEL, parser=_layer)
+    ] = None,
+    early_exit_threshold: Annotated[
+        float | None, shared.option("T", "Score from which on the small model's answer is enough.", _PANEL)
+    ] = None,
+    model: shared.Model = None,
+    max_new_tokens: shared.MaxNewTokens = 64,
+    dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
+    show: Annotated[Path | None, shared.option("FILE", "Write the image with its importance painted over.")] = None,
+    compare: Annotated[
+        bool, shared.flag("--compare", "Time the pair and the large model alone, in turns, after warming up.")
+    ] = False,
+    as_json: shared.Json = False,
+) -> None:
+    """Answers a question about an image."""
+    # 1. What can be wrong is checked before the models are loaded.
+    picture = shared.open_image(image)
+    if not question.strip():
+        raise ValueError("The question is empty: ask something about the image.")
+    if show:
+        _check_overlay(show, image)
+    settings = _settings(
+        preset,
+        max_new_tokens=max_new_tokens,
+        retention_ratio=retention,
+        prune_layer=prune_layer,
+        early_exit_threshold=early_exit_threshold,
+    )
+    from transformers_sgl.opening import chat_inputs, open_pair, user_turn
+
+    pair, processor = open_pair(shared.pair_name(model), dtype=dtype, device=device)
+
+    # 2. One generate call; to compare, some more.
+    inputs = chat_inputs(pair, processor, [user_turn(question, [picture])])
+    output = pair.generate(**inputs, **settings, return_dict_in_generate=True)
+    report = _report(pair, processor, inputs["input_ids"].shape[1], output)
+    if compare:
+        report["compare"] = _compare(pair, processor, inputs, settings, report["answer"])
+
+    # 3. What a person wants to know of it.
+    shared.print_result(report, _as_text(report), as_json)
+    if show:
+        _overlay(picture, processor.large_processor, output).save(show)
+        if not as_json:
+            print(f"overlay  {show}")
+
+
+def _check_overlay(path: Path, source: Path) -> None:
+    from PIL import Image
+
+    suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    shared.check_writable_file("overlay", path, suffixes, "overlay.png", source)
+
+
+def _settings(preset: str | None, **given: Any) -> dict[str, Any]:
+    """The settings that the user gave; the others are left to the preset or the pair."""
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+    settings = {name: value for name, value in given.items() if value is not None}
+    SGLGenerationConfig(**settings)  # refuses what no model can do
+    return {"preset": preset, **settings} if preset else settings
+
+
+def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
+    from transformers_sgl.architectures import decoder_layers
+
+    num_layers = len(decoder_layers(pair.large))
+    num_visual_tokens = int(output.num_visual_tokens[0])
+    pruned = output.keep_mask is not None and output.prune_layer is not None
+    num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
+    draft = score = exited_early = None
+    if output.draft_sequences is not None:
+        draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
+        score, exited_early = round(float(output.decision_score[0]), 4), bool(output.exited_early[0])
+    return {
+        "answer": _text(processor, output.sequences, prompt_length),
+        "draft": draft,
+        "decision_score": score,
+        "exited_early": exited_early,
+        "num_large_forward_passes": output.num_large_forward_passes,
+        "num_visual_tokens": num_visual_tokens,
+        "num_visual_tokens_kept": None if exited_early else num_kept,
+        "prune_layer": output.prune_layer if pruned else None,
+        "num_layers": num_layers,
+        "average_retention": None if exited_early else round(float(output.average_retention(num_layers)[0]), 4),
+        # of a first call, so with what warming up takes
+        "first_call_timings_ms": {key.removesuffix("_ms"): round(ms, 1) for key, ms in output.timings.items()},
+    }
+
+
+def _text(processor: Any, sequences: Any, prompt_length: int) -> str:
+    return str(processor.decode(sequences[0, prompt_length:], skip_special_tokens=True)).strip()
+
+
+def _compare(pair: Any, processor: Any, inputs: Any, settings: dict[str, Any], answer: str) -> dict[str, Any]:
+    """Times the pair and the large model alone in turns (A, B, A, B, ...), after a round that does not count."""
+    # Settings with which the small model has nothing to do.
+    alone = {"retention_ratio": 1.0, "verify_draft": False, "early_exit_threshold": math.inf}
+    contenders = {"pair": settings, "large_alone": {**settings, **alone}}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(1 + _ROUNDS):
+        for name, chosen in contenders.items():
+            start = time.perf_counter()
+            sequences = pair.generate(**inputs, **chosen).cpu()  # waits for the device
+            times[name].append(1000 * (time.perf_counter() - start))
+    medians = {name: median(each[1:]) for name, each in times.items()}
+    large_answer = _text(processor, sequences, inputs["input_ids"].shape[1])
+    return {
+        "rounds": _ROUNDS,
+        **{f"{name}_ms": round(ms, 1) for name, ms in medians.items()},
+        "speedup": round(medians["large_alone"] / medians["pair"], 3),
+        "large_alone_answer": large_answer,
+        "same_answer": large_answer == answer,
+    }
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    lines = [f"answer   {report['answer']}"]
+    if report["draft"] is not None:
+        lines.append(f"draft    {report['draft']} (the small model's answer, score {report['decision_score']:.2f})")
+    if report["exited_early"]:
+        lines.append("large    not called: the draft is the answer")
+    else:
+        kept = f"{report['num_visual_tokens_kept']} of {report['num_visual_tokens']} visual tokens"
+        layer, num_layers = report["prune_layer"], report["num_layers"]
+        where = f"in all {num_layers} layers" if layer is None else f"from layer {layer} of {num_layers}"
+        lines.append(f"kept     {kept} {where} (average retention {report['average_retention']:.0%})")
+        if (passes := report["num_large_forward_passes"]) is not None:
+            lines.append(f"large    {passes} forward pass{'' if passes == 1 else 'es'}")
+    if "compare" in report:
+        found = report["compare"]
+        same = "the same answer" if found["same_answer"] else "another answer"
+        lines += [
+            f"alone    {found['large_alone_answer']} (the large model without the small one: {same})",
+            f"speed    {found['speedup']:.2f} times that of the large model alone: {found['pair_ms']:.0f} ms instead "
+            f"of {found['large_alone_ms']:.0f} ms (medians of {found['rounds']} rounds, taken in turns)",
+        ]
+    return "\n".join(lines)
+
+
+def _overlay(image: Image, processor: Any, output: Any) -> Image:
+    import torch
+
+    from transformers_sgl.explanation.panels import importance_overlay, token_boxes
+
+    if output.importance is None:
+        raise ValueError("There is no overlay: with these settings nothing is pruned, so nothing was ranked.")
+    # Where the large model was not called, nothing was dropped.
+    keep_mask = torch.ones_like(output.importance).bool() if output.keep_mask is None else output.keep_mask
+    importance, kept = (values[0].cpu().numpy() for values in (output.importance, keep_mask))
+    return importance_overlay(image, token_boxes(image, processor), importance, kept)

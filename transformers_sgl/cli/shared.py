@@ -1,0 +1,104 @@
+"""What the commands share: options, files that a user names, and printing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "BatchSize",
+    "Device",
+    "Dtype",
+    "Json",
+    "MaxNewTokens",
+    "Model",
+    "Question",
+    "argument",
+    "check_writable_file",
+    "flag",
+    "open_image",
+    "option",
+    "pair_name",
+    "print_result",
+]
+
+
+def argument(metavar: str, text: str) -> Any:
+    """An argument that takes its place by position."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+def option(metavar: str, text: str, panel: str | None = None, **more: Any) -> Any:
+    """An option that takes a value."""
+    return typer.Option(metavar=metavar, help=text, rich_help_panel=panel, **more)
+
+
+def flag(name: str, text: str) -> Any:
+    """An option that takes none."""
+    return typer.Option(name, help=text)
+
+
+_MODEL = "Model"
+Question = Annotated[str, argument("QUESTION", "What to ask about it.")]
+Model = Annotated[str | None, option("PATH_OR_ID", "A saved pair (default: the embedded tiny pair).", _MODEL)]
+MaxNewTokens = Annotated[int, option("N", "Length limit of the answer.", _MODEL)]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    option("TYPE", "Type of the weights: float32, bfloat16, float16, or auto, as saved.", _MODEL),
+]
+Device = Annotated[str, option("NAME", "Such as cpu or cuda:0, or auto, what the machine has.", _MODEL)]
+Json = Annotated[bool, flag("--json", "Print the result as JSON.")]
+BatchSize = Annotated[int, option("N", "Questions answered at once.")]
+
+
+def print_result(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Prints a result for a program or for a person."""
+    print(json.dumps(result, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def pair_name(model: str | None) -> str | Path:
+    """The pair to open: the one named, or the embedded one."""
+    from transformers_sgl.hub import embedded_pair
+
+    return model or embedded_pair()
+
+
+def open_image(path: Path) -> Image:
+    """Reads an image file, or raises `OSError` with one sentence."""
+    from PIL import Image
+
+    if re.match(r"(https?|data|file):", str(path), re.IGNORECASE):
+        raise OSError("The image is a URL: download it, and name the file.")
+    if path.is_dir():
+        raise OSError(f"{str(path)!r} is a folder, not an image: name an image file.")
+    if not path.is_file():
+        raise OSError(f"There is no image file {str(path)!r}.")
+    try:
+        image: Image.Image = Image.open(path)
+        return image.convert("RGB")  # reads the pixels, so a damaged file is found here
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"The file {str(path)!r} cannot be read as an image: {error}.") from error
+
+
+def check_writable_file(what: str, path: Path, suffixes: Collection[str], example: str, source: Path) -> None:
+    """Raises unless a file can be written, has a suffix of its kind, and is not the image that it is about."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"The {what} cannot be written as {str(path)!r}: name a file such as {example}.")
+    if path.is_dir():
+        raise OSError(f"The {what} cannot be written: {str(path)!r} is a folder.")
+    if not path.parent.is_dir():
+        raise OSError(f"The {what} cannot be written: there is no folder {str(path.parent)!r}.")
+    if path.exists() and source.exists() and path.samefile(source):
+        raise ValueError(f"The {what} would replace the image {str(source)!r} itself: name another file.")
+    for place in (path.parent, path):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise OSError(f"The {what} cannot be written: nothing can be written into {str(place)!r}.")

@@ -1,0 +1,100 @@
+"""Calibrates a pair: from questions with known answers to the threshold in its settings."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers_sgl import opening
+from transformers_sgl.evaluation.calibration.promises import Promise
+from transformers_sgl.evaluation.calibration.report import CalibrationReport, write_results
+from transformers_sgl.evaluation.calibration.run import run_samples
+from transformers_sgl.evaluation.calibration.threshold import check_feasible, choose_threshold
+from transformers_sgl.evaluation.checks import check_packages, check_settings
+from transformers_sgl.evaluation.data import read_samples
+from transformers_sgl.evaluation.run_folder import measurement_record, pair_facts
+from transformers_sgl.storage.files import check_writable_folder
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    pair: str | Path | tuple[Any, Any],
+    data: str | Path,
+    promise: Promise,
+    *,
+    out: Path | str,
+    confidence: float = 0.99,
+    held_out: float = 0.5,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> CalibrationReport:
+    """Chooses a pair's early-exit threshold on questions with known answers (paper, section 3.3).
+
+    A call that was cut off goes on where it stopped when it is made again. If the promise holds on the held-out
+    questions, and the pair is given as a folder, the threshold goes into its `generation_config.json`.
+
+    Args:
+        pair (`str`, `Path` or `tuple`): A saved pair, in a folder or on the Hub; or a model and its processor.
+        data (`str` or `Path`): Questions and answers as JSON lines; see [`read_samples`].
+        promise ([`KeepAccuracy`] or [`LargeCallBudget`]): What the threshold has to keep.
+        out (`str` or `Path`): The folder for records, report, curve, and settings with the threshold.
+        confidence (`float`, defaults to 0.99): The probability with which the promise holds.
+        held_out (`float`, defaults to 0.5): The fraction of the images that is held out to measure on.
+        seed (`int`, defaults to 0): What the split is drawn from.
+        batch_size (`int`, defaults to 8): How many questions are answered at once.
+        max_new_tokens (`int`, defaults to 64): The length limit of an answer.
+        dtype (`str`, defaults to `"auto"`): As for [`open_pair`].
+        device (`str`, defaults to `"auto"`): As for [`open_pair`].
+
+    Returns:
+        [`CalibrationReport`]: The threshold, what is known about it, and the files written.
+
+    Raises:
+        KeyboardInterrupt: If it is stopped; the message says how far it came.
+        OSError: If a file cannot be read or written.
+        ValueError: If an argument is not allowed, there are too few questions, or `out` holds another run.
+    """
+    # 1. What can be wrong is checked before the models are loaded.
+    check_settings(batch_size=batch_size, seed=seed, max_new_tokens=max_new_tokens)
+    check_packages("Calibration", "calibrate")
+    out, source = Path(out), pair if isinstance(pair, (str, Path)) else None
+    folder = None if source is None or not Path(source).is_dir() else Path(source)
+    for place in (out, folder):
+        check_writable_folder(place)
+    samples = read_samples(data)
+    images = [sample.image_id for sample in samples]
+    check_feasible(promise, images, confidence=confidence, held_out=held_out, seed=seed)
+    model, processor = opening.open_pair(pair, dtype=dtype, device=device) if isinstance(pair, (str, Path)) else pair
+
+    # 2. Both models answer everything; what an earlier call has done is not done again.
+    facts = run_facts(model, source, data, max_new_tokens)
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    records = run_samples(model, processor, samples, out, facts, **options)
+
+    # 3. The threshold, and what it gives. A threshold that breaks the promise is reported, but not put into the pair.
+    report = choose_threshold(
+        records,
+        images,
+        promise,
+        confidence=confidence,
+        held_out=held_out,
+        seed=seed,
+        measurement=measurement_record(seed, model.device),
+    )
+    written = write_results(report, out, model.generation_config, folder if report.promise_held else None)
+    return replace(report, written=tuple(written))
+
+
+def run_facts(model: Any, source: str | Path | None, data: str | Path, max_new_tokens: int) -> dict[str, Any]:
+    """What the records depend on, for `run.json`."""
+    return {
+        **pair_facts(model, source, without_threshold=True),
+        "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "max_new_tokens": max_new_tokens,
+    }

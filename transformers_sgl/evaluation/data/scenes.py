@@ -1,0 +1,118 @@
+"""Seeded scenes: pictures of labelled shapes with questions, answers and dense labels.
+
+A scene is a square canvas divided into 32-pixel cells. A few cells hold one object each: a coloured shape (easy-VQA's
+three shapes and eight colours) with one printed letter on it. Questions ask for a letter, a colour, a shape, a place,
+a count, a yes or no, a description or a whole row, so answers run from one token to a dozen. Most of them depend on
+the few visual tokens of one object. That makes scenes a small stand-in for the text and localisation benchmarks on
+which pruning methods for visual tokens are compared.
+
+Everything is drawn from a seed: `Scenes("test", seed=0)[7]` is the same scene on every machine with the same Pillow.
+Scenes for training, calibration and testing never share a seed.
+
+    scenes = Scenes("test")
+    scene = scenes[0]
+    scene.image                        # PIL image, 128 x 128
+    scene.questions[0].question        # "what is the label of the red circle?"
+    scene.questions[0].answer          # "K"
+    scene.questions[0].objects         # (2,): the answer is read from scene.objects[2]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from transformers_sgl.evaluation.data.scene_objects import (
+    CELL,
+    SceneObject,
+    paint_object_map,
+    patch_objects,
+    place_objects,
+    random_background,
+    render,
+)
+from transformers_sgl.evaluation.data.scene_questions import KINDS, ORDINALS, Question, ask
+
+__all__ = ["Scene", "Scenes"]
+
+SPLITS = {"train": 0, "test": 1, "calibration": 2}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture of labelled shapes, what is in it, and questions about it."""
+
+    image: Image.Image  # the picture, `(size, size)` pixels, RGB
+    objects: tuple[SceneObject, ...]  # the objects, in reading order
+    questions: tuple[Question, ...] = field(default=(), repr=False)  # the questions, answers included
+
+    @property
+    def grid(self) -> int:
+        """Cells per side."""
+        return self.image.width // CELL
+
+    def object_map(self) -> np.ndarray:
+        """Tells which object covers which pixel."""
+        return paint_object_map(self.image.width, self.objects)
+
+    def patch_objects(self, patch_size: int = 8, min_cover: float = 0.15) -> np.ndarray:
+        """Tells which object each square patch of the picture shows: the dense label of a visual token."""
+        return patch_objects(self.object_map(), len(self.objects), patch_size, min_cover)
+
+
+class Scenes:
+    """An endless, seeded sequence of scenes; `scenes[i]` never changes.
+
+    Args:
+        split: `"train"`, `"calibration"` or `"test"`. Scenes of different splits never share a seed.
+        seed: A number that names the sequence.
+        size: Side of the canvas in pixels, a multiple of 32 up to 128. 128 gives a 4 x 4 grid of cells.
+        objects: The least and the most objects; by default 3 to 6 on a 4 x 4 grid, 1 to 4 on smaller ones.
+        questions_per_scene: Questions to draw for each scene.
+        kinds: The kinds of question to draw, as often as they are named.
+        length: How many scenes iterating gives.
+    """
+
+    def __init__(
+        self,
+        split: str = "test",
+        seed: int = 0,
+        *,
+        size: int = 128,
+        objects: tuple[int, int] | None = None,
+        questions_per_scene: int = 9,
+        kinds: Sequence[str] = KINDS,
+        length: int = 1000,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        if size % CELL or not CELL <= size <= len(ORDINALS) * CELL:
+            raise ValueError(f"size is {size}; it must be a multiple of {CELL} up to {len(ORDINALS) * CELL}")
+        unknown = sorted(set(kinds) - set(KINDS))
+        if unknown or not kinds:
+            raise ValueError(f"kinds has {unknown or 'nothing in it'}; it must be drawn from {', '.join(KINDS)}")
+        self.split = split
+        self.seed = seed
+        self.size = size
+        self.objects = objects or ((3, 6) if size == 4 * CELL else (1, min(4, (size // CELL) ** 2)))
+        self.questions_per_scene = questions_per_scene
+        self.kinds = tuple(kinds)
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Scene]:
+        return (self[index] for index in range(self.length))
+
+    def __getitem__(self, index: int) -> Scene:
+        rng = np.random.default_rng([SPLITS[self.split], self.seed, self.size, index])
+        objects = place_objects(rng, self.size // CELL, int(rng.integers(self.objects[0], self.objects[1] + 1)))
+        image = render(self.size, objects, random_background(rng))
+        kinds = [self.kinds[i] for i in rng.permutation(len(self.kinds))]
+        kinds = [kinds[i % len(kinds)] for i in range(self.questions_per_scene)]
+        questions = [ask(kind, objects, self.size // CELL, rng) for kind in kinds]
+        return Scene(image, objects, tuple(question for question in questions if question is not None))

@@ -1,0 +1,322 @@
+"""Evaluates a pair: methods answer questions with known answers and are compared.
+
+Read [`evaluate`] from top to bottom; behind it stand the checks it makes before models are loaded, and the choice of
+thresholds for the method `sgl`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers_sgl import opening
+from transformers_sgl.evaluation.calibration import KeepAccuracy, Record, allowed_failures
+from transformers_sgl.evaluation.checks import check_packages, check_settings
+from transformers_sgl.evaluation.data import Sample, load_samples
+from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Method, Pair, Setting, find_method
+from transformers_sgl.evaluation.metrics import metric as find_metric
+from transformers_sgl.evaluation.report import as_markdown, summarise, summarise_speed, write_report
+from transformers_sgl.evaluation.run import Result, Run, all_processes, measure_costs, plan, run_methods
+from transformers_sgl.evaluation.run_folder import check_claim, pair_facts
+from transformers_sgl.storage.files import check_writable_folder
+
+__all__ = ["Evaluation", "evaluate"]
+
+# The confidence with which a threshold keeps its promise.
+_CONFIDENCE = 0.99
+_OTHER_SPLITS = {"easy-vqa": "easy-vqa:train", "easy-vqa:test": "easy-vqa:train", "scenes": "scenes:calibration"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        report: Scores, intervals and comparisons: the content of `summary.json`, which the answers alone determine.
+        speed: Times and memory, and comparisons at equal time: the content of `speed.json`.
+        written: The files written; empty in all but the first of several processes that share the work.
+
+    Example:
+        ```python
+        >>> from tempfile import mkdtemp
+        >>> from transformers_sgl.evaluation import evaluate
+        >>> from transformers_sgl.hub import embedded_pair
+
+        >>> evaluation = evaluate(embedded_pair(), "scenes", out=mkdtemp(), methods=["large"], limit=2, device="cpu")
+        >>> evaluation.report["num_samples"], len(evaluation.report["rows"])
+        (2, 1)
+
+        ```
+    """
+
+    report: dict[str, Any]
+    speed: dict[str, Any]
+    written: tuple[Path, ...]
+
+    def to_markdown(self) -> str:
+        """The table, one row for each method and retention."""
+        return as_markdown(self.report, self.speed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {"report": self.report, "speed": self.speed, "written": [str(path) for path in self.written]}
+
+
+def evaluate(
+    pair: str | Path | tuple[Any, Any],
+    data: str,
+    *,
+    out: Path | str,
+    methods: Sequence[str] | None = None,
+    retentions: Sequence[float] = (0.64, 0.35, 0.09),
+    metric: str = "exact_match",
+    calibration_data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    calibration_limit: int = 2000,
+    keep_accuracy: float = 0.99,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Evaluation:
+    """Lets methods answer questions with known answers, and compares them with the large model alone.
+
+    A call that was cut off continues when it is repeated. Under `accelerate launch` or `torchrun` processes share the
+    work.
+
+    Args:
+        pair (`str`, `Path` or `tuple`): A saved pair, in a folder or on the Hub; or a model and its processor.
+        data (`str`): The questions, as for [`load_samples`].
+        out (`str` or `Path`): The folder for records, tables and figure.
+        methods (`Sequence[str]`, *optional*): Names in [`METHODS`]; by default all.
+        retentions (`Sequence[float]`): Average retentions, in `(0, 1)`.
+        metric (`str`, defaults to `"exact_match"`): A name in [`METRICS`].
+        calibration_data (`str`, *optional*): Other questions, on which the method `sgl` chooses its threshold.
+        columns (`Mapping[str, str]`, *optional*): As for [`load_samples`].
+        limit (`int`, *optional*): The most questions; by default all.
+        calibration_limit (`int`, defaults to 2000): The most questions for calibration.
+        keep_accuracy (`float`, defaults to 0.99): For `sgl`, the fraction of right answers to keep; [`KeepAccuracy`].
+        batch_size (`int`, defaults to 8): How many questions are answered at once.
+        max_new_tokens (`int`, defaults to 64): The length limit of an answer.
+        seed (`int`, defaults to 0): What everything random is drawn from.
+        dtype (`str`, defaults to `"auto"`): As for [`open_pair`].
+        device (`str`, defaults to `"auto"`): As for [`open_pair`].
+
+    Raises:
+        OSError: If a file cannot be read or written, or a package is missing.
+        ValueError: If an argument is not allowed, or `out` holds another run.
+    """
+    # 1. What can be wrong is checked before the models are loaded.
+    out, settings = Path(out), {"batch_size": batch_size, "seed": seed, "max_new_tokens": max_new_tokens}
+    check_settings(**settings, calibration_limit=calibration_limit)
+    check_packages("An evaluation", "evaluate")
+    check_writable_folder(out)
+    chosen = {name: find_method(name) for name in (METHODS if methods is None else methods)}
+    retentions = check_retentions(retentions)
+    load = partial(load_scorable, metric_name=metric, columns=columns, seed=seed)
+    samples = load(data, limit=limit)
+    calibration: list[Sample] = []
+    if "sgl" in chosen:
+        calibration = load(calibration_data or other_split(data), limit=calibration_limit)
+        check_disjoint(samples, calibration)
+        check_enough(calibration, keep_accuracy)
+
+    # 2. Every method answers everything, and the answers are compared.
+    model, processor = _opened(pair, dtype, device)
+    source = pair if isinstance(pair, (str, Path)) else None
+    asked = {"data": data, "metric_name": metric, **settings}
+    task = _Task(Pair(model, processor, max_new_tokens, seed), source, samples, out, asked)
+    return task.compare(chosen, retentions, calibration, keep_accuracy)
+
+
+def _opened(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tuple[Any, Any]:
+    """The model and its processor; each of several processes has a device of its own."""
+    processes = all_processes(device)
+    if not isinstance(pair, (str, Path)):
+        return pair
+    if processes.num_processes > 1:
+        device = str(processes.device)
+    return opening.open_pair(pair, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """An evaluation whose settings are checked and whose models are loaded."""
+
+    pair: Pair  # the models
+    source: str | Path | None  # where they were loaded from
+    samples: Sequence[Sample]  # the questions
+    out: Path  # the folder for everything written
+    asked: dict[str, Any]  # the settings that the records depend on
+
+    def compare(
+        self,
+        methods: Mapping[str, Method],
+        retentions: Sequence[float],
+        calibration: Sequence[Sample],
+        keep_accuracy: float,
+    ) -> Evaluation:
+        """Runs the methods and writes the report, or reads it in processes that are not the first."""
+        runs = plan(methods, retentions, self.pair.num_layers)
+        check_claim(self.out, self._facts(self.samples, runs))
+        shared = {"metric_name": self.asked["metric_name"], "batch_size": self.asked["batch_size"]}
+        thresholds: dict[float, float] = {}
+        if calibration:
+            thresholds = choose_thresholds(
+                self.pair,
+                calibration,
+                retentions,
+                self.out / "calibration",
+                self._facts(calibration, []),
+                keep_accuracy=keep_accuracy,
+                num_evaluated=len(self.samples),
+                **shared,
+            )
+            runs = plan({**methods, "sgl": SGL(thresholds=thresholds)}, retentions, self.pair.num_layers)
+        facts = {**self._facts(self.samples, runs), "thresholds": [thresholds.get(average) for average in retentions]}
+        results = run_methods(self.pair, self.samples, runs, self.out, facts, **shared)
+        processes = all_processes()
+        written: list[Path] = []
+        if processes.is_main_process:
+            written = self._write_report(results, runs, facts)
+        processes.wait_for_everyone()
+        report, speed = (
+            json.loads((self.out / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "speed")
+        )
+        return Evaluation(report, speed, tuple(written))
+
+    def _write_report(self, results: Sequence[Result], runs: Sequence[Run], facts: dict[str, Any]) -> list[Path]:
+        costs = measure_costs(self.pair, self.samples, runs, self.out, batch_size=self.asked["batch_size"])
+        report = summarise(results, self.samples, runs, costs, facts)
+        speed = summarise_speed(results, self.samples, runs, costs, facts, self.pair.model.device)
+        return write_report(report, speed, self.out)
+
+    def _facts(self, samples: Sequence[Sample], runs: Sequence[Run]) -> dict[str, Any]:
+        """Everything that the records depend on, for `run.json`."""
+        questions = [[sample.image_id, sample.prompt, sample.answers] for sample in samples]
+        return {
+            **pair_facts(self.pair.model, self.source),
+            **self.asked,
+            "data_sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
+            "runs": [list(run.key) for run in runs],
+            "device": self.pair.model.device.type,
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def load_scorable(
+    name: str, *, metric_name: str, columns: Mapping[str, str] | None, limit: int | None, seed: int
+) -> list[Sample]:
+    """Loads questions, and raises if a metric does not suit them."""
+    try:
+        samples = load_samples(name, columns=columns, limit=limit, seed=seed)
+    except ImportError as error:  # of a package that holds or reads the data
+        raise OSError(str(error)) from error
+    score, sample = find_metric(metric_name), None
+    try:
+        for sample in samples:
+            score("", sample.answers, sample.choices)
+    except ValueError as error:
+        raise ValueError(f"{sample.where if sample else 'The data'}: {error}") from error
+    return samples
+
+
+def check_retentions(retentions: Sequence[float]) -> list[float]:
+    """The average retentions without repetition; raises unless each is in `(0, 1)`."""
+    for average in retentions:
+        Setting.of(average, num_layers=1)
+    return list(dict.fromkeys(retentions))
+
+
+def other_split(data: str) -> str:
+    """Where to calibrate for built-in data: another split of the same."""
+    if data not in _OTHER_SPLITS:
+        raise ValueError(
+            f"The method sgl needs questions to choose its threshold on, and nothing tells which go with {data!r}: "
+            "name other questions with --calibration, or leave sgl out of --methods."
+        )
+    return _OTHER_SPLITS[data]
+
+
+def check_disjoint(samples: Sequence[Sample], calibration: Sequence[Sample]) -> None:
+    """Raises if a threshold would be chosen on images that are evaluated."""
+    shared = {sample.image_id for sample in samples} & {sample.image_id for sample in calibration}
+    if shared:
+        raise ValueError(
+            f"{len(shared)} images are in the data and in the calibration data, such as {min(shared)!r}: a threshold "
+            "must be chosen on other images than it is judged on."
+        )
+
+
+def check_enough(calibration: Sequence[Sample], keep_accuracy: float) -> None:
+    """Raises if no answers to the calibration questions could prove the promise."""
+    promise = KeepAccuracy(keep_accuracy)
+    needed = math.ceil(math.log(1 - _CONFIDENCE) / math.log(1 - promise.limit))
+    if len(calibration) < needed:
+        raise ValueError(
+            f"There are {len(calibration)} calibration questions, and to promise that {promise.sentence()} takes "
+            f"{needed} that the large model answers rightly: give more calibration data, or a lower --keep-accuracy."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- thresholds
+
+
+def choose_thresholds(
+    pair: Pair,
+    samples: Sequence[Sample],
+    retentions: Sequence[float],
+    folder: Path,
+    facts: dict[str, Any],
+    *,
+    keep_accuracy: float = 0.99,
+    num_evaluated: int,
+    metric_name: str = "exact_match",
+    batch_size: int = 8,
+) -> dict[float, float]:
+    """Chooses, on questions that are not evaluated, a decision score from which on drafts are returned.
+
+    An answer counts as right from a score of 0.5 on. The promise has to hold for the `num_evaluated` questions of the
+    evaluation, with 99 % confidence. Returns the threshold for each average retention.
+    """
+    promise = KeepAccuracy(keep_accuracy)
+    runs = plan({"sgp": SGP(scores_draft=True)}, retentions, pair.num_layers)
+    results = run_methods(
+        pair, samples, runs, folder, facts, metric_name=metric_name, batch_size=batch_size, title="calibrate"
+    )
+    thresholds = {}
+    for average in retentions:
+        records = [_record(result) for result in results if result.average_retention == average]
+        counted = sum(promise.counts(record) for record in records)
+        allowed = allowed_failures(counted, num_evaluated, promise.limit, _CONFIDENCE) if counted else None
+        if allowed is None:
+            raise ValueError(
+                f"Of the {len(records)} calibration questions the large model answers {counted} rightly, which is too "
+                f"few to promise that {promise.sentence()}: give more calibration data, or a lower --keep-accuracy."
+            )
+        thresholds[average] = promise.threshold(records, allowed)
+    return thresholds
+
+
+def _record(result: Result) -> Record:
+    return Record(
+        index=result.sample,
+        draft=result.draft or "",
+        answer=result.answer,
+        draft_right=(result.draft_score or 0) >= 0.5,
+        large_right=result.score >= 0.5,
+        confidence=0.0,
+        consistency=0.0,
+        decision_score=result.decision_score or 0.0,
+        complete=bool(result.draft_complete),
+    )

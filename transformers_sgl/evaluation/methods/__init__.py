@@ -1,0 +1,63 @@
+"""Methods: the ways to answer that an evaluation compares, ours and those it has to beat.
+
+A method is a dataclass. It gets images and questions and gives back text. To add one, write the class and give it a
+name in [`METHODS`]:
+
+- a guide, which ranks the large model's visual tokens: subclass [`Guide`] in `guides.py`;
+- anything else: subclass [`Method`], in a file of its own beside these.
+
+[`evaluate`] then compares it with the others; nothing else has to change.
+"""
+
+from transformers_sgl.evaluation.methods.alone import Large, Small
+from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
+from transformers_sgl.evaluation.methods.downsample import Downsample
+from transformers_sgl.evaluation.methods.guided import SGL, SGP
+from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
+
+__all__ = [
+    "METHODS",
+    "SGL",
+    "SGP",
+    "Answer",
+    "Batch",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "Guide",
+    "Large",
+    "Method",
+    "Oracle",
+    "Pair",
+    "Random",
+    "Setting",
+    "Small",
+    "find_method",
+]
+
+METHODS: dict[str, Method] = {
+    "large": Large(),
+    "small": Small(),
+    "sgp": SGP(),
+    "sgl": SGL(),
+    "random": Random(),
+    "fastv": FastV(),
+    "oracle": Oracle(),
+    "divprune": DivPrune(),
+    "divprune-late": DivPrune(from_first_layer=False),
+    "downsample": Downsample(),
+    "sgp-last": SGP(queries="last"),
+    "sgp-prompt": SGP(queries="prompt"),
+    "sgp-generated": SGP(queries="generated"),
+    "sgp-10%": SGP(layers=0.1),
+    "sgp-30%": SGP(layers=0.3),
+    "sgp-50%": SGP(layers=0.5),
+    "sgp-70%": SGP(layers=0.7),
+}
+
+
+def find_method(name: str) -> Method:
+    """Looks a method up."""
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}: take some of {', '.join(METHODS)}.")
+    return METHODS[name]

@@ -1,0 +1,235 @@
+"""What an evaluation tells: scores and comparisons, speed, and a table.
+
+`summarise` depends on the answers alone, so the same answers give the same `summary.json`; `summarise_speed` holds
+what does not (`speed.json`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers_sgl.evaluation.cost import Cost
+from transformers_sgl.evaluation.data import Sample
+from transformers_sgl.evaluation.figure import draw_figure
+from transformers_sgl.evaluation.run import Result, Run, RunKey
+from transformers_sgl.evaluation.run_folder import measurement_record
+from transformers_sgl.evaluation.statistics import Array, PairedScores, at_equal_cost
+from transformers_sgl.storage.files import write_atomically
+
+__all__ = ["as_markdown", "p_value", "points", "summarise", "summarise_speed", "table_row", "write_report"]
+
+# Guided methods, each compared with every other method.
+_OURS = ("sgp", "sgl")
+
+
+def summarise(
+    results: Sequence[Result],
+    samples: Sequence[Sample],
+    runs: Sequence[Run],
+    costs: dict[RunKey, Cost],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that depends on the answers alone."""
+    by_run = _by_run(results, runs)
+    scores = {key: _array(result.score for result in found) for key, found in by_run.items()}
+    paired = PairedScores([sample.image_id for sample in samples], facts["seed"])
+    kinds = np.array([sample.kind for sample in samples])
+    rows = []
+    for run in runs:
+        found = by_run[run.key]
+        retained = [result.retention for result in found if result.retention is not None]
+        accepted = [r.num_draft_tokens_accepted for r in found if r.num_draft_tokens_accepted is not None]
+        row: dict[str, Any] = {
+            "method": run.name,
+            "target_retention": run.average_retention,
+            "score": float(scores[run.key].mean()),
+            "interval": list(paired.interval(scores[run.key])),
+            "score_by_kind": {kind: float(scores[run.key][kinds == kind].mean()) for kind in _kinds(samples)},
+            "average_retention": None if run.name == "small" else float(np.mean(retained)) if retained else 0.0,
+            "large_call_rate": 0.0 if run.name == "small" else len(retained) / len(found),
+            "num_tokens": float(np.mean([result.num_tokens for result in found])),
+            "num_draft_tokens_accepted": float(np.mean(accepted)) if accepted else None,
+            "gigaflops": costs[run.key].flops / 1e9,
+        }
+        if ("large", None) in scores and run.name != "large":
+            row["vs_large"] = vars(paired.difference(scores[run.key], scores["large", None]))
+        rows.append(row)
+    operations = {key: float(cost.flops) for key, cost in costs.items()}
+    return {
+        "data": facts["data"],
+        "metric": facts["metric_name"],
+        "num_samples": len(samples),
+        "num_images": len({sample.image_id for sample in samples}),
+        "batch_size": facts["batch_size"],
+        "seed": facts["seed"],
+        "max_new_tokens": facts["max_new_tokens"],
+        "dtype": facts["dtype"],
+        "thresholds": facts["thresholds"],
+        "rows": rows,
+        "comparisons": _comparisons(scores, paired),
+        "at_equal_operations": _at_equal_cost(scores, paired, operations),
+    }
+
+
+def _by_run(results: Sequence[Result], runs: Sequence[Run]) -> dict[RunKey, list[Result]]:
+    """Each run's results, in the order of the questions."""
+    found: dict[RunKey, list[Result]] = {run.key: [] for run in runs}
+    for result in results:
+        found[result.run].append(result)
+    return found
+
+
+def _array(values: Iterable[float]) -> Array:
+    return np.fromiter(values, dtype=np.float64)
+
+
+def _kinds(samples: Sequence[Sample]) -> list[str]:
+    return sorted({sample.kind for sample in samples if sample.kind})
+
+
+def _comparisons(scores: dict[RunKey, Array], paired: PairedScores) -> list[dict[str, Any]]:
+    """The guided methods against all others that prune, at the same retention."""
+    return [
+        {
+            "method": ours,
+            "other": other,
+            "target_retention": retention,
+            **vars(paired.difference(scores[ours, retention], scores[other, retention])),
+        }
+        for ours, retention in scores
+        if ours in _OURS
+        for other, same in scores
+        if same == retention and other not in _OURS
+    ]
+
+
+def _at_equal_cost(
+    scores: dict[RunKey, Array], paired: PairedScores, costs: dict[RunKey, float]
+) -> list[dict[str, Any]]:
+    """The guided methods against what all others score at the same cost; unpruned is a setting of each of them."""
+    unpruned = [(costs["large", None], scores["large", None])] if ("large", None) in scores else []
+    others = {name for name, retention in scores if retention is not None and name not in _OURS}
+    found = []
+    for ours, retention in scores:
+        if ours not in _OURS:
+            continue
+        for other in sorted(others):
+            points = [(costs[key], values) for key, values in scores.items() if key[0] == other]
+            expected = at_equal_cost(costs[ours, retention], points + unpruned)
+            if expected is not None:
+                difference = paired.difference(scores[ours, retention], expected)
+                found.append(
+                    {
+                        "method": ours,
+                        "other": other,
+                        "target_retention": retention,
+                        "other_score": float(expected.mean()),
+                        **vars(difference),
+                    }
+                )
+    return found
+
+
+def summarise_speed(
+    results: Sequence[Result],
+    samples: Sequence[Sample],
+    runs: Sequence[Run],
+    costs: dict[RunKey, Cost],
+    facts: dict[str, Any],
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """What clock and memory say, and what the scores are at equal time."""
+    by_run = _by_run(results, runs)
+    seconds = {key: _array(result.seconds for result in found) for key, found in by_run.items()}
+    batches = np.arange(0, len(samples), facts["batch_size"])  # all of a batch's questions share its time
+    large = seconds.get(("large", None))
+    rows, relative = [], {}
+    for run in runs:
+        of_run = seconds[run.key][batches]
+        row: dict[str, Any] = {
+            "method": run.name,
+            "target_retention": run.average_retention,
+            "seconds": float(np.median(of_run)),
+            "peak_memory_bytes": costs[run.key].peak_memory_bytes,
+        }
+        if large is not None:
+            ratios = of_run / large[batches]
+            relative[run.key] = float(np.median(ratios))
+            row["relative_to_large"] = relative[run.key]
+            row["relative_quartiles"] = [float(value) for value in np.percentile(ratios, [25, 75])]
+        rows.append(row)
+    scores = {key: _array(result.score for result in found) for key, found in by_run.items()}
+    paired = PairedScores([sample.image_id for sample in samples], facts["seed"])
+    return {
+        **measurement_record(facts["seed"], device),
+        "num_threads": torch.get_num_threads(),
+        "rows": rows,
+        "at_equal_time": _at_equal_cost(scores, paired, relative) if relative else [],
+    }
+
+
+def as_markdown(summary: dict[str, Any], speed: dict[str, Any]) -> str:
+    """The table, one row for each run."""
+    cells = [table_row(row, clock) for row, clock in zip(summary["rows"], speed["rows"], strict=True)]
+    lines = [" | ".join(TABLE_COLUMNS), " | ".join("---" for _ in TABLE_COLUMNS), *map(" | ".join, cells)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+TABLE_COLUMNS = (
+    "method",
+    "retention",
+    "score [95 % interval]",
+    "difference to large [95 % interval]",
+    "p",
+    "large model called",
+    "GFLOPs",
+    "time / large",
+    "peak memory (GiB)",
+)
+
+
+def table_row(row: dict[str, Any], clock: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    versus = row.get("vs_large")
+    retention = row["average_retention"]
+    return [
+        row["method"],
+        "" if retention is None else f"{100 * retention:.0f} %",
+        f"{100 * row['score']:.1f} [{100 * row['interval'][0]:.1f}, {100 * row['interval'][1]:.1f}]",
+        "" if versus is None else points(versus),
+        "" if versus is None else p_value(versus["p_value"]),
+        f"{100 * row['large_call_rate']:.0f} %",
+        f"{row['gigaflops']:.3g}",
+        f"{clock['relative_to_large']:.2f}" if "relative_to_large" in clock else "",
+        "" if clock["peak_memory_bytes"] is None else f"{clock['peak_memory_bytes'] / 2**30:.2f}",
+    ]
+
+
+def points(difference: dict[str, float]) -> str:
+    """A difference in percentage points with its interval."""
+    mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def p_value(value: float) -> str:
+    """A p value as it is printed."""
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def write_report(summary: dict[str, Any], speed: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes summary, speed, table and figure."""
+    texts = {
+        "summary.json": json.dumps(summary, indent=2) + "\n",
+        "speed.json": json.dumps(speed, indent=2) + "\n",
+        "table.md": as_markdown(summary, speed) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text)
+    draw_figure(summary, speed, folder / "figure.png")
+    return [folder / name for name in (*texts, "figure.png")]
