@@ -20,6 +20,7 @@ from transformers_sgl.evaluation.calibration import KeepAccuracy, Record, allowe
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import Sample, load_samples
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Method, Pair, Setting, find_method
+from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import as_markdown, summarise, summarise_speed, write_report
 from transformers_sgl.evaluation.run import Result, Run, all_processes, measure_costs, plan, run_methods
@@ -167,7 +168,7 @@ class _Task:
         """Runs the methods and writes the report, or reads it in processes that are not the first."""
         runs = plan(methods, retentions, self.pair.num_layers)
         check_claim(self.out, self._facts(self.samples, runs))
-        shared = {"metric_name": self.asked["metric_name"], "batch_size": self.asked["batch_size"]}
+        shared = {"score": find_metric(self.asked["metric_name"]), "batch_size": self.asked["batch_size"]}
         thresholds: dict[float, float] = {}
         if calibration:
             thresholds = choose_thresholds(
@@ -243,7 +244,7 @@ def other_split(data: str) -> str:
     if data not in _OTHER_SPLITS:
         raise ValueError(
             f"The method sgl needs questions to choose its threshold on, and nothing tells which go with {data!r}: "
-            "name other questions with --calibration, or leave sgl out of --methods."
+            "name other questions as `calibration_data`, or leave sgl out of `methods`."
         )
     return _OTHER_SPLITS[data]
 
@@ -265,7 +266,7 @@ def check_enough(calibration: Sequence[Sample], keep_accuracy: float) -> None:
     if len(calibration) < needed:
         raise ValueError(
             f"There are {len(calibration)} calibration questions, and to promise that {promise.sentence()} takes "
-            f"{needed} that the large model answers rightly: give more calibration data, or a lower --keep-accuracy."
+            f"{needed} that the large model answers rightly: give more calibration data, or a lower `keep_accuracy`."
         )
 
 
@@ -281,7 +282,7 @@ def choose_thresholds(
     *,
     keep_accuracy: float = 0.99,
     num_evaluated: int,
-    metric_name: str = "exact_match",
+    score: Metric = exact_match,
     batch_size: int = 8,
 ) -> dict[float, float]:
     """Chooses, on questions that are not evaluated, a decision score from which on drafts are returned.
@@ -291,32 +292,17 @@ def choose_thresholds(
     """
     promise = KeepAccuracy(keep_accuracy)
     runs = plan({"sgp": SGP(scores_draft=True)}, retentions, pair.num_layers)
-    results = run_methods(
-        pair, samples, runs, folder, facts, metric_name=metric_name, batch_size=batch_size, title="calibrate"
-    )
+    options: dict[str, Any] = {"score": score, "batch_size": batch_size, "title": "calibrate"}
+    results = run_methods(pair, samples, runs, folder, facts, **options)
     thresholds = {}
     for average in retentions:
-        records = [_record(result) for result in results if result.average_retention == average]
+        records = [Record.of(result) for result in results if result.average_retention == average]
         counted = sum(promise.counts(record) for record in records)
         allowed = allowed_failures(counted, num_evaluated, promise.limit, _CONFIDENCE) if counted else None
         if allowed is None:
             raise ValueError(
                 f"Of the {len(records)} calibration questions the large model answers {counted} rightly, which is too "
-                f"few to promise that {promise.sentence()}: give more calibration data, or a lower --keep-accuracy."
+                f"few to promise that {promise.sentence()}: give more calibration data, or a lower `keep_accuracy`."
             )
         thresholds[average] = promise.threshold(records, allowed)
     return thresholds
-
-
-def _record(result: Result) -> Record:
-    return Record(
-        index=result.sample,
-        draft=result.draft or "",
-        answer=result.answer,
-        draft_right=(result.draft_score or 0) >= 0.5,
-        large_right=result.score >= 0.5,
-        confidence=0.0,
-        consistency=0.0,
-        decision_score=result.decision_score or 0.0,
-        complete=bool(result.draft_complete),
-    )

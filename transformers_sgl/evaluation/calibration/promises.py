@@ -12,23 +12,25 @@ from typing import ClassVar
 import numpy as np
 
 from transformers_sgl.evaluation.calibration.bounds import check_fraction, exact, percent
+from transformers_sgl.evaluation.run import Result
 
 __all__ = ["KeepAccuracy", "LargeCallBudget", "Promise", "Record"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What both models made of one sample: a line of `samples.jsonl`."""
+    """What both models made of one sample."""
 
-    index: int  # the sample's place in the data, from 0
-    draft: str  # the small model's answer
-    answer: str  # the large model's answer
     draft_right: bool  # whether the small model's answer is right
     large_right: bool  # whether the large model's answer is right
-    confidence: float  # the draft's confidence
-    consistency: float  # the draft's consistency
-    decision_score: float  # their mean, which is compared with the threshold
+    decision_score: float  # how trustworthy the draft is, which is compared with the threshold
     complete: bool = True  # whether the draft was not cut off; one that was is never returned
+
+    @classmethod
+    def of(cls, result: Result) -> Record:
+        """What a run of the pair without early exit recorded; an answer is right from a score of 0.5 on."""
+        score, complete = result.decision_score or 0.0, bool(result.draft_complete)
+        return cls((result.draft_score or 0) >= 0.5, result.score >= 0.5, score, complete)
 
     @property
     def exit_score(self) -> float:
@@ -98,7 +100,7 @@ class KeepAccuracy(Promise):
     name = "keep_accuracy"
     counting = " that the large model answers rightly"
     counts_all = False
-    cure = "a lower --keep-accuracy"
+    cure = "a lower `keep_accuracy`"
 
     @property
     def limit(self) -> Fraction:
@@ -143,7 +145,7 @@ class LargeCallBudget(Promise):
     name = "large_call_budget"
     counting = ""
     counts_all = True
-    cure = "a higher --large-call-budget"
+    cure = "a higher `large_call_budget`"
 
     @property
     def limit(self) -> Fraction:
@@ -162,8 +164,8 @@ class LargeCallBudget(Promise):
             cut_off = sum(not record.complete for record in records)
             raise ValueError(
                 f"The small model's answer was cut off in {cut_off} of {len(records)} calibration samples, which at "
-                f"any threshold go to the large model, but only {allowed} may: ask for a higher --max-new-tokens or "
-                f"for {self.cure}."
+                f"any threshold go to the large model, but only {allowed} may: ask for a higher "
+                f"`max_new_tokens` or for {self.cure}."
             )
         return threshold
 

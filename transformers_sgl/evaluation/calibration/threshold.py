@@ -122,7 +122,7 @@ def _too_few(
     return ValueError(
         f"{there}. To promise with {percent(confidence)} confidence that {promise.sentence()} takes at least "
         f"{calibration} and {held_out}, or about {needed} lines of data in all: add data, or ask for {promise.cure} "
-        "or a lower --confidence."
+        "or a lower `confidence`."
     )
 
 

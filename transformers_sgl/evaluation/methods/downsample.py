@@ -98,7 +98,7 @@ def _fitting_size(processor: Any, image_size: tuple[int, int], retention: float)
 
     if not tells_image_tokens(processor):
         raise ValueError(
-            f"{type(processor).__name__} does not tell how many tokens images have: leave downsample out of --methods."
+            f"{type(processor).__name__} does not tell how many tokens images have: leave downsample out of `methods`."
         )
     before = num_tokens(1.0)
     scales = [0.98**step for step in range(230)]
