@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,8 +42,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Promise(ABC):
-    """A promise about the pair: among the samples that count, few fail.
+class _Promise:
+    """A promise about the pair: among the samples that count, at most the fraction `limit` fails.
 
     A sample fails on one side of the threshold only, so moving the threshold the other way never adds a failure.
     """
@@ -59,29 +58,8 @@ class Promise(ABC):
     def __post_init__(self) -> None:
         check_fraction(self.name, self.value)
 
-    @property
-    @abstractmethod
-    def limit(self) -> Fraction:
-        """The greatest fraction of failures that keeps the promise."""
 
-    @abstractmethod
-    def counts(self, record: Record) -> bool:
-        """Whether the promise is about this sample."""
-
-    @abstractmethod
-    def fails(self, record: Record, threshold: float) -> bool:
-        """Whether a sample that counts fails at this threshold."""
-
-    @abstractmethod
-    def threshold(self, records: Sequence[Record], allowed: int) -> float:
-        """The threshold at which at most `allowed` samples fail, and none that is no worse than the next one."""
-
-    @abstractmethod
-    def sentence(self) -> str:
-        """The promise in words."""
-
-
-class KeepAccuracy(Promise):
+class KeepAccuracy(_Promise):
     """At least the fraction `value` of what the large model answers rightly stays right after routing.
 
     A sample fails if it exits early with a wrong draft where the large model is right. The pair's accuracy is then at
@@ -126,7 +104,7 @@ class KeepAccuracy(Promise):
         return f"at least {percent(self.value)} of the large model's right answers stay right"
 
 
-class LargeCallBudget(Promise):
+class LargeCallBudget(_Promise):
     """At most the fraction `value` of the samples is sent to the large model.
 
     Every sample counts, and fails if it does not exit early. Of all thresholds that keep the promise, the highest is
@@ -171,3 +149,6 @@ class LargeCallBudget(Promise):
 
     def sentence(self) -> str:
         return f"at most {percent(self.value)} of the questions go to the large model"
+
+
+Promise = KeepAccuracy | LargeCallBudget

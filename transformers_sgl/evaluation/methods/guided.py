@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting, answer_lengths
+from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 
 __all__ = ["SGL", "SGP", "pair_answers"]
@@ -15,17 +15,11 @@ __all__ = ["SGL", "SGP", "pair_answers"]
 
 @dataclass(frozen=True)
 class SGP(Method):
-    """Small-model-guided pruning (paper, section 3.2): `generate` of the pair, without early exit.
+    """Small-model-guided pruning (paper, section 3.2): `generate` of the pair, without early exit."""
 
-    Attributes:
-        queries: Whose attention ranks the visual tokens: `"prompt"`, `"last"`, `"generated"` or `"both"`.
-        layers: The fraction of the small model's layers that count, from the first one on.
-        scores_draft: Whether the draft is scored although nothing exits; a calibration needs that.
-    """
-
-    queries: str = "both"
-    layers: float = 1.0
-    scores_draft: bool = False
+    queries: str = "both"  # whose attention ranks the visual tokens: `"prompt"`, `"last"`, `"generated"` or `"both"`
+    layers: float = 1.0  # the fraction of the small model's layers that count, from the first one on
+    scores_draft: bool = False  # whether the draft is scored although nothing exits; a calibration needs that
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         return self._generate(pair, batch, setting, NEVER_EXIT)
@@ -47,13 +41,9 @@ class SGP(Method):
 
 @dataclass(frozen=True)
 class SGL(SGP):
-    """The whole method: guided pruning with early exit (paper, section 3.3).
+    """The whole method: guided pruning with early exit (paper, section 3.3)."""
 
-    Attributes:
-        thresholds: By average retention, the decision score from which on the small model's answer is returned; chosen
-            on questions that are not evaluated.
-    """
-
+    # By average retention, the decision score from which on drafts are returned; chosen on other questions.
     thresholds: dict[float, float] = field(default_factory=dict)
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
@@ -66,14 +56,16 @@ def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
     output = pair.model.generate(
         **inputs, max_new_tokens=pair.max_new_tokens, return_dict_in_generate=True, **settings
     )
-    written = output.sequences[:, inputs["input_ids"].shape[1] :]
-    drafts = output.draft_sequences
+    written = pair.read(pair.model.large, pair.processor, output.sequences[:, inputs["input_ids"].shape[1] :])
+    drafts: list[str | None] = [None] * len(written)
+    if output.draft_sequences is not None:
+        read = pair.read(pair.model.small, pair.processor.small_processor, output.draft_sequences)
+        drafts = [text for text, _ in read]
     parts = (
-        pair.texts(pair.processor, written),
-        answer_lengths(written, pair.model.large),
+        *zip(*written, strict=True),
         output.average_retention(pair.num_layers).tolist(),
         _listed(output.exited_early, len(written)),
-        [None] * len(written) if drafts is None else pair.texts(pair.processor.small_processor, drafts),
+        drafts,
         _listed(output.num_draft_tokens_accepted, len(written)),
         _listed(output.decision_score, len(written)),
         _listed(output.draft_complete, len(written)),
