@@ -47,7 +47,9 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 class SGLChatModel(lmms):
     """Answers lmms-eval's requests with a pair, or with one of its models alone.
 
-    `pretrained` names the pair, `method` (`"pair"`, `"large"`, `"small"`) who answers, `kwargs` the pair's settings.
+    `pretrained` names the pair, and `method` who answers: the `"pair"`, or the `"large"` or `"small"` model alone.
+    `preset` and settings of [`SGLGenerationConfig`] replace the pair's own; `max_new_tokens` holds where a task sets
+    none, and `num_frames` limits the frames of a video. Other `kwargs` go to `from_pretrained`.
 
     Example:
         ```python
