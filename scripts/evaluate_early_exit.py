@@ -278,13 +278,8 @@ def records_of(known: Answers) -> list[Record]:
     """One data set's answers in the form that calibration takes."""
     return [
         Record(
-            index=index,
-            draft="",
-            answer="",
             draft_right=bool(known["draft_right"][index]),
             large_right=bool(known["large_right"][index]),
-            confidence=float(known["confidence"][index]),
-            consistency=float(known["consistency"][index]),
             decision_score=float(score),
         )
         for index, score in enumerate(score_of(known, "both"))

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from transformers_sgl.evaluation.data.scene_objects import (
     COLORS,
     LABELS,
     SHAPES,
     SceneObject,
-    paint_object_map,
-    patch_objects,
+    draw_shape,
     random_background,
     render,
 )
@@ -180,19 +179,40 @@ def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray,
     class_of = np.array([*classes, NUM_CLASSES - 1])  # index -1 is the background
     character_of = np.array([*characters, NUM_CHARACTERS - 1])
 
-    object_map = paint_object_map(size, objects)
     side = size // TILE
-    patches = patch_objects(object_map, len(objects), PATCH, 0.15)
+    patches = patch_objects(size, objects)
     tiles = patches.reshape(side, TILE // PATCH, side, TILE // PATCH).transpose(0, 2, 1, 3).reshape(-1)
     if side == 1:
         return class_of[tiles], character_of[tiles], tiles
-    thumbnail = patch_objects(object_map, len(objects), PATCH * side, 0.15).reshape(-1)
+    thumbnail = patch_objects(size, objects, PATCH * side).reshape(-1)
     hidden = np.full(thumbnail.shape, IGNORE)
     return (
         np.concatenate([class_of[tiles], class_of[thumbnail]]),
         np.concatenate([character_of[tiles], hidden]),
         np.concatenate([tiles, thumbnail]),
     )
+
+
+def object_map(size: int, objects: Sequence[SceneObject]) -> np.ndarray:
+    """Tells which object covers which pixel: its index, or -1 for the background."""
+    canvas = Image.new("L", (size, size), 0)
+    draw = ImageDraw.Draw(canvas)
+    for index, item in enumerate(objects):
+        left, top, right, bottom = item.box
+        draw_shape(draw, item.shape, (left, top, right - 1, bottom - 1), index + 1)
+    return np.asarray(canvas, dtype=np.int64) - 1
+
+
+def patch_objects(
+    size: int, objects: Sequence[SceneObject], patch_size: int = PATCH, min_cover: float = 0.15
+) -> np.ndarray:
+    """Tells which object each square patch of the picture shows: the dense label of a visual token."""
+    side = size // patch_size
+    if not objects:
+        return np.full((side, side), -1)
+    patches = object_map(size, objects).reshape(side, patch_size, side, patch_size)
+    cover = np.stack([(patches == index).mean(axis=(1, 3)) for index in range(len(objects))])  # (count, rows, columns)
+    return np.where(cover.max(axis=0) >= min_cover, cover.argmax(axis=0), -1)
 
 
 def corpus(seed: int, num_scenes: int = 2000) -> list[str]:

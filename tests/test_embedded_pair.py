@@ -11,6 +11,7 @@ import skimage
 import torch
 from PIL import Image
 from tiny_models import state
+from tiny_pair_data import patch_objects
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -75,7 +76,9 @@ def scenes(processor: Any) -> tuple[dict[str, Tensor], list[str], Tensor]:
         for question in scene.questions:
             questions.append((scene.image, question.question))
             answers.append(question.answer)
-            shown = torch.tensor(scene.patch_objects() == question.objects[0])  # (16, 16) patches of 8 pixels
+            shown = torch.tensor(
+                patch_objects(128, scene.objects) == question.objects[0]
+            )  # (16, 16) patches of 8 pixels
             tiles = [shown[y : y + 8, x : x + 8].flatten() for y in (0, 8) for x in (0, 8)]
             on_object.append(torch.cat([*tiles, torch.zeros(64, dtype=torch.bool)]))  # the thumbnail comes last
     return prepare(processor, questions), answers, torch.stack(on_object)

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
 from transformers_sgl.evaluation import Scenes, read_samples
-from transformers_sgl.evaluation.calibration.run import _inputs
 from transformers_sgl.evaluation.calibration.threshold import choose_threshold
+from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.hub import embedded_pair
 
 
@@ -71,11 +71,12 @@ class TestCalibrate:
         processor = AutoProcessor.from_pretrained(pair)
         samples = read_samples(data)[:8]
         records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-        output = model.generate(**_inputs(model, processor, samples), max_new_tokens=24, return_dict_in_generate=True)
+        inputs = Pair(model, processor).inputs(processor, samples, [sample.open_image() for sample in samples])
+        output = model.generate(**inputs, max_new_tokens=24, return_dict_in_generate=True)
         exits = [record["decision_score"] >= report["threshold"] for record in records]
         assert output.exited_early.tolist() == exits[:8]
         assert 0 < sum(exits) < len(exits) == 24
-        assert [r["index"] for r in records] == list(range(24))
+        assert [r["sample"] for r in records] == list(range(24))
 
     def test_the_summary_says_what_was_found(self, calibrated):
         pair, out, printed = calibrated
@@ -137,7 +138,7 @@ class TestCalibrate:
         before = {path: path.read_bytes() for path in [*out.iterdir(), pair / "generation_config.json"]}
         arguments = ["calibrate", str(pair), "--data", str(data), "--out", str(out), *CALIBRATION]
         assert main([*arguments, "--max-new-tokens", "12"]) == 2
-        assert "another run, which differs in max_new_tokens: give another --out" in capsys.readouterr().err
+        assert "another run, which differs in max_new_tokens: give another `out`" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in [*out.iterdir(), pair / "generation_config.json"]} == before
 
     def test_an_interrupted_run_goes_on(self, calibrated, data, pair, tmp_path, capsys, monkeypatch):
@@ -150,16 +151,20 @@ class TestCalibrate:
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err == (
-            "transformers-sgl: Stopped after 16 of 24 samples; the same command goes on from there.\n"
+            "transformers-sgl: Stopped after 2 of 3 batches; the same command goes on from there.\n"
         )
         assert (pair / "generation_config.json").read_bytes() == settings
-        assert sorted(path.name for path in out.iterdir()) == ["run.json", "samples.jsonl"]
+        assert sorted(path.name for path in out.iterdir()) == ["run.json", "samples-0.jsonl"]
 
         batches = count_batches(monkeypatch)
         assert main(arguments) == 0
         assert batches == [8]
         whole = calibrated[1]
-        assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+        records, others = (
+            [{**json.loads(line), "seconds": None} for line in (folder / "samples.jsonl").read_text().splitlines()]
+            for folder in (out, whole)
+        )
+        assert records == others
         found, expected = (json.loads((folder / "calibration.json").read_text()) for folder in (out, whole))
         assert found == expected
 

@@ -16,7 +16,7 @@ from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.figure import draw_figure
 from transformers_sgl.evaluation.methods import METHODS
-from transformers_sgl.evaluation.report import as_markdown, p_value, summarise, summarise_speed, write_report
+from transformers_sgl.evaluation.report import as_markdown, p_value, summarise, write_report
 from transformers_sgl.evaluation.run import Result, Run, plan
 from transformers_sgl.evaluation.statistics import PairedScores, at_equal_cost
 
@@ -201,11 +201,7 @@ def reported(*without: str) -> tuple[dict[str, Any], dict[str, Any], list[Run]]:
                 )
             )
     costs = {run.key: Cost(int(FLOPS[run.name]), 1000) for run in runs}
-    return (
-        summarise(results, QUESTIONS, runs, costs, FACTS),
-        summarise_speed(results, QUESTIONS, runs, costs, FACTS),
-        runs,
-    )
+    return (*summarise(results, QUESTIONS, runs, costs, FACTS), runs)
 
 
 class TestSummary:
@@ -263,7 +259,7 @@ class TestSummary:
             for index in range(5)
         ]
         costs = {run.key: Cost(1, None) for run in runs}
-        speed = summarise_speed(results, samples, runs, costs, {**FACTS, "batch_size": 1})
+        _, speed = summarise(results, samples, runs, costs, {**FACTS, "batch_size": 1})
         assert [row["relative_to_large"] for row in speed["rows"]] == [1, 0.5]
 
     def test_the_large_model_may_be_missing(self, tmp_path: Path) -> None:
@@ -284,7 +280,7 @@ class TestSummary:
         runs = plan({"sgl": METHODS["sgl"]}, [0.35], 10)
         results = [Result(index, "sgl", 0.35, "x", 1.0, 1.0, 2, exited_early=True) for index in range(4)]
         costs = {run.key: Cost(1, None) for run in runs}
-        (row,) = summarise(results, QUESTIONS, runs, costs, FACTS)["rows"]
+        (row,) = summarise(results, QUESTIONS, runs, costs, FACTS)[0]["rows"]
         assert (row["average_retention"], row["large_call_rate"]) == (0, 0)
 
 
@@ -346,8 +342,7 @@ class TestFigure:
         runs = plan({name: METHODS[name] for name in names}, [0.35], 10)
         results = [Result(index, name, 0.35, "x", 1.0, 1.0, 2, 0.35) for name in names for index in range(4)]
         costs = {run.key: Cost(1, None) for run in runs}
-        summary = summarise(results, QUESTIONS, runs, costs, FACTS)
-        figure = draw_figure(summary, summarise_speed(results, QUESTIONS, runs, costs, FACTS), tmp_path / "figure.png")
+        figure = draw_figure(*summarise(results, QUESTIONS, runs, costs, FACTS), tmp_path / "figure.png")
         looks = [(bars.lines[0].get_color(), bars.lines[0].get_marker()) for bars in figure.axes[0].containers]
         assert len(set(looks)) == len(looks) == len(names)
         # The legend stands below the axes, not on them.

@@ -304,7 +304,7 @@ class TestChecks:
         assert other_split("scenes") == "scenes:calibration"
         assert other_split("easy-vqa") == other_split("easy-vqa:test") == "easy-vqa:train"
         with pytest.raises(
-            ValueError, match="nothing tells which go with 'my.jsonl': name other questions with --cal"
+            ValueError, match="nothing tells which go with 'my.jsonl': name other questions as `calibration_data`"
         ):
             other_split("my.jsonl")
 
@@ -440,7 +440,7 @@ class TestCommand:
         before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
         for changed, name in ((["--retention", "0.64"], "runs"), (["--limit", "9"], "data_sha256")):
             assert main([*command, str(uninterrupted), *changed]) == 2
-            assert f"another run, which differs in {name}: give another --out" in capsys.readouterr().err
+            assert f"another run, which differs in {name}: give another `out`" in capsys.readouterr().err
         assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
 
 

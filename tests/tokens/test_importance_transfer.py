@@ -16,6 +16,7 @@ import tiny_processors
 import torch
 from PIL import Image
 from tiny_families import PROCESSORS, internvl_processor, llava_processor, picture, tiny_family_model, tiny_family_pair
+from tiny_pair_data import patch_objects
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.utils import logging as transformers_logging
@@ -643,7 +644,7 @@ def test_kept_tokens_show_the_object_that_is_asked_for(regridded_pair_path: Path
         [question] = scene.questions
         content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question.question}]
         asked.append([{"role": "user", "content": content}])
-        shown = torch.tensor(scene.patch_objects() == question.objects[0])  # (16, 16) patches of 8 pixels
+        shown = torch.tensor(patch_objects(128, scene.objects) == question.objects[0])  # (16, 16) patches of 8 pixels
         tiles = [shown[y : y + 8, x : x + 8].flatten() for y in (0, 8) for x in (0, 8)]
         thumbnail = shown.reshape(8, 2, 8, 2).any(dim=3).any(dim=1).flatten()
         on_object.append(torch.cat([*tiles, thumbnail]))

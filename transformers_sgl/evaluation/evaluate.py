@@ -1,8 +1,4 @@
-"""Evaluates a pair: methods answer questions with known answers and are compared.
-
-Read [`evaluate`] from top to bottom; behind it stand the checks it makes before models are loaded, and the choice of
-thresholds for the method `sgl`.
-"""
+"""Evaluates a pair: methods answer questions with known answers and are compared."""
 
 from __future__ import annotations
 
@@ -20,9 +16,10 @@ from transformers_sgl.evaluation.calibration import KeepAccuracy, Record, allowe
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import Sample, load_samples
 from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Method, Pair, Setting, find_method
+from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.metrics import metric as find_metric
-from transformers_sgl.evaluation.report import as_markdown, summarise, summarise_speed, write_report
-from transformers_sgl.evaluation.run import Result, Run, all_processes, measure_costs, plan, run_methods
+from transformers_sgl.evaluation.report import as_markdown, summarise, write_report
+from transformers_sgl.evaluation.run import Run, all_processes, measure_costs, plan, run_methods
 from transformers_sgl.evaluation.run_folder import check_claim, pair_facts
 from transformers_sgl.storage.files import check_writable_folder
 
@@ -131,10 +128,10 @@ def evaluate(
 
     # 2. Every method answers everything, and the answers are compared.
     model, processor = _opened(pair, dtype, device)
-    source = pair if isinstance(pair, (str, Path)) else None
-    asked = {"data": data, "metric_name": metric, **settings}
-    task = _Task(Pair(model, processor, max_new_tokens, seed), source, samples, out, asked)
-    return task.compare(chosen, retentions, calibration, keep_accuracy)
+    of_pair = pair_facts(model, pair if isinstance(pair, (str, Path)) else None)
+    known = {**of_pair, "data": data, "metric_name": metric, **settings, "device": model.device.type}
+    opened = Pair(model, processor, max_new_tokens, seed)
+    return _compare(opened, samples, calibration, chosen, retentions, out, known, keep_accuracy)
 
 
 def _opened(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tuple[Any, Any]:
@@ -147,71 +144,51 @@ def _opened(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tupl
     return opening.open_pair(pair, dtype=dtype, device=device)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """An evaluation whose settings are checked and whose models are loaded."""
-
-    pair: Pair  # the models
-    source: str | Path | None  # where they were loaded from
-    samples: Sequence[Sample]  # the questions
-    out: Path  # the folder for everything written
-    asked: dict[str, Any]  # the settings that the records depend on
-
-    def compare(
-        self,
-        methods: Mapping[str, Method],
-        retentions: Sequence[float],
-        calibration: Sequence[Sample],
-        keep_accuracy: float,
-    ) -> Evaluation:
-        """Runs the methods and writes the report, or reads it in processes that are not the first."""
-        runs = plan(methods, retentions, self.pair.num_layers)
-        check_claim(self.out, self._facts(self.samples, runs))
-        shared = {"metric_name": self.asked["metric_name"], "batch_size": self.asked["batch_size"]}
-        thresholds: dict[float, float] = {}
-        if calibration:
-            thresholds = choose_thresholds(
-                self.pair,
-                calibration,
-                retentions,
-                self.out / "calibration",
-                self._facts(calibration, []),
-                keep_accuracy=keep_accuracy,
-                num_evaluated=len(self.samples),
-                **shared,
-            )
-            runs = plan({**methods, "sgl": SGL(thresholds=thresholds)}, retentions, self.pair.num_layers)
-        facts = {**self._facts(self.samples, runs), "thresholds": [thresholds.get(average) for average in retentions]}
-        results = run_methods(self.pair, self.samples, runs, self.out, facts, **shared)
-        processes = all_processes()
-        written: list[Path] = []
-        if processes.is_main_process:
-            written = self._write_report(results, runs, facts)
-        processes.wait_for_everyone()
-        report, speed = (
-            json.loads((self.out / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "speed")
+def _compare(
+    pair: Pair,
+    samples: Sequence[Sample],
+    calibration: Sequence[Sample],
+    methods: Mapping[str, Method],
+    retentions: Sequence[float],
+    out: Path,
+    known: dict[str, Any],
+    keep_accuracy: float,
+) -> Evaluation:
+    """Runs the methods and writes the report, or reads it in processes that are not the first."""
+    runs = plan(methods, retentions, pair.num_layers)
+    check_claim(out, _facts(known, samples, runs))
+    score, batch_size = find_metric(known["metric_name"]), known["batch_size"]
+    thresholds: dict[float, float] = {}
+    if calibration:
+        thresholds = choose_thresholds(
+            pair,
+            calibration,
+            retentions,
+            out / "calibration",
+            _facts(known, calibration, []),
+            keep_accuracy=keep_accuracy,
+            num_evaluated=len(samples),
+            score=score,
+            batch_size=batch_size,
         )
-        return Evaluation(report, speed, tuple(written))
-
-    def _write_report(self, results: Sequence[Result], runs: Sequence[Run], facts: dict[str, Any]) -> list[Path]:
-        costs = measure_costs(self.pair, self.samples, runs, self.out, batch_size=self.asked["batch_size"])
-        report = summarise(results, self.samples, runs, costs, facts)
-        speed = summarise_speed(results, self.samples, runs, costs, facts, self.pair.model.device)
-        return write_report(report, speed, self.out)
-
-    def _facts(self, samples: Sequence[Sample], runs: Sequence[Run]) -> dict[str, Any]:
-        """Everything that the records depend on, for `run.json`."""
-        questions = [[sample.image_id, sample.prompt, sample.answers] for sample in samples]
-        return {
-            **pair_facts(self.pair.model, self.source),
-            **self.asked,
-            "data_sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
-            "runs": [list(run.key) for run in runs],
-            "device": self.pair.model.device.type,
-        }
+        runs = plan({**methods, "sgl": SGL(thresholds=thresholds)}, retentions, pair.num_layers)
+    facts = {**_facts(known, samples, runs), "thresholds": [thresholds.get(average) for average in retentions]}
+    results = run_methods(pair, samples, runs, out, facts, score=score, batch_size=batch_size)
+    processes = all_processes()
+    written: list[Path] = []
+    if processes.is_main_process:
+        costs = measure_costs(pair, samples, runs, out, batch_size=batch_size)
+        written = write_report(*summarise(results, samples, runs, costs, facts, pair.model.device), out)
+    processes.wait_for_everyone()
+    report, speed = (json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "speed"))
+    return Evaluation(report, speed, tuple(written))
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+def _facts(known: dict[str, Any], samples: Sequence[Sample], runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that the records depend on, for `run.json`."""
+    questions = [[sample.image_id, sample.prompt, sample.answers] for sample in samples]
+    digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()
+    return {**known, "data_sha256": digest, "runs": [list(run.key) for run in runs]}
 
 
 def load_scorable(
@@ -243,7 +220,7 @@ def other_split(data: str) -> str:
     if data not in _OTHER_SPLITS:
         raise ValueError(
             f"The method sgl needs questions to choose its threshold on, and nothing tells which go with {data!r}: "
-            "name other questions with --calibration, or leave sgl out of --methods."
+            "name other questions as `calibration_data`, or leave sgl out of `methods`."
         )
     return _OTHER_SPLITS[data]
 
@@ -265,11 +242,8 @@ def check_enough(calibration: Sequence[Sample], keep_accuracy: float) -> None:
     if len(calibration) < needed:
         raise ValueError(
             f"There are {len(calibration)} calibration questions, and to promise that {promise.sentence()} takes "
-            f"{needed} that the large model answers rightly: give more calibration data, or a lower --keep-accuracy."
+            f"{needed} that the large model answers rightly: give more calibration data, or a lower `keep_accuracy`."
         )
-
-
-# --------------------------------------------------------------------------------------------------------- thresholds
 
 
 def choose_thresholds(
@@ -281,7 +255,7 @@ def choose_thresholds(
     *,
     keep_accuracy: float = 0.99,
     num_evaluated: int,
-    metric_name: str = "exact_match",
+    score: Metric = exact_match,
     batch_size: int = 8,
 ) -> dict[float, float]:
     """Chooses, on questions that are not evaluated, a decision score from which on drafts are returned.
@@ -291,32 +265,17 @@ def choose_thresholds(
     """
     promise = KeepAccuracy(keep_accuracy)
     runs = plan({"sgp": SGP(scores_draft=True)}, retentions, pair.num_layers)
-    results = run_methods(
-        pair, samples, runs, folder, facts, metric_name=metric_name, batch_size=batch_size, title="calibrate"
-    )
+    options: dict[str, Any] = {"score": score, "batch_size": batch_size, "title": "calibrate"}
+    results = run_methods(pair, samples, runs, folder, facts, **options)
     thresholds = {}
     for average in retentions:
-        records = [_record(result) for result in results if result.average_retention == average]
+        records = [Record.of(result) for result in results if result.average_retention == average]
         counted = sum(promise.counts(record) for record in records)
         allowed = allowed_failures(counted, num_evaluated, promise.limit, _CONFIDENCE) if counted else None
         if allowed is None:
             raise ValueError(
                 f"Of the {len(records)} calibration questions the large model answers {counted} rightly, which is too "
-                f"few to promise that {promise.sentence()}: give more calibration data, or a lower --keep-accuracy."
+                f"few to promise that {promise.sentence()}: give more calibration data, or a lower `keep_accuracy`."
             )
         thresholds[average] = promise.threshold(records, allowed)
     return thresholds
-
-
-def _record(result: Result) -> Record:
-    return Record(
-        index=result.sample,
-        draft=result.draft or "",
-        answer=result.answer,
-        draft_right=(result.draft_score or 0) >= 0.5,
-        large_right=result.score >= 0.5,
-        confidence=0.0,
-        consistency=0.0,
-        decision_score=result.decision_score or 0.0,
-        complete=bool(result.draft_complete),
-    )

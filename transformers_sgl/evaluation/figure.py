@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_figure"]
+import numpy as np
+
+__all__ = ["draw_figure", "new_figure"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that tell without colour.
 _STYLES = {
@@ -21,15 +23,19 @@ _STYLES = {
 _SPARE_STYLES = [("#E69F00", marker) for marker in "<>dhpX18"]
 
 
-def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> Any:
-    """Accuracy against end-to-end time, and against the average retention."""
-    # The objects rather than pyplot, which would keep the figure and choose a window system for the whole process.
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure; pyplot would keep it, and choose a window system for the whole process."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # One above the other and no wider than a phone shows legibly.
-    figure = Figure(figsize=(5.2, 8.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> Any:
+    """Accuracy against end-to-end time, and against the average retention."""
+    figure = new_figure(5.2, 8.2)  # no wider than a phone shows legibly
     in_time, in_retention = figure.subplots(2, 1, sharey=True)
     rows = list(zip(summary["rows"], speed["rows"], strict=True))
     relative = all("relative_to_large" in clock for _, clock in rows)
@@ -41,11 +47,8 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> A
         if name == "divprune-late":
             style["linestyle"] = "--"
         of_method = [pair for pair in rows if pair[0]["method"] == name]
-        scores = [100 * row["score"] for row, _ in of_method]
-        errors = [
-            [100 * (row["score"] - row["interval"][0]) for row, _ in of_method],
-            [100 * (row["interval"][1] - row["score"]) for row, _ in of_method],
-        ]
+        scores, low, high = 100 * np.array([(row["score"], *row["interval"]) for row, _ in of_method]).T
+        errors = scores - low, high - scores
         times = [clock[time] for _, clock in of_method]
         retained = [100 * row["average_retention"] for row, _ in of_method]
         in_time.errorbar(times, scores, errors, label=name, **style)

@@ -19,16 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from string import ascii_uppercase, punctuation
 
-__all__ = [
-    "METRICS",
-    "Metric",
-    "anls",
-    "choice_accuracy",
-    "exact_match",
-    "metric",
-    "relaxed_accuracy",
-    "vqa_accuracy",
-]
+__all__ = ["METRICS", "Metric", "anls", "choice_accuracy", "exact_match", "metric", "relaxed_accuracy", "vqa_accuracy"]
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 
@@ -59,9 +50,6 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-# -------------------------------------------------------------------------------------------------------- exact match
-
-
 def exact_match(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """Whether an answer is one of the right ones, whatever its case, white space and final full stop."""
     return float(_normalised(answer) in map(_normalised, answers))
@@ -69,9 +57,6 @@ def exact_match(answer: str, answers: Sequence[str], choices: Sequence[str] = ()
 
 def _normalised(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
-
-
-# ------------------------------------------------------------------------------------------------------- VQA accuracy
 
 
 def vqa_accuracy(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -150,9 +135,6 @@ def _vqa_normalised(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _VQA_ARTICLES)
 
 
-# --------------------------------------------------------------------------------------------------------------- ANLS
-
-
 def anls(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
     """How close an answer is to the nearest right one: the average normalised Levenshtein similarity.
 
@@ -170,9 +152,6 @@ def anls(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> fl
     given = " ".join(answer.lower().split())
     right = (" ".join(other.lower().split()) for other in answers)
     return max((Levenshtein.normalized_similarity(given, other, score_cutoff=0.5) for other in right), default=0.0)
-
-
-# --------------------------------------------------------------------------------------------------- relaxed accuracy
 
 
 def relaxed_accuracy(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -197,9 +176,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-# ---------------------------------------------------------------------------------------------------- multiple choice
 
 
 def choice_accuracy(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:

@@ -1,13 +1,10 @@
-"""What an evaluation tells: scores and comparisons, speed, and a table.
-
-`summarise` depends on the answers alone, so the same answers give the same `summary.json`; `summarise_speed` holds
-what does not (`speed.json`).
-"""
+"""What an evaluation tells: scores and comparisons, speed, and a table."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.evaluation.statistics import Array, PairedScores, at_equal_cost
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["as_markdown", "p_value", "points", "summarise", "summarise_speed", "table_row", "write_report"]
+__all__ = ["as_markdown", "p_value", "points", "summarise", "table_row", "write_report"]
 
 # Guided methods, each compared with every other method.
 _OURS = ("sgp", "sgl")
@@ -34,63 +31,58 @@ def summarise(
     runs: Sequence[Run],
     costs: dict[RunKey, Cost],
     facts: dict[str, Any],
-) -> dict[str, Any]:
-    """Everything that depends on the answers alone."""
-    by_run = _by_run(results, runs)
+    device: torch.device | str = "cpu",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of `summary.json`, which the answers alone determine, and that of `speed.json`."""
+    by_run = {run.key: [result for result in results if result.run == run.key] for run in runs}
     scores = {key: _array(result.score for result in found) for key, found in by_run.items()}
     paired = PairedScores([sample.image_id for sample in samples], facts["seed"])
-    kinds = np.array([sample.kind for sample in samples])
-    rows = []
-    for run in runs:
-        found = by_run[run.key]
-        retained = [result.retention for result in found if result.retention is not None]
-        accepted = [r.num_draft_tokens_accepted for r in found if r.num_draft_tokens_accepted is not None]
-        row: dict[str, Any] = {
-            "method": run.name,
-            "target_retention": run.average_retention,
-            "score": float(scores[run.key].mean()),
-            "interval": list(paired.interval(scores[run.key])),
-            "score_by_kind": {kind: float(scores[run.key][kinds == kind].mean()) for kind in _kinds(samples)},
-            "average_retention": None if run.name == "small" else float(np.mean(retained)) if retained else 0.0,
-            "large_call_rate": 0.0 if run.name == "small" else len(retained) / len(found),
-            "num_tokens": float(np.mean([result.num_tokens for result in found])),
-            "num_draft_tokens_accepted": float(np.mean(accepted)) if accepted else None,
-            "gigaflops": costs[run.key].flops / 1e9,
-        }
-        if ("large", None) in scores and run.name != "large":
-            row["vs_large"] = vars(paired.difference(scores[run.key], scores["large", None]))
-        rows.append(row)
-    operations = {key: float(cost.flops) for key, cost in costs.items()}
-    return {
+    rows = [_row(run, by_run[run.key], scores, samples, paired, costs[run.key]) for run in runs]
+    names = ("batch_size", "seed", "max_new_tokens", "dtype", "thresholds")
+    summary = {
         "data": facts["data"],
         "metric": facts["metric_name"],
         "num_samples": len(samples),
         "num_images": len({sample.image_id for sample in samples}),
-        "batch_size": facts["batch_size"],
-        "seed": facts["seed"],
-        "max_new_tokens": facts["max_new_tokens"],
-        "dtype": facts["dtype"],
-        "thresholds": facts["thresholds"],
+        **{name: facts[name] for name in names},
         "rows": rows,
         "comparisons": _comparisons(scores, paired),
-        "at_equal_operations": _at_equal_cost(scores, paired, operations),
+        "at_equal_operations": _at_equal_cost(scores, paired, {key: float(cost.flops) for key, cost in costs.items()}),
     }
+    speed, relative = _summarise_speed(by_run, runs, costs, facts, device)
+    return summary, {**speed, "at_equal_time": _at_equal_cost(scores, paired, relative) if relative else []}
 
 
-def _by_run(results: Sequence[Result], runs: Sequence[Run]) -> dict[RunKey, list[Result]]:
-    """Each run's results, in the order of the questions."""
-    found: dict[RunKey, list[Result]] = {run.key: [] for run in runs}
-    for result in results:
-        found[result.run].append(result)
-    return found
+def _row(
+    run: Run,
+    found: Sequence[Result],
+    scores: dict[RunKey, Array],
+    samples: Sequence[Sample],
+    paired: PairedScores,
+    cost: Cost,
+) -> dict[str, Any]:
+    own, kinds = scores[run.key], np.array([sample.kind for sample in samples])
+    retained = [result.retention for result in found if result.retention is not None]
+    accepted = [r.num_draft_tokens_accepted for r in found if r.num_draft_tokens_accepted is not None]
+    row: dict[str, Any] = {
+        "method": run.name,
+        "target_retention": run.average_retention,
+        "score": float(own.mean()),
+        "interval": list(paired.interval(own)),
+        "score_by_kind": {kind: float(own[kinds == kind].mean()) for kind in np.unique(kinds[kinds != ""]).tolist()},
+        "average_retention": None if run.name == "small" else float(np.mean(retained)) if retained else 0.0,
+        "large_call_rate": 0.0 if run.name == "small" else len(retained) / len(found),
+        "num_tokens": float(np.mean([result.num_tokens for result in found])),
+        "num_draft_tokens_accepted": float(np.mean(accepted)) if accepted else None,
+        "gigaflops": cost.flops / 1e9,
+    }
+    if ("large", None) in scores and run.name != "large":
+        row["vs_large"] = vars(paired.difference(own, scores["large", None]))
+    return row
 
 
 def _array(values: Iterable[float]) -> Array:
     return np.fromiter(values, dtype=np.float64)
-
-
-def _kinds(samples: Sequence[Sample]) -> list[str]:
-    return sorted({sample.kind for sample in samples if sample.kind})
 
 
 def _comparisons(scores: dict[RunKey, Array], paired: PairedScores) -> list[dict[str, Any]]:
@@ -116,42 +108,31 @@ def _at_equal_cost(
     unpruned = [(costs["large", None], scores["large", None])] if ("large", None) in scores else []
     others = {name for name, retention in scores if retention is not None and name not in _OURS}
     found = []
-    for ours, retention in scores:
-        if ours not in _OURS:
-            continue
-        for other in sorted(others):
-            points = [(costs[key], values) for key, values in scores.items() if key[0] == other]
-            expected = at_equal_cost(costs[ours, retention], points + unpruned)
-            if expected is not None:
-                difference = paired.difference(scores[ours, retention], expected)
-                found.append(
-                    {
-                        "method": ours,
-                        "other": other,
-                        "target_retention": retention,
-                        "other_score": float(expected.mean()),
-                        **vars(difference),
-                    }
-                )
+    for (ours, retention), other in product(scores, sorted(others)):
+        points = [(costs[key], values) for key, values in scores.items() if key[0] == other]
+        expected = at_equal_cost(costs[ours, retention], points + unpruned) if ours in _OURS else None
+        if expected is not None:
+            versus = {"method": ours, "other": other, "target_retention": retention}
+            difference = paired.difference(scores[ours, retention], expected)
+            found.append({**versus, "other_score": float(expected.mean()), **vars(difference)})
     return found
 
 
-def summarise_speed(
-    results: Sequence[Result],
-    samples: Sequence[Sample],
+def _summarise_speed(
+    by_run: dict[RunKey, list[Result]],
     runs: Sequence[Run],
     costs: dict[RunKey, Cost],
     facts: dict[str, Any],
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """What clock and memory say, and what the scores are at equal time."""
-    by_run = _by_run(results, runs)
-    seconds = {key: _array(result.seconds for result in found) for key, found in by_run.items()}
-    batches = np.arange(0, len(samples), facts["batch_size"])  # all of a batch's questions share its time
+    device: torch.device | str,
+) -> tuple[dict[str, Any], dict[RunKey, float]]:
+    """What clock and memory say, and by run the time relative to the large model's."""
+    seconds = {
+        key: _array(result.seconds for result in found[:: facts["batch_size"]]) for key, found in by_run.items()
+    }
     large = seconds.get(("large", None))
     rows, relative = [], {}
     for run in runs:
-        of_run = seconds[run.key][batches]
+        of_run = seconds[run.key]  # one of a batch, whose questions share its time
         row: dict[str, Any] = {
             "method": run.name,
             "target_retention": run.average_retention,
@@ -159,19 +140,12 @@ def summarise_speed(
             "peak_memory_bytes": costs[run.key].peak_memory_bytes,
         }
         if large is not None:
-            ratios = of_run / large[batches]
-            relative[run.key] = float(np.median(ratios))
-            row["relative_to_large"] = relative[run.key]
+            ratios = of_run / large
+            relative[run.key] = row["relative_to_large"] = float(np.median(ratios))
             row["relative_quartiles"] = [float(value) for value in np.percentile(ratios, [25, 75])]
         rows.append(row)
-    scores = {key: _array(result.score for result in found) for key, found in by_run.items()}
-    paired = PairedScores([sample.image_id for sample in samples], facts["seed"])
-    return {
-        **measurement_record(facts["seed"], device),
-        "num_threads": torch.get_num_threads(),
-        "rows": rows,
-        "at_equal_time": _at_equal_cost(scores, paired, relative) if relative else [],
-    }
+    speed = {**measurement_record(facts["seed"], device), "num_threads": torch.get_num_threads(), "rows": rows}
+    return speed, relative
 
 
 def as_markdown(summary: dict[str, Any], speed: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from transformers_sgl.clock import now_ms
 from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Batch, Method, Pair, Setting
-from transformers_sgl.evaluation.metrics import metric
+from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.run_folder import claim, not_a_record, read_lines
 from transformers_sgl.storage.files import write_atomically
 
@@ -106,9 +106,10 @@ def run_methods(
     folder: Path,
     facts: dict[str, Any],
     *,
-    metric_name: str = "exact_match",
+    score: Metric = exact_match,
     batch_size: int = 8,
     title: str = "evaluate",
+    is_timed: bool = True,
 ) -> list[Result]:
     """Lets every run answer every sample, continuing where an earlier call was cut off.
 
@@ -124,7 +125,7 @@ def run_methods(
     waiting = [batch for batch in batches if any((run.key, index) not in results for run in runs for index in batch)]
     processes.wait_for_everyone()  # nobody writes before all have read
     mine = waiting[processes.process_index :: processes.num_processes]
-    if mine:  # the warm-up chooses kernels and fills caches
+    if mine and is_timed:  # the warm-up chooses kernels and fills caches
         batch = _batch(samples, mine[0])
         for run in runs:
             run.method.answer(pair, batch, run.setting)
@@ -143,7 +144,7 @@ def run_methods(
             ) as progress,
         ):
             for indices in mine:
-                found = _run_batch(pair, samples, indices, runs, metric_name, progress)
+                found = _run_batch(pair, samples, indices, runs, score, progress)
                 lines.write("".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in found))
                 lines.flush()
                 done += 1
@@ -195,9 +196,9 @@ def _read_cost(file: Path, line: int, fields: dict[str, Any]) -> tuple[RunKey, C
 
 
 def _run_batch(
-    pair: Pair, samples: Sequence[Sample], indices: range, runs: Sequence[Run], metric_name: str, progress: Any
+    pair: Pair, samples: Sequence[Sample], indices: range, runs: Sequence[Run], score: Metric, progress: Any
 ) -> list[Result]:
-    batch, score = _batch(samples, indices), metric(metric_name)
+    batch = _batch(samples, indices)
     found: list[Result] = []
     # The order changes from batch to batch, so that no run always follows the same other.
     for place in np.random.default_rng(indices.start).permutation(len(runs)):

@@ -65,7 +65,7 @@ def claim(folder: Path, facts: dict[str, Any]) -> None:
 
 def check_claim(folder: Path, facts: dict[str, Any], *, complete: bool = False) -> None:
     """Raises if the folder is another run's, as far as that is known; nothing is touched."""
-    cure = f"give another --out, or delete the folder {str(folder)!r}"
+    cure = f"give another `out`, or delete the folder {str(folder)!r}"
     file = folder / "run.json"
     if not file.exists():
         if (folder / "samples.jsonl").exists():

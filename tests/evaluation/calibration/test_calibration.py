@@ -36,8 +36,8 @@ from transformers_sgl.evaluation.calibration.threshold import check_feasible, ch
 from transformers_sgl.evaluation.checks import check_packages
 
 
-def record(score: float, draft_right: bool = True, large_right: bool = True, index: int = 0, **fields: Any) -> Record:
-    return Record(index, "draft", "answer", draft_right, large_right, score, score, score, **fields)
+def record(score: float, draft_right: bool = True, large_right: bool = True, **fields: Any) -> Record:
+    return Record(draft_right, large_right, score, **fields)
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
@@ -165,7 +165,7 @@ class TestThresholds:
         whole = [record(score) for score in (0.5, 0.6, 0.7)]
         assert KeepAccuracy(0.9).threshold([*cut_off, *whole], allowed=0) == 0.0
         assert LargeCallBudget(0.5).threshold([*cut_off, *whole], allowed=4) == 0.6
-        with pytest.raises(ValueError, match="cut off in 3 of 6 .* only 2 may: ask for a higher --max-new-tokens"):
+        with pytest.raises(ValueError, match="cut off in 3 of 6 .* only 2 may: ask for a higher `max_new_tokens`"):
             LargeCallBudget(0.5).threshold([*cut_off, *whole], allowed=2)
 
 
@@ -274,8 +274,7 @@ class TestCalibrate:
         rng = np.random.default_rng(1)
         score, right = uniform(rng, 400)
         return [
-            record(float(np.float32(s)), bool(d), bool(rng.random() < 0.9), index)
-            for index, (s, d) in enumerate(zip(score, right, strict=True))
+            record(float(np.float32(s)), bool(d), bool(rng.random() < 0.9)) for s, d in zip(score, right, strict=True)
         ]
 
     @pytest.mark.parametrize("promise", [KeepAccuracy(0.9), LargeCallBudget(0.5)], ids=str)
@@ -317,7 +316,7 @@ class TestCalibrate:
 
     def test_another_part_than_the_held_out_one_has_the_say(self, records: list[Record]) -> None:
         _, fresh = split_by_image(range(400), 0.5, seed=0)
-        changed = [record(0.0, False, r.large_right, i) if i in fresh else r for i, r in enumerate(records)]
+        changed = [record(0.0, False, r.large_right) if i in fresh else r for i, r in enumerate(records)]
         promise = LargeCallBudget(0.5)
         assert (
             choose_threshold(changed, range(400), promise).threshold
@@ -353,14 +352,14 @@ class TestCalibrate:
         self, promise: Promise, number: int, needed: int, lines: int
     ) -> None:
         def attempt(number: int) -> Any:
-            return choose_threshold([record(0.5, index=i) for i in range(2 * number)], range(2 * number), promise)
+            return choose_threshold([record(0.5)] * (2 * number), range(2 * number), promise)
 
         number = min(number, needed - 1)
         with pytest.raises(ValueError, match=f"There are {number} calibration and {number} held-out") as error:
             attempt(number)
         assert f"takes at least {needed} and {needed}, or about {lines} lines of data in all" in str(error.value)
         assert promise.cure in str(error.value)
-        assert "a lower --confidence" in str(error.value)
+        assert "a lower `confidence`" in str(error.value)
         assert attempt(needed).allowed_failures == 0
         assert allowed_failures(needed - 1, needed - 1, promise.limit) is None
 

@@ -16,8 +16,9 @@ from transformers_sgl import SGLGenerationConfig
 from transformers_sgl.evaluation import Scenes
 from transformers_sgl.evaluation.calibration import Record
 from transformers_sgl.evaluation.calibration.calibrate import run_facts
-from transformers_sgl.evaluation.calibration.run import _inputs, run_samples
+from transformers_sgl.evaluation.calibration.run import run_samples
 from transformers_sgl.evaluation.data import Sample, read_samples
+from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.storage import files
 from transformers_sgl.storage.files import write_atomically
 
@@ -46,8 +47,8 @@ class FakePair:
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, stop_before: int | None = None) -> None:
-        self.large = self.small = SimpleNamespace(dtype=torch.float32)
-        self.config = SimpleNamespace()
+        self.config, eos = SimpleNamespace(), SimpleNamespace(eos_token_id=None)
+        self.large = self.small = SimpleNamespace(dtype=torch.float32, generation_config=eos)
         self.generation_config = SGLGenerationConfig(retention_ratio=0.25)
         self.small_processor = self.tokenizer = self
         self.asked: list[list[int]] = []
@@ -72,8 +73,9 @@ class FakePair:
         return SimpleNamespace(
             sequences=input_ids.repeat(1, 2),
             draft_sequences=input_ids // 2,
-            confidence=score,
-            consistency=score / 2,
+            exited_early=torch.zeros(len(asked), dtype=torch.bool),
+            num_draft_tokens_accepted=None,
+            average_retention=lambda num_layers: torch.ones(len(asked)),
             decision_score=0.75 * score,
             draft_complete=input_ids[:, 0] % 4 > 0,
         )
@@ -82,28 +84,40 @@ class FakePair:
         return [f" {row[0]}" for row in sequences.tolist()]
 
 
+def written(folder: Path) -> list[dict[str, Any]]:
+    """The records, without the times that they took."""
+    return [{**json.loads(line), "seconds": None} for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def ten_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pair, "num_layers", 10)
+
+
 @pytest.fixture
 def ten_samples(tmp_path: Path, picture: Path) -> list[Sample]:
     lines = ({"image": "images/dot.png", "question": str(i), "answers": [str(i), "0"]} for i in range(10))
     return read_samples(write_lines(tmp_path / "data.jsonl", *lines))
 
 
+@pytest.mark.usefixtures("ten_layers")
 class TestRun:
     facts: ClassVar = {"model": "fake", "max_new_tokens": 8}
 
     def run(self, pair: FakePair, samples: list[Sample], folder: Path, **facts: Any) -> list[Record]:
-        return run_samples(pair, pair, samples, folder, {**self.facts, **facts}, batch_size=4, max_new_tokens=8)
+        return run_samples(Pair(pair, pair, 8), samples, folder, {**self.facts, **facts}, batch_size=4)
 
     def test_records_are_what_the_models_said(self, tmp_path: Path, ten_samples: list[Sample]) -> None:
         pair = FakePair()
         records = self.run(pair, ten_samples, tmp_path / "out" / "deep")
         assert pair.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-        assert [r.index for r in records] == list(range(10))
-        assert records[3] == Record(3, "1", "3", False, True, 3 / 64, 1.5 / 64, 2.25 / 64)
+        assert records[3] == Record(False, True, 2.25 / 64)
         assert [r.draft_right for r in records] == [True, True] + [False] * 8
-        assert [r.index for r in records if not r.complete] == [0, 4, 8]
-        lines = (tmp_path / "out" / "deep" / "samples.jsonl").read_text().splitlines()
-        assert [json.loads(line)["decision_score"] for line in lines] == [r.decision_score for r in records]
+        assert [index for index, r in enumerate(records) if not r.complete] == [0, 4, 8]
+        lines = written(tmp_path / "out" / "deep")
+        assert [line["sample"] for line in lines] == list(range(10))
+        assert [line["decision_score"] for line in lines] == [r.decision_score for r in records]
+        assert (lines[3]["draft"], lines[3]["answer"]) == ("1", "3")
 
     def test_a_choice_is_offered_and_may_be_made_by_its_letter(self, tmp_path: Path, picture: Path) -> None:
         prompts = []
@@ -130,7 +144,7 @@ class TestRun:
         generate = pair.generate
 
         def watched(**kwargs: Any) -> SimpleNamespace:
-            file = tmp_path / "samples.jsonl"
+            file = tmp_path / "samples-0.jsonl"
             seen.append(len(file.read_text().splitlines()) if file.exists() else None)
             return generate(**kwargs)
 
@@ -147,13 +161,12 @@ class TestRun:
 
     def test_it_goes_on_where_it_was_stopped(self, tmp_path: Path, ten_samples: list[Sample]) -> None:
         whole = self.run(FakePair(), ten_samples, tmp_path / "whole")
-        with pytest.raises(KeyboardInterrupt, match="Stopped after 8 of 10 samples; the same command goes on"):
+        with pytest.raises(KeyboardInterrupt, match="Stopped after 2 of 3 batches; the same command goes on"):
             self.run(FakePair(stop_before=9), ten_samples, tmp_path / "cut")
         pair = FakePair()
         assert self.run(pair, ten_samples, tmp_path / "cut") == whole
         assert pair.asked == [[8, 9]]
-        content = (tmp_path / "cut" / "samples.jsonl").read_bytes()
-        assert content == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+        assert written(tmp_path / "cut") == written(tmp_path / "whole")
         pair = FakePair()
         assert self.run(pair, ten_samples, tmp_path / "cut") == whole
         assert pair.asked == []
@@ -161,26 +174,25 @@ class TestRun:
     @pytest.mark.parametrize("num_bytes", [1, 30])
     def test_a_half_written_line_is_run_again(self, tmp_path: Path, ten_samples: list[Sample], num_bytes: int) -> None:
         whole = self.run(FakePair(), ten_samples, tmp_path)
-        file = tmp_path / "samples.jsonl"
-        content = file.read_bytes()
-        file.write_bytes(content[:-num_bytes])
+        file, before = tmp_path / "samples.jsonl", written(tmp_path)
+        file.write_bytes(file.read_bytes()[:-num_bytes])
         pair = FakePair()
         assert self.run(pair, ten_samples, tmp_path) == whole
-        assert pair.asked == [[9]]
-        assert file.read_bytes() == content
+        assert pair.asked == [[8, 9]]
+        assert written(tmp_path) == before
 
     def test_another_run_is_refused_and_untouched(self, tmp_path: Path, ten_samples: list[Sample]) -> None:
         self.run(FakePair(), ten_samples, tmp_path)
         (tmp_path / "samples.jsonl").write_bytes((tmp_path / "samples.jsonl").read_bytes()[:-5])
         before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-        with pytest.raises(ValueError, match="differs in max_new_tokens and seed: give another --out, or delete"):
+        with pytest.raises(ValueError, match="differs in max_new_tokens and seed: give another `out`, or delete"):
             self.run(FakePair(), ten_samples, tmp_path, max_new_tokens=9, seed=0)
         assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
     @pytest.mark.parametrize("content", ["", "{", "[1]", "3"])
     def test_a_damaged_run_json_is_refused(self, tmp_path: Path, ten_samples: list[Sample], content: str) -> None:
         (tmp_path / "run.json").write_text(content)
-        with pytest.raises(ValueError, match="cannot be read as the record of a run: give another --out"):
+        with pytest.raises(ValueError, match="cannot be read as the record of a run: give another `out`"):
             self.run(FakePair(), ten_samples, tmp_path)
 
     def test_records_of_an_unknown_run_are_refused(self, tmp_path: Path, ten_samples: list[Sample]) -> None:
@@ -189,7 +201,7 @@ class TestRun:
             self.run(FakePair(), ten_samples, tmp_path)
         assert not (tmp_path / "run.json").exists()
 
-    @pytest.mark.parametrize("line", ["{}", "[]", "half a li", '{"index": 12}'])
+    @pytest.mark.parametrize("line", ["{}", "[]", "half a li", '{"sample": 12}'])
     def test_a_damaged_record_is_named(self, tmp_path: Path, ten_samples: list[Sample], line: str) -> None:
         self.run(FakePair(), ten_samples, tmp_path)
         file = tmp_path / "samples.jsonl"
@@ -202,9 +214,12 @@ class TestRun:
         self, tmp_path: Path, ten_samples: list[Sample], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def generate(*args: Any, **kwargs: Any) -> SimpleNamespace:
-            return SimpleNamespace(draft_sequences=None, decision_score=None)
+            return SimpleNamespace(
+                **{**vars(answer(*args, **kwargs)), "draft_sequences": None, "decision_score": None}
+            )
 
         pair = FakePair()
+        answer = pair.generate
         monkeypatch.setattr(pair, "generate", generate)
         with pytest.raises(ValueError, match="data.jsonl', line 1: the small model did not answer"):
             self.run(pair, ten_samples, tmp_path)
@@ -242,26 +257,27 @@ def test_the_embedded_pair_says_what_it_would_return(tmp_path: Path, embedded_pa
 
     def run(name: str, **fields: Any) -> list[Record]:
         model.generation_config.update(**fields)
-        return run_samples(model, processor, samples, tmp_path / name, {}, batch_size=5, max_new_tokens=20)
+        return run_samples(Pair(model, processor, 20), samples, tmp_path / name, {}, batch_size=5)
 
     # Whether something is pruned, and whether the pair exits early already, makes no difference to what is scored.
     pruned = run("pruned")
     whole = run("whole", retention_ratio=1.0, early_exit_threshold=0.0)
-    assert [r.draft for r in pruned] == [r.draft for r in whole]
+    of_pruned, of_whole = written(tmp_path / "pruned"), written(tmp_path / "whole")
+    assert [line["draft"] for line in of_pruned] == [line["draft"] for line in of_whole]
     assert [r.decision_score for r in pruned] == pytest.approx([r.decision_score for r in whole], abs=1e-4)
     assert all(r.complete for r in pruned)
     assert len({r.decision_score for r in pruned}) == len(samples)
-    for records, ratio in ((pruned, 0.2), (whole, 1.0)):
-        for record, sample in list(zip(records, samples, strict=True))[::4]:
-            inputs = _inputs(model, processor, [sample])
+    for lines, ratio in ((of_pruned, 0.2), (of_whole, 1.0)):
+        for line, sample in list(zip(lines, samples, strict=True))[::4]:
+            inputs = Pair(model, processor).inputs(processor, [sample], [sample.open_image()])
             answer = model.generate(**inputs, max_new_tokens=20, early_exit_threshold=2.0, retention_ratio=ratio)
             answer = answer[0, inputs["input_ids"].shape[1] :]
-            assert processor.decode(answer, skip_special_tokens=True) == record.answer
+            assert processor.decode(answer, skip_special_tokens=True) == line["answer"]
     # A draft of two tokens with its end is whole; one that wanted to go on is not returned.
     short = run("short", guidance_max_new_tokens=2)
     assert {r.complete for r in short} == {True, False}
     tokenizer = processor.small_processor.tokenizer
-    assert [r.complete for r in short] == [len(tokenizer(r.draft)["input_ids"]) + 1 <= 2 for r in whole]
+    assert [r.complete for r in short] == [len(tokenizer(r["draft"])["input_ids"]) + 1 <= 2 for r in of_whole]
 
 
 def test_facts_tell_apart_what_the_records_depend_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tiny_pair_data import object_map, patch_objects
 
 from transformers_sgl.evaluation.data.scene_objects import COLORS, LABELS, SHAPES
 from transformers_sgl.evaluation.data.scene_questions import KINDS
@@ -98,17 +99,17 @@ def test_objects_stay_in_distinct_cells_and_carry_distinct_letters(scenes):
 
 def test_object_map_matches_the_picture(scenes):
     scene = scenes[0]
-    object_map, pixels = scene.object_map(), np.asarray(scene.image).astype(int)
-    background = pixels[object_map == -1]
+    shown, pixels = object_map(128, scene.objects), np.asarray(scene.image).astype(int)
+    background = pixels[shown == -1]
     assert (np.abs(background - np.median(background, axis=0)).max(axis=1) < 8).mean() > 0.98  # all but soft edges
     for index, item in enumerate(scene.objects):
-        covered = pixels[object_map == index]
+        covered = pixels[shown == index]
         assert (np.abs(covered - COLORS[item.color]).max(axis=1) < 8).mean() > 0.5  # the rest is the letter and edges
 
 
 def test_patch_objects_finds_every_object(scenes):
     for scene in scenes[:20]:
-        patches = scene.patch_objects()
+        patches = patch_objects(128, scene.objects)
         assert patches.shape == (16, 16)
         assert set(patches.ravel()) == {-1, *range(len(scene.objects))}
         for index, item in enumerate(scene.objects):
@@ -122,7 +123,8 @@ def test_a_small_canvas_is_one_tile():
     assert scene.image.size == (64, 64)
     assert scene.grid == 2
     assert 1 <= len(scene.objects) <= 4
-    assert Scenes("train", size=64, objects=(0, 0), questions_per_scene=0)[0].patch_objects().max() == -1
+    empty = Scenes("train", size=64, objects=(0, 0), questions_per_scene=0)[0]
+    assert patch_objects(64, empty.objects).max() == -1
 
 
 @pytest.mark.parametrize(

@@ -495,9 +495,9 @@ class TestDownsample:
         seen = []
         write = Pair.write
 
-        def watched(pair: Pair, model: Any, inputs: Any) -> Tensor:
+        def watched(pair: Pair, model: Any, processor: Any, inputs: Any) -> list[tuple[str, int]]:
             seen.append([len(columns) for columns in visual_columns(pair, inputs)])
-            return write(pair, model, inputs)
+            return write(pair, model, processor, inputs)
 
         monkeypatch.setattr(Pair, "write", watched)
         found = Downsample().answer(pair, MIXED, Setting(average, 0, 10))

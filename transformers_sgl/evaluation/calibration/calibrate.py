@@ -14,6 +14,7 @@ from transformers_sgl.evaluation.calibration.run import run_samples
 from transformers_sgl.evaluation.calibration.threshold import check_feasible, choose_threshold
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import read_samples
+from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.evaluation.run_folder import measurement_record, pair_facts
 from transformers_sgl.storage.files import check_writable_folder
 
@@ -74,8 +75,7 @@ def calibrate(
 
     # 2. Both models answer everything; what an earlier call has done is not done again.
     facts = run_facts(model, source, data, max_new_tokens)
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    records = run_samples(model, processor, samples, out, facts, **options)
+    records = run_samples(Pair(model, processor, max_new_tokens), samples, out, facts, batch_size=batch_size)
 
     # 3. The threshold, and what it gives. A threshold that breaks the promise is reported, but not put into the pair.
     report = choose_threshold(

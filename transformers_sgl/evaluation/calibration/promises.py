@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,23 +11,25 @@ from typing import ClassVar
 import numpy as np
 
 from transformers_sgl.evaluation.calibration.bounds import check_fraction, exact, percent
+from transformers_sgl.evaluation.run import Result
 
 __all__ = ["KeepAccuracy", "LargeCallBudget", "Promise", "Record"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What both models made of one sample: a line of `samples.jsonl`."""
+    """What both models made of one sample."""
 
-    index: int  # the sample's place in the data, from 0
-    draft: str  # the small model's answer
-    answer: str  # the large model's answer
     draft_right: bool  # whether the small model's answer is right
     large_right: bool  # whether the large model's answer is right
-    confidence: float  # the draft's confidence
-    consistency: float  # the draft's consistency
-    decision_score: float  # their mean, which is compared with the threshold
+    decision_score: float  # how trustworthy the draft is, which is compared with the threshold
     complete: bool = True  # whether the draft was not cut off; one that was is never returned
+
+    @classmethod
+    def of(cls, result: Result) -> Record:
+        """What a run of the pair without early exit recorded; an answer is right from a score of 0.5 on."""
+        score, complete = result.decision_score or 0.0, bool(result.draft_complete)
+        return cls((result.draft_score or 0) >= 0.5, result.score >= 0.5, score, complete)
 
     @property
     def exit_score(self) -> float:
@@ -41,8 +42,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Promise(ABC):
-    """A promise about the pair: among the samples that count, few fail.
+class _Promise:
+    """A promise about the pair: among the samples that count, at most the fraction `limit` fails.
 
     A sample fails on one side of the threshold only, so moving the threshold the other way never adds a failure.
     """
@@ -57,29 +58,8 @@ class Promise(ABC):
     def __post_init__(self) -> None:
         check_fraction(self.name, self.value)
 
-    @property
-    @abstractmethod
-    def limit(self) -> Fraction:
-        """The greatest fraction of failures that keeps the promise."""
 
-    @abstractmethod
-    def counts(self, record: Record) -> bool:
-        """Whether the promise is about this sample."""
-
-    @abstractmethod
-    def fails(self, record: Record, threshold: float) -> bool:
-        """Whether a sample that counts fails at this threshold."""
-
-    @abstractmethod
-    def threshold(self, records: Sequence[Record], allowed: int) -> float:
-        """The threshold at which at most `allowed` samples fail, and none that is no worse than the next one."""
-
-    @abstractmethod
-    def sentence(self) -> str:
-        """The promise in words."""
-
-
-class KeepAccuracy(Promise):
+class KeepAccuracy(_Promise):
     """At least the fraction `value` of what the large model answers rightly stays right after routing.
 
     A sample fails if it exits early with a wrong draft where the large model is right. The pair's accuracy is then at
@@ -98,7 +78,7 @@ class KeepAccuracy(Promise):
     name = "keep_accuracy"
     counting = " that the large model answers rightly"
     counts_all = False
-    cure = "a lower --keep-accuracy"
+    cure = "a lower `keep_accuracy`"
 
     @property
     def limit(self) -> Fraction:
@@ -124,7 +104,7 @@ class KeepAccuracy(Promise):
         return f"at least {percent(self.value)} of the large model's right answers stay right"
 
 
-class LargeCallBudget(Promise):
+class LargeCallBudget(_Promise):
     """At most the fraction `value` of the samples is sent to the large model.
 
     Every sample counts, and fails if it does not exit early. Of all thresholds that keep the promise, the highest is
@@ -143,7 +123,7 @@ class LargeCallBudget(Promise):
     name = "large_call_budget"
     counting = ""
     counts_all = True
-    cure = "a higher --large-call-budget"
+    cure = "a higher `large_call_budget`"
 
     @property
     def limit(self) -> Fraction:
@@ -162,10 +142,13 @@ class LargeCallBudget(Promise):
             cut_off = sum(not record.complete for record in records)
             raise ValueError(
                 f"The small model's answer was cut off in {cut_off} of {len(records)} calibration samples, which at "
-                f"any threshold go to the large model, but only {allowed} may: ask for a higher --max-new-tokens or "
-                f"for {self.cure}."
+                f"any threshold go to the large model, but only {allowed} may: ask for a higher "
+                f"`max_new_tokens` or for {self.cure}."
             )
         return threshold
 
     def sentence(self) -> str:
         return f"at most {percent(self.value)} of the questions go to the large model"
+
+
+Promise = KeepAccuracy | LargeCallBudget

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_sgl.evaluation.figure import new_figure
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
 
@@ -105,10 +106,7 @@ class CalibrationReport:
 
 
 def write_results(
-    report: CalibrationReport,
-    folder: Path,
-    generation_config: SGLGenerationConfig,
-    pair: Path | None = None,
+    report: CalibrationReport, folder: Path, generation_config: SGLGenerationConfig, pair: Path | None = None
 ) -> list[Path]:
     """Writes the report, its curve and the pair's settings with the threshold in them.
 
@@ -119,25 +117,17 @@ def write_results(
     # As `save_pretrained` writes it, without its checks of fields that we do not change.
     text = settings.to_json_string(keys_to_pop=["compile_config"])
 
-    curve = folder / "curve.png"
-    _draw(report, curve)
-    written = [curve]
+    _draw(report, folder / "curve.png")
     texts = {folder / "calibration.json": json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"}
     for place in [folder] if pair is None else [folder, pair]:
         texts[place / "generation_config.json"] = text
     for path, content in texts.items():
         write_atomically(path, content)
-        written.append(path)
-    return written
+    return [folder / "curve.png", *texts]
 
 
 def _draw(report: CalibrationReport, path: Path) -> None:
-    # Not pyplot, which would keep the figure and choose a window system for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.4)
     axes = figure.add_subplot()
     rates = [100 * point.large_call_rate for point in report.curve]
     chosen = 100 * report.large_call_rate.value, 100 * report.routed_accuracy.value

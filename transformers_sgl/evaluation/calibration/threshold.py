@@ -88,8 +88,7 @@ def check_feasible(
         # checked; for a smaller fresh set the promise may be easier to keep.
         feasible = calibration * math.log(1 - promise.limit) <= math.log(1 - exact(confidence))
     if not feasible:
-        about = "" if promise.counts_all else "at most "
-        raise _too_few(promise, calibration, fresh, confidence, len(images), about)
+        raise _too_few(promise, calibration, fresh, confidence, len(images), "" if promise.counts_all else "at most ")
 
 
 def split_by_image(images: Sequence[Hashable], held_out: float, seed: int) -> tuple[list[int], list[int]]:
@@ -122,7 +121,7 @@ def _too_few(
     return ValueError(
         f"{there}. To promise with {percent(confidence)} confidence that {promise.sentence()} takes at least "
         f"{calibration} and {held_out}, or about {needed} lines of data in all: add data, or ask for {promise.cure} "
-        "or a lower --confidence."
+        "or a lower `confidence`."
     )
 
 

@@ -62,15 +62,15 @@ def load_samples(
     built_in = source in ("easy-vqa", "scenes")
     if columns and (built_in or name.endswith(".jsonl")):
         raise ValueError(f"{name!r} has no columns to be named: leave `columns` out.")
-    if source == "easy-vqa":
-        samples = load_easy_vqa(_known_split(source, split, _EASY_VQA_SPLITS))
-        return [samples[index] for index in draw(len(samples))]
     if source == "scenes":
         return _scenes(_known_split(source, split, _SCENES_SPLITS), draw)
-    if name.endswith(".jsonl"):
+    if source == "easy-vqa":
+        samples = load_easy_vqa(_known_split(source, split, _EASY_VQA_SPLITS))
+    elif name.endswith(".jsonl"):
         samples = read_samples(name)
-        return [samples[index] for index in draw(len(samples))]
-    return load_data_set(name, source, split, columns or {}, draw)
+    else:
+        return load_data_set(name, source, split, columns or {}, draw)
+    return [samples[index] for index in draw(len(samples))]
 
 
 def _draw(number: int, limit: int | None, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The objects of a scene: where they lie, how they are drawn, and which pixels and patches they cover."""
+"""The objects of a scene: where they lie and how they are drawn."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ __all__ = [
     "LABELS",
     "SHAPES",
     "SceneObject",
-    "paint_object_map",
-    "patch_objects",
+    "draw_shape",
     "place_objects",
     "random_background",
     "render",
@@ -37,6 +36,7 @@ LABELS = tuple("ABCDEFHJKLMNPRSTUXYZ")  # no G, I, O, Q, V, W: each of the twent
 CELL = 32  # pixels; two cells make a 64-pixel tile, so no object straddles two tiles
 SUPERSAMPLING = 4
 Box = tuple[float, float, float, float]
+_label_font = cache(ImageFont.load_default)  # Pillow's own, so that letters look the same everywhere
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ def render(size: int, objects: Sequence[SceneObject], background: tuple[int, int
         if item.label:
             left, top, right, bottom = (scale * edge for edge in item.box)
             middle = top + (bottom - top) * (0.63 if item.shape == "triangle" else 0.5)
-            ink = (0, 0, 0) if luminance(COLORS[item.color]) > 100 else (255, 255, 255)
-            draw.text(((left + right) / 2, middle), item.label, fill=ink, font=label_font(15 * scale), anchor="mm")
+            luminance = np.dot((0.299, 0.587, 0.114), COLORS[item.color])  # 0 to 255
+            ink = (0, 0, 0) if luminance > 100 else (255, 255, 255)
+            draw.text(((left + right) / 2, middle), item.label, fill=ink, font=_label_font(15 * scale), anchor="mm")
     return canvas.reduce(scale)
 
 
@@ -104,35 +105,3 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: Sequence[float], fill
         draw.rectangle((left, top, right, bottom), fill=fill)
     else:
         draw.polygon(((left, bottom), ((left + right) / 2, top), (right, bottom)), fill=fill)
-
-
-def luminance(color: tuple[int, int, int]) -> float:
-    """How bright a colour looks, 0 to 255."""
-    red, green, blue = color
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
-@cache
-def label_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's built-in font, so that letters look the same everywhere."""
-    return ImageFont.load_default(size)
-
-
-def paint_object_map(size: int, objects: Sequence[SceneObject]) -> np.ndarray:
-    """Draws the index of each object instead of its colour."""
-    canvas = Image.new("L", (size, size), 0)
-    draw = ImageDraw.Draw(canvas)
-    for index, item in enumerate(objects):
-        left, top, right, bottom = item.box
-        draw_shape(draw, item.shape, (left, top, right - 1, bottom - 1), index + 1)
-    return np.asarray(canvas, dtype=np.int64) - 1
-
-
-def patch_objects(object_map: np.ndarray, count: int, patch_size: int, min_cover: float) -> np.ndarray:
-    """Reduces an object map to square patches."""
-    rows, columns = object_map.shape[0] // patch_size, object_map.shape[1] // patch_size
-    if not count:
-        return np.full((rows, columns), -1)
-    patches = object_map.reshape(rows, patch_size, columns, patch_size)
-    cover = np.stack([(patches == index).mean(axis=(1, 3)) for index in range(count)])  # (count, rows, columns)
-    return np.where(cover.max(axis=0) >= min_cover, cover.argmax(axis=0), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -65,16 +66,10 @@ def _ask_label(objects: Sequence[SceneObject], grid: int, rng: np.random.Generat
     return Question("label", template.format(name), objects[index].label, (index,))
 
 
-def _ask_color(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
-    index = int(rng.integers(len(objects)))
-    template = _pick(rng, ("what color is the object labelled {}?", "what is the color of the object labelled {}?"))
-    return Question("color", template.format(objects[index].label), objects[index].color, (index,))
-
-
-def _ask_shape(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
-    index = int(rng.integers(len(objects)))
-    template = _pick(rng, ("what shape is the object labelled {}?", "what is the shape of the object labelled {}?"))
-    return Question("shape", template.format(objects[index].label), objects[index].shape, (index,))
+def _ask_trait(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator, kind: str) -> Question:
+    item = objects[index := int(rng.integers(len(objects)))]
+    template = _pick(rng, ("what {} is the object labelled {}?", "what is the {} of the object labelled {}?"))
+    return Question(kind, template.format(kind, item.label), getattr(item, kind), (index,))
 
 
 def _ask_where(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
@@ -132,10 +127,6 @@ def _ask_yes_no(objects: Sequence[SceneObject], grid: int, rng: np.random.Genera
     return Question(kind, _pick(rng, templates).format(article=article, name=name), answer, tuple(found))
 
 
-def _ask_negated(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
-    return _ask_yes_no(objects, grid, rng, "negated")
-
-
 def _ask_describe(objects: Sequence[SceneObject], grid: int, rng: np.random.Generator) -> Question:
     index, name = _refer(objects, rng)
     item = objects[index]
@@ -156,12 +147,12 @@ def _ask_list(objects: Sequence[SceneObject], grid: int, rng: np.random.Generato
 
 _ASKERS: dict[str, Callable[[Sequence[SceneObject], int, np.random.Generator], Question | None]] = {
     "label": _ask_label,
-    "color": _ask_color,
-    "shape": _ask_shape,
+    "color": partial(_ask_trait, kind="color"),
+    "shape": partial(_ask_trait, kind="shape"),
     "where": _ask_where,
     "count": _ask_count,
     "yes_no": _ask_yes_no,
-    "negated": _ask_negated,
+    "negated": partial(_ask_yes_no, kind="negated"),
     "describe": _ask_describe,
     "list": _ask_list,
 }

@@ -1,20 +1,11 @@
-"""Seeded scenes: pictures of labelled shapes with questions, answers and dense labels.
+"""Seeded scenes: pictures of labelled shapes with questions and answers.
 
 A scene is a square canvas divided into 32-pixel cells. A few cells hold one object each: a coloured shape (easy-VQA's
 three shapes and eight colours) with one printed letter on it. Questions ask for a letter, a colour, a shape, a place,
 a count, a yes or no, a description or a whole row, so answers run from one token to a dozen. Most of them depend on
-the few visual tokens of one object. That makes scenes a small stand-in for the text and localisation benchmarks on
-which pruning methods for visual tokens are compared.
+the few visual tokens of one object, as in the text and localisation benchmarks for pruning visual tokens.
 
 Everything is drawn from a seed: `Scenes("test", seed=0)[7]` is the same scene on every machine with the same Pillow.
-Scenes for training, calibration and testing never share a seed.
-
-    scenes = Scenes("test")
-    scene = scenes[0]
-    scene.image                        # PIL image, 128 x 128
-    scene.questions[0].question        # "what is the label of the red circle?"
-    scene.questions[0].answer          # "K"
-    scene.questions[0].objects         # (2,): the answer is read from scene.objects[2]
 """
 
 from __future__ import annotations
@@ -28,8 +19,6 @@ from PIL import Image
 from transformers_sgl.evaluation.data.scene_objects import (
     CELL,
     SceneObject,
-    paint_object_map,
-    patch_objects,
     place_objects,
     random_background,
     render,
@@ -53,14 +42,6 @@ class Scene:
     def grid(self) -> int:
         """Cells per side."""
         return self.image.width // CELL
-
-    def object_map(self) -> np.ndarray:
-        """Tells which object covers which pixel."""
-        return paint_object_map(self.image.width, self.objects)
-
-    def patch_objects(self, patch_size: int = 8, min_cover: float = 0.15) -> np.ndarray:
-        """Tells which object each square patch of the picture shows: the dense label of a visual token."""
-        return patch_objects(self.object_map(), len(self.objects), patch_size, min_cover)
 
 
 class Scenes:

@@ -47,25 +47,9 @@ _SAMPLING = ("temperature", "top_k", "top_p")
 class SGLChatModel(lmms):
     """Answers lmms-eval's requests with a pair, or with one of its models alone.
 
-    Args:
-        pretrained (`str`): The pair: a bundle or a recipe, in a folder or on the Hub.
-        method (`str`, defaults to `"pair"`): Who answers: the `"pair"`; or the `"large"` or the `"small"` model alone
-            as it is in transformers, where the settings of the pair are refused.
-        preset (`str`, *optional*): `"quality"`, `"balanced"` or `"fast"`; by default the pair's own settings hold.
-        batch_size (`int` or `str`, defaults to 1): How many requests are answered at once; lmms-eval's `--batch_size`.
-        max_batch_size (`int`, *optional*): Refused: it is for automatic batch sizes.
-        device (`str`, *optional*): Where the models run; by default on the accelerator, if there is one. With
-            `accelerate launch` every process has its own.
-        device_map (`str`, *optional*): For models that are spread over several devices, in one process.
-        dtype (`str`, defaults to `"auto"`): The models' number format.
-        max_new_tokens (`int`, defaults to 1024): The length of an answer where a task sets no limit.
-        num_frames (`int`, *optional*): How many frames of a video are read; by default what the processor chooses.
-        **kwargs: Every other setting of [`SGLGenerationConfig`] that belongs to the pair (`retention_ratio`,
-            `prune_layer`, `early_exit_threshold`, ...); whatever else there is goes to `from_pretrained`.
-
-    Raises:
-        OSError: If there is no pair of that name.
-        ValueError: If an argument has a value that is not allowed.
+    `pretrained` names the pair, and `method` who answers: the `"pair"`, or the `"large"` or `"small"` model alone.
+    `preset` and settings of [`SGLGenerationConfig`] replace the pair's own; `max_new_tokens` holds where a task sets
+    none, and `num_frames` limits the frames of a video. Other `kwargs` go to `from_pretrained`.
 
     Example:
         ```python

@@ -12,7 +12,7 @@ name in [`METHODS`]:
 from transformers_sgl.evaluation.methods.alone import Large, Small
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.methods.downsample import Downsample
-from transformers_sgl.evaluation.methods.guided import SGL, SGP
+from transformers_sgl.evaluation.methods.guided import SGL, SGP, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Setting",
     "Small",
     "find_method",
+    "pair_answers",
 ]
 
 METHODS: dict[str, Method] = {

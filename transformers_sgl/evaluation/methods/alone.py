@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting, answer_lengths
+from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 
 __all__ = ["Large", "Small"]
 
@@ -14,23 +15,16 @@ class Large(Method):
     """The large model alone, unpruned."""
 
     prunes = False
+    name: ClassVar[Literal["large", "small"]] = "large"
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        return _alone(pair, "large", batch)
+        model, processor = getattr(pair.model, self.name), getattr(pair.processor, f"{self.name}_processor")
+        answers = pair.write(model, processor, pair.inputs(processor, batch.samples, batch.images))
+        return [Answer(text, length, 1.0 if self.name == "large" else None) for text, length in answers]
 
 
 @dataclass(frozen=True)
-class Small(Method):
+class Small(Large):
     """The small model alone."""
 
-    prunes = False
-
-    def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        return [replace(answer, retention=None) for answer in _alone(pair, "small", batch)]
-
-
-def _alone(pair: Pair, name: str, batch: Batch) -> list[Answer]:
-    model, processor = getattr(pair.model, name), getattr(pair.processor, f"{name}_processor")
-    written = pair.write(model, pair.inputs(processor, batch.samples, batch.images))
-    texts = pair.texts(processor, written)
-    return [Answer(text, length, 1.0) for text, length in zip(texts, answer_lengths(written, model), strict=True)]
+    name = "small"

@@ -18,22 +18,16 @@ from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.opening import chat_inputs, user_turn
 
-__all__ = ["Answer", "Batch", "Method", "Pair", "Setting", "answer_lengths"]
+__all__ = ["Answer", "Batch", "Method", "Pair", "Setting"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How many of the visual tokens the large model processes.
+    """How many of the visual tokens the large model processes."""
 
-    Attributes:
-        average_retention: The target: visual tokens averaged over the large model's layers, as a fraction.
-        prune_layer: The first layer that sees fewer tokens.
-        num_layers: The large model's layers.
-    """
-
-    average_retention: float
-    prune_layer: int
-    num_layers: int
+    average_retention: float  # the target: visual tokens averaged over the large model's layers, as a fraction
+    prune_layer: int  # the first layer that sees fewer tokens
+    num_layers: int  # the large model's layers
 
     @classmethod
     def of(cls, average: float, num_layers: int) -> Setting:
@@ -77,45 +71,28 @@ class Setting:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method says to one sample.
+    """What a method says to one sample."""
 
-    Attributes:
-        text: The answer.
-        num_tokens: Its tokens, the end of sequence included.
-        retention: The visual tokens that the large model processed, averaged over its layers, as a fraction of those
-            of the full-size image; `None` where it was not called.
-        exited_early: Whether the small model's answer was returned.
-        draft: The small model's answer, if there is one.
-        num_draft_tokens_accepted: How many of its tokens the large model confirmed.
-        decision_score: How trustworthy the draft is.
-        draft_complete: Whether the draft was not cut off.
-    """
-
-    text: str
-    num_tokens: int
+    text: str  # the answer
+    num_tokens: int  # its tokens, the end of sequence included
+    # The visual tokens that the large model processed, averaged over its layers, as a fraction of those of the
+    # full-size image; `None` where it was not called.
     retention: float | None = None
-    exited_early: bool | None = None
-    draft: str | None = None
-    num_draft_tokens_accepted: int | None = None
-    decision_score: float | None = None
-    draft_complete: bool | None = None
+    exited_early: bool | None = None  # whether the small model's answer was returned
+    draft: str | None = None  # the small model's answer, if there is one
+    num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
+    decision_score: float | None = None  # how trustworthy it is
+    draft_complete: bool | None = None  # whether it was not cut off
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair, its processor and how it answers.
+    """A pair, its processor and how it answers."""
 
-    Attributes:
-        model: The pair ([`SGLForConditionalGeneration`]).
-        processor: Its [`SGLProcessor`].
-        max_new_tokens: The length limit of an answer.
-        seed: What random methods draw from.
-    """
-
-    model: Any
-    processor: Any
-    max_new_tokens: int = 64
-    seed: int = 0
+    model: Any  # the pair ([`SGLForConditionalGeneration`])
+    processor: Any  # its [`SGLProcessor`]
+    max_new_tokens: int = 64  # the length limit of an answer
+    seed: int = 0  # what random methods draw from
 
     @property
     def num_layers(self) -> int:
@@ -127,14 +104,18 @@ class Pair:
         chats = [user_turn(sample.prompt, [image]) for sample, image in zip(samples, images, strict=True)]
         return chat_inputs(self.model, processor, chats, **options)
 
-    def write(self, model: Any, inputs: Any) -> Tensor:
-        """A model's greedy answers with its own stock `generate`; `(batch, answer_length)`."""
+    def write(self, model: Any, processor: Any, inputs: Any) -> list[tuple[str, int]]:
+        """A model's greedy answers with its own stock `generate`, as [`read`] gives them."""
         settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
-        return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+        return self.read(model, processor, model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :])
 
-    def texts(self, processor: Any, answers: Tensor) -> list[str]:
-        """Answers of shape `(batch, answer_length)` as text."""
-        return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
+    def read(self, model: Any, processor: Any, written: Tensor) -> list[tuple[str, int]]:
+        """The text and the tokens, up to and with its end, of each answer of shape `(batch, answer_length)`."""
+        eos, length = model.generation_config.eos_token_id, written.shape[1]
+        ends = torch.isin(written, torch.tensor([] if eos is None else eos, device=written.device).reshape(-1))
+        lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, length).tolist()
+        texts = processor.batch_decode(written, skip_special_tokens=True)
+        return [(text.strip(), length) for text, length in zip(texts, lengths, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -147,22 +128,10 @@ class Batch:
 
 
 class Method(ABC):
-    """A way to answer.
+    """A way to answer."""
 
-    Attributes:
-        prunes: Whether it has a retention to set; if not, it runs once.
-    """
-
-    prunes: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True  # whether it has a retention to set; if not, it runs once
 
     @abstractmethod
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         """Answers each sample of a batch; `setting` is how many visual tokens the large model may process."""
-
-
-def answer_lengths(written: Tensor, model: Any) -> list[int]:
-    """The tokens of each answer of shape `(batch, answer_length)`, up to and with its end."""
-    eos = model.generation_config.eos_token_id
-    ends = torch.isin(written, torch.tensor([] if eos is None else eos, device=written.device).reshape(-1))
-    length = written.shape[1]
-    return torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, length).tolist()

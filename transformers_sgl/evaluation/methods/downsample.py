@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from transformers_sgl.architectures import visual_tokens_of
-from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting, answer_lengths
+from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.transformers_interface import count_image_tokens, tells_image_tokens
 
 __all__ = ["Downsample"]
@@ -34,10 +34,9 @@ class Downsample(Method):
             smaller, options = size.apply(processor)
             images = [size.resize(batch.images[place]) for place in places]
             inputs = pair.inputs(smaller, [batch.samples[place] for place in places], images, **options)
-            written = pair.write(large, inputs)
+            written = pair.write(large, smaller, inputs)
             counts = visual_tokens_of(large.config, inputs).counts.tolist()
-            texts, lengths = pair.texts(processor, written), answer_lengths(written, large)
-            for place, text, length, number in zip(places, texts, lengths, counts, strict=True):
+            for place, (text, length), number in zip(places, written, counts, strict=True):
                 answers[place] = Answer(text, length, number / size.num_tokens_before)
         return [answers[place] for place in range(len(batch.images))]
 
@@ -98,7 +97,7 @@ def _fitting_size(processor: Any, image_size: tuple[int, int], retention: float)
 
     if not tells_image_tokens(processor):
         raise ValueError(
-            f"{type(processor).__name__} does not tell how many tokens images have: leave downsample out of --methods."
+            f"{type(processor).__name__} does not tell how many tokens images have: leave downsample out of `methods`."
         )
     before = num_tokens(1.0)
     scales = [0.98**step for step in range(230)]

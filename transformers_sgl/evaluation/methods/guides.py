@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transformers_sgl.architectures import decoder, visual_tokens_of
-from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting, answer_lengths
+from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, average_retention
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
@@ -69,12 +69,11 @@ class Guide(Method):
                 return tokens.prompt_keep_mask(kept[0])
 
             stack.enter_context(VisualTokenPruner(large, keep_mask, setting.prune_layer))
-            written = pair.write(large, inputs)
-        texts, lengths = pair.texts(processor, written), answer_lengths(written, large)
+            answers = pair.write(large, processor, inputs)
         counts = zip(kept[0].sum(dim=1).tolist(), tokens.counts.clamp(min=1).tolist(), strict=True)
         return [
             Answer(text, length, average_retention(num_kept / number, setting.prune_layer, setting.num_layers))
-            for text, length, (num_kept, number) in zip(texts, lengths, counts, strict=True)
+            for (text, length), (num_kept, number) in zip(answers, counts, strict=True)
         ]
 
 
@@ -121,7 +120,7 @@ class Oracle(Guide):
 
     def importance(self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens) -> Tensor:
         with AttentionRecorder(pair.model.large, tokens) as recorder:
-            pair.write(pair.model.large, inputs)
+            pair.write(pair.model.large, pair.processor.large_processor, inputs)
         return recorder.importance
 
 
@@ -131,12 +130,9 @@ class DivPrune(Guide):
 
     The distance of two visual tokens is one minus the cosine of the features that enter the decoder. The first token
     is the one farthest from its nearest neighbour; each next one is the farthest from those already chosen.
-
-    Attributes:
-        from_first_layer: Whether to prune before the first layer, as published, or where the other methods prune. The
-            average retention is the same.
     """
 
+    # Whether to prune before the first layer, as published, or where the others do, to the same average retention.
     from_first_layer: bool = True
 
     def setting(self, setting: Setting) -> Setting:
