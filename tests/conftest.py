@@ -38,6 +38,12 @@ def embedded_pair_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def example(embedded_pair_path: Path) -> str:
+    """The picture that the embedded pair brings along, as a command takes it."""
+    return str(embedded_pair_path / "example.png")
+
+
+@pytest.fixture(scope="session")
 def regridded_pair_path(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded pair with another small processor, which cuts images into tiles of 9x9 tokens instead of 8x8."""
     from transformers import AutoProcessor
