@@ -129,7 +129,7 @@ class AnswerRules:
 
     def check_exits(self) -> None:
         """Raises `ValueError` if the small model's answer cannot stand for the large one's, with cause and cure."""
-        cure = "or set `early_exit_threshold` above 1, which never exits."
+        cure = "or pass `early_exit_threshold=None`, which never exits."
         if not self.is_greedy:
             raise ValueError(
                 "An early exit returns the small model's one greedy answer, but sampling, beams or several answers "
