@@ -4,7 +4,7 @@ While an [`AttentionRecorder`] is active, the decoder's attention function is it
 `eager`, ...) wrapped in `_recording_attention`. Next to the kernel's output that computes only the attention rows that
 matter: the queries after the last visual token. Each layer's rows are summed to `(batch, num_visual_tokens)` and
 dropped: for the prompt at once, for generated tokens together at the end, because the cache keeps the keys anyway and
-    a decoding step need only remember its query. Layers without attention contribute nothing.
+a decoding step need only remember its query. Layers without attention contribute nothing.
 """
 
 from __future__ import annotations
