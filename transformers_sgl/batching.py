@@ -37,13 +37,8 @@ def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
 def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
     """The sample of each row of an image input, `(num_rows,)`; the rows stand in the order of the samples.
 
-    Args:
-        num_rows (`int`): The rows of the input: tiles, patches, or images.
-        weights (`Tensor` of shape `(batch,)`): Each sample's share of the input, in visual tokens or images.
-        sizes (`Tensor` of shape `(num_rows,)`, *optional*): Each row's share; all the same if not given.
-
-    Raises:
-        ValueError: If the rows cannot be divided that way.
+    `weights`, `(batch,)`, is each sample's share of the input, in visual tokens or images, and `sizes`, `(num_rows,)`,
+    each row's share, by default all the same. Raises `ValueError` if the rows cannot be divided that way.
     """
     sizes = torch.ones(num_rows, dtype=torch.long) if sizes is None else sizes.long().cpu()
     weights = weights.long().cpu()

@@ -34,21 +34,8 @@ _CHOICES = {
 def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
     """The index of the first decoder layer that sees fewer visual tokens.
 
-    Args:
-        prune_layer (`int` or `float`): An index, or a fraction of the depth in `[0, 1)`, rounded to the nearest layer.
-        num_layers (`int`): The number of decoder layers.
-
-    Raises:
-        ValueError: If a decoder of this depth has no such layer.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.generation_config_sgl import resolve_prune_layer
-
-        >>> resolve_prune_layer(9, num_layers=48), resolve_prune_layer(9 / 48, num_layers=24)
-        (9, 5)
-
-        ```
+    `prune_layer` is an index, or a fraction of the depth in `[0, 1)`, which is rounded to the nearest layer. Raises
+    `ValueError` if a decoder of this depth has no such layer.
     """
     _check_prune_layer(prune_layer)
     if isinstance(prune_layer, float):

@@ -47,27 +47,14 @@ def generate(
 ) -> SGLGenerateOutput | Tensor:
     """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
 
-    Args:
-        large (`PreTrainedModel`): The large model.
-        small (`PreTrainedModel`): The small model.
-        inputs (`dict`): The large model's inputs, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys
-            replace or extend them for the small model. Where the models cut images differently, also
-            `visual_token_boxes` of shape `(batch, num_visual_tokens, 5)` and, with the small model's own number of
-            tokens, `small_visual_token_boxes`: for each visual token the number of the image within its sample, and
-            left, top, right and bottom as fractions of that image; -1 in padding. With these, plain tensors are the
-            large model's alone.
-        settings (`SGLGenerationConfig`): The resolved settings.
-        vocabularies (`Vocabularies`): Whether both models use the same tokens.
-        importance_processor ([`ImportanceProcessor`] or several, *optional*): The user's own; they run before those
-            of the settings.
-        **generate_kwargs: Arguments of the large model's `generate`: `streamer`, `logits_processor`, ...
+    `inputs` are the large model's, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys replace or extend
+    them for the small model. Where the models cut images differently, they also hold `visual_token_boxes` and
+    `small_visual_token_boxes` of shape `(batch, num_visual_tokens, 5)`: for each visual token the number of the image
+    within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With these, plain
+    tensors are the large model's alone. `importance_processor` is the user's own, one or several, which run before
+    those of the `settings`; `generate_kwargs` go to the large model's `generate`.
 
-    Returns:
-        [`SGLGenerateOutput`] or `Tensor` of shape `(batch, prompt_length + answer_length)`: As
-        `return_dict_in_generate` says.
-
-    Raises:
-        ValueError: If inputs or settings cannot be used, with cause and cure; the models stay as they were.
+    Raises `ValueError` if inputs or settings cannot be used, with cause and cure; the models stay as they were.
     """
     clock = Clock(large.device, small.device)
     inputs, boxes = split_boxes(inputs)

@@ -90,32 +90,15 @@ def check_device(name: str) -> None:
 
 
 def user_turn(question: str, images: Sequence[Any], *, is_video: bool = False) -> list[dict[str, Any]]:
-    """A conversation of one turn: images and a question about them.
-
-    Args:
-        question (`str`): The question.
-        images (`Sequence[PIL.Image.Image]`): The images, or the frames of a video.
-        is_video (`bool`, defaults to `False`): Whether they are the frames of one video.
-
-    Returns:
-        `list[dict]`: The conversation, as chat templates take it.
-    """
+    """A conversation of one turn: images, or the frames of one video, and a question about them."""
     media = [{"type": "video", "video": images}] if is_video else [{"type": "image", "image": each} for each in images]
     return [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
 
 
 def chat_inputs(model: Any, processor: Any, chats: Sequence[Any], **options: Any) -> Any:
-    """What `generate` takes, for a batch of conversations.
+    """What `generate` takes, for a batch of conversations, on the model's device and in its number format.
 
-    Args:
-        model (`PreTrainedModel`): The pair, or one of its models.
-        processor (`ProcessorMixin`): Its processor.
-        chats (`Sequence`): The conversations, such as from [`user_turn`].
-        **options: Further arguments of the processor, such as `num_frames`.
-
-    Returns:
-        `BatchFeature`: `input_ids` of shape `(batch, prompt_length)` and whatever else the model reads, on the model's
-        device and in its number format.
+    `options` are further arguments of the processor, such as `num_frames`.
     """
     return processor.apply_chat_template(
         chats,

@@ -49,20 +49,6 @@ def visual_token_boxes(processor: ProcessorMixin, images: Sequence[Image.Image],
 
     Raises:
         ValueError: If the layout of the processor's tokens is unknown, or differs from the known one.
-
-    Example:
-        ```python
-        >>> from PIL import Image
-        >>> from transformers import AutoProcessor
-        >>> from transformers_sgl.hub import embedded_pair
-        >>> from transformers_sgl.tokens.boxes import visual_token_boxes
-
-        >>> processor = AutoProcessor.from_pretrained(embedded_pair() / "small")
-        >>> [boxes] = visual_token_boxes(processor, [Image.new("RGB", (128, 128))])  # four tiles and a thumbnail
-        >>> boxes.shape
-        torch.Size([320, 4])
-
-        ```
     """
     layout = _layout(processor)
     in_company = layout.depends_on_company and len(images) > 1

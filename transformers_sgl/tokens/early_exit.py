@@ -27,19 +27,7 @@ def token_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def confidence(log_probs: Tensor, draft_mask: Tensor) -> Tensor:
-    """How sure the small model was: `exp(mean of log p(x_i))` over the tokens of its draft as it wrote them.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.tokens.early_exit import confidence
-
-        >>> log_probs = torch.tensor([[0.5, 0.125], [0.75, 0.1]]).log()
-        >>> confidence(log_probs, torch.tensor([[True, True], [True, False]])).tolist()
-        [0.25, 0.75]
-
-        ```
-    """
+    """How sure the small model was: `exp(mean of log p(x_i))` over the tokens of its draft as it wrote them."""
     return _mean(log_probs, draft_mask).exp()
 
 
@@ -48,17 +36,6 @@ def consistency(log_probs: Tensor, draft_mask: Tensor, reduction: str = "product
 
     Each token's probability is given the pruned prompt and the draft tokens before it. `reduction` is their
     `"product"`, as in the paper, or their `"geometric_mean"`, which does not penalize long drafts.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.tokens.early_exit import consistency
-
-        >>> log_probs, draft_mask = torch.tensor([[0.5, 0.125]]).log(), torch.tensor([[True, True]])
-        >>> consistency(log_probs, draft_mask).item(), consistency(log_probs, draft_mask, "geometric_mean").item()
-        (0.0625, 0.25)
-
-        ```
     """
     if reduction == "geometric_mean":
         return _mean(log_probs, draft_mask).exp()

@@ -44,29 +44,9 @@ def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Te
     Importance without a place (separators), or at a place that the large model does not see (cropped away), is spread
     evenly over the large model's tokens of that image.
 
-    Args:
-        importance (`Tensor` of shape `(batch, num_small_tokens)`): The importance of the small model's tokens.
-        small_boxes (`Tensor` of shape `(batch, num_small_tokens, 5)`): Their boxes, as of [`pad_boxes`].
-        large_boxes (`Tensor` of shape `(batch, num_large_tokens, 5)`): The boxes of the large model's tokens.
-
-    Returns:
-        `Tensor` of shape `(batch, num_large_tokens)`: The importance of the large model's tokens; 0 in padding.
-
-    Raises:
-        ValueError: If the shapes do not fit each other, or the two models were shown different images.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> from transformers_sgl.tokens.importance_resampling import pad_boxes, resample_importance
-
-        >>> halves = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])
-        >>> thirds = torch.tensor([[0.0, 0.0, 1 / 3, 1.0], [1 / 3, 0.0, 2 / 3, 1.0], [2 / 3, 0.0, 1.0, 1.0]])
-        >>> resampled = resample_importance(torch.tensor([[3.0, 0.0]]), pad_boxes([[halves]]), pad_boxes([[thirds]]))
-        >>> resampled.round(decimals=3).tolist()
-        [[2.0, 1.0, 0.0]]
-
-        ```
+    `importance` has the shape `(batch, num_small_tokens)`, the boxes, as of [`pad_boxes`], one of
+    `(batch, num_tokens, 5)`, and the result one of `(batch, num_large_tokens)`, with 0 in padding. Raises `ValueError`
+    if the shapes do not fit each other, or the two models were shown different images.
     """
     batch, num_small = importance.shape
     if small_boxes.shape != (batch, num_small, 5) or large_boxes.shape[::2] != (batch, 5):
