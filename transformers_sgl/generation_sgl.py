@@ -47,8 +47,8 @@ def generate(
 ) -> SGLGenerateOutput | Tensor:
     """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
 
-    `inputs` are the large model's, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys replace or extend
-    them for the small model. Where the models cut images differently, they also hold `visual_token_boxes` and
+    `inputs` are the large model's, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys replace or
+    extend them for the small model. Where the models cut images differently, they also hold `visual_token_boxes` and
     `small_visual_token_boxes` of shape `(batch, num_visual_tokens, 5)`: for each visual token the number of the image
     within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With these, plain
     tensors are the large model's alone. `importance_processor` is the user's own, one or several, which run before
