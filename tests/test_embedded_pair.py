@@ -76,9 +76,7 @@ def scenes(processor: Any) -> tuple[dict[str, Tensor], list[str], Tensor]:
         for question in scene.questions:
             questions.append((scene.image, question.question))
             answers.append(question.answer)
-            shown = torch.tensor(
-                patch_objects(128, scene.objects) == question.objects[0]
-            )  # (16, 16) patches of 8 pixels
+            shown = torch.tensor(patch_objects(128, scene.objects) == question.objects[0])  # (16, 16) patches
             tiles = [shown[y : y + 8, x : x + 8].flatten() for y in (0, 8) for x in (0, 8)]
             on_object.append(torch.cat([*tiles, torch.zeros(64, dtype=torch.bool)]))  # the thumbnail comes last
     return prepare(processor, questions), answers, torch.stack(on_object)

@@ -94,16 +94,8 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         yield peak
         return
     yield peak
-    most = _kilobytes(Path("/proc/self/status"), "VmHWM")
-    peak += [] if most is None else [most]
-
-
-def _kilobytes(file: Path, name: str) -> int | None:
-    """A line such as `VmHWM:   1234 kB` of one of Linux's own files, in bytes."""
-    if not file.is_file():
-        return None
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    peak += [1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]  # it is in kB
 
 
 def _give_back_free_memory() -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers_sgl import opening
 from transformers_sgl.evaluation.calibration import KeepAccuracy, Record, allowed_failures
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import Sample, load_samples
@@ -19,7 +18,7 @@ from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Method, Pair,
 from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import as_markdown, summarise, write_report
-from transformers_sgl.evaluation.run import Run, all_processes, measure_costs, plan, run_methods
+from transformers_sgl.evaluation.run import Run, all_processes, measure_costs, open_in_process, plan, run_methods
 from transformers_sgl.evaluation.run_folder import check_claim, pair_facts
 from transformers_sgl.storage.files import check_writable_folder
 
@@ -127,21 +126,11 @@ def evaluate(
         check_enough(calibration, keep_accuracy)
 
     # 2. Every method answers everything, and the answers are compared.
-    model, processor = _opened(pair, dtype, device)
+    model, processor = open_in_process(pair, dtype, device)
     of_pair = pair_facts(model, pair if isinstance(pair, (str, Path)) else None)
     known = {**of_pair, "data": data, "metric_name": metric, **settings, "device": model.device.type}
     opened = Pair(model, processor, max_new_tokens, seed)
     return _compare(opened, samples, calibration, chosen, retentions, out, known, keep_accuracy)
-
-
-def _opened(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tuple[Any, Any]:
-    """The model and its processor; each of several processes has a device of its own."""
-    processes = all_processes(device)
-    if not isinstance(pair, (str, Path)):
-        return pair
-    if processes.num_processes > 1:
-        device = str(processes.device)
-    return opening.open_pair(pair, dtype=dtype, device=device)
 
 
 def _compare(

@@ -19,7 +19,7 @@ from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.evaluation.statistics import Array, PairedScores, at_equal_cost
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["as_markdown", "p_value", "points", "summarise", "table_row", "write_report"]
+__all__ = ["as_markdown", "p_value", "points", "summarise", "write_report"]
 
 # Guided methods, each compared with every other method.
 _OURS = ("sgp", "sgl")
@@ -150,39 +150,26 @@ def _summarise_speed(
 
 def as_markdown(summary: dict[str, Any], speed: dict[str, Any]) -> str:
     """The table, one row for each run."""
-    cells = [table_row(row, clock) for row, clock in zip(summary["rows"], speed["rows"], strict=True)]
-    lines = [" | ".join(TABLE_COLUMNS), " | ".join("---" for _ in TABLE_COLUMNS), *map(" | ".join, cells)]
-    return "\n".join(f"| {line} |" for line in lines)
+    cells = [_table_row(row, clock) for row, clock in zip(summary["rows"], speed["rows"], strict=True)]
+    lines = [cells[0], ["---"] * len(cells[0]), *(row.values() for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TABLE_COLUMNS = (
-    "method",
-    "retention",
-    "score [95 % interval]",
-    "difference to large [95 % interval]",
-    "p",
-    "large model called",
-    "GFLOPs",
-    "time / large",
-    "peak memory (GiB)",
-)
-
-
-def table_row(row: dict[str, Any], clock: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    versus = row.get("vs_large")
-    retention = row["average_retention"]
-    return [
-        row["method"],
-        "" if retention is None else f"{100 * retention:.0f} %",
-        f"{100 * row['score']:.1f} [{100 * row['interval'][0]:.1f}, {100 * row['interval'][1]:.1f}]",
-        "" if versus is None else points(versus),
-        "" if versus is None else p_value(versus["p_value"]),
-        f"{100 * row['large_call_rate']:.0f} %",
-        f"{row['gigaflops']:.3g}",
-        f"{clock['relative_to_large']:.2f}" if "relative_to_large" in clock else "",
-        "" if clock["peak_memory_bytes"] is None else f"{clock['peak_memory_bytes'] / 2**30:.2f}",
-    ]
+def _table_row(row: dict[str, Any], clock: dict[str, Any]) -> dict[str, str]:
+    versus, retention, peak = row.get("vs_large"), row["average_retention"], clock["peak_memory_bytes"]
+    return {
+        "method": row["method"],
+        "retention": "" if retention is None else f"{100 * retention:.0f} %",
+        "score [95 % interval]": (
+            f"{100 * row['score']:.1f} [{100 * row['interval'][0]:.1f}, {100 * row['interval'][1]:.1f}]"
+        ),
+        "difference to large [95 % interval]": "" if versus is None else points(versus),
+        "p": "" if versus is None else p_value(versus["p_value"]),
+        "large model called": f"{100 * row['large_call_rate']:.0f} %",
+        "GFLOPs": f"{row['gigaflops']:.3g}",
+        "time / large": f"{clock['relative_to_large']:.2f}" if "relative_to_large" in clock else "",
+        "peak memory (GiB)": "" if peak is None else f"{peak / 2**30:.2f}",
+    }
 
 
 def points(difference: dict[str, float]) -> str:

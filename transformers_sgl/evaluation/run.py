@@ -21,6 +21,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from transformers_sgl import opening
 from transformers_sgl.clock import now_ms
 from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
@@ -29,7 +30,7 @@ from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.run_folder import claim, not_a_record, read_lines
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["Result", "Run", "RunKey", "all_processes", "measure_costs", "plan", "run_methods"]
+__all__ = ["Result", "Run", "RunKey", "all_processes", "measure_costs", "open_in_process", "plan", "run_methods"]
 
 RunKey = tuple[str, float | None]  # a method's name and its average retention
 _NUM_COST_BATCHES = 4
@@ -97,6 +98,16 @@ def all_processes(device: str = "auto") -> PartialState:
     # Processes without an accelerator do not find each other unless they are told so.
     on_cpu = device.startswith("cpu") or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+
+
+def open_in_process(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tuple[Any, Any]:
+    """The model and its processor; each of several processes has a device of its own."""
+    processes = all_processes(device)
+    if not isinstance(pair, (str, Path)):
+        return pair
+    if processes.num_processes > 1:
+        device = str(processes.device)
+    return opening.open_pair(pair, dtype=dtype, device=device)
 
 
 def run_methods(

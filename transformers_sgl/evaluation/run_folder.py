@@ -23,14 +23,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
 from transformers_sgl.transformers_interface import newest_commit
 
-__all__ = [
-    "check_claim",
-    "claim",
-    "measurement_record",
-    "not_a_record",
-    "pair_facts",
-    "read_lines",
-]
+__all__ = ["check_claim", "claim", "measurement_record", "not_a_record", "pair_facts", "read_lines"]
 
 _FINGERPRINT_BYTES = 2**20
 _FINGERPRINT_VALUES = 256
@@ -54,13 +47,10 @@ def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[st
 
 def claim(folder: Path, facts: dict[str, Any]) -> None:
     """Makes the folder this run's, or raises if it is another's; nothing is touched then."""
-    file = folder / "run.json"
-    if not file.exists():
-        check_claim(folder, facts)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(facts, indent=2) + "\n")
-        return
     check_claim(folder, facts, complete=True)
+    if not (folder / "run.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def check_claim(folder: Path, facts: dict[str, Any], *, complete: bool = False) -> None:

@@ -72,9 +72,8 @@ def at_equal_cost(cost: float, points: Sequence[tuple[float, Array]]) -> Array |
     `points` holds cost and scores of shape `(questions,)` of each setting. Beyond the most expensive setting its
     scores are taken; below the cheapest there are none.
     """
-    points = sorted(
-        points, key=lambda point: (point[0], point[1].mean())
-    )  # of two at the same cost the better comes last
+    # Of two at the same cost the better comes last.
+    points = sorted(points, key=lambda point: (point[0], point[1].mean()))
     costs = np.array([each for each, _ in points])
     if cost < costs[0]:
         return None

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers_sgl import opening
 from transformers_sgl.evaluation.calibration.promises import Promise
 from transformers_sgl.evaluation.calibration.report import CalibrationReport, write_results
 from transformers_sgl.evaluation.calibration.run import run_samples
@@ -15,6 +14,7 @@ from transformers_sgl.evaluation.calibration.threshold import check_feasible, ch
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import read_samples
 from transformers_sgl.evaluation.methods import Pair
+from transformers_sgl.evaluation.run import open_in_process
 from transformers_sgl.evaluation.run_folder import measurement_record, pair_facts
 from transformers_sgl.storage.files import check_writable_folder
 
@@ -71,7 +71,7 @@ def calibrate(
     samples = read_samples(data)
     images = [sample.image_id for sample in samples]
     check_feasible(promise, images, confidence=confidence, held_out=held_out, seed=seed)
-    model, processor = opening.open_pair(pair, dtype=dtype, device=device) if isinstance(pair, (str, Path)) else pair
+    model, processor = open_in_process(pair, dtype, device)
 
     # 2. Both models answer everything; what an earlier call has done is not done again.
     facts = run_facts(model, source, data, max_new_tokens)

@@ -104,12 +104,15 @@ def _found_columns(rows: Any, columns: Mapping[str, str], name: str) -> dict[str
 def _row_sample(rows: Any, place: int, named: Mapping[str, str], folder: Path, where: str) -> Sample:
     found = rows[place]
     row = {ours: found[theirs] for ours, theirs in named.items()}
-    choices = _row_choices(row.get("choices"), named.get("choices", ""), where)
+    question, choices = row["question"], _row_choices(row.get("choices"), named.get("choices", ""), where)
+    if not isinstance(question, str) or not question.strip():
+        column = named["question"]
+        raise ValueError(f"{where}: column `{column}` is {question!r}; `question` must be a string that is not blank.")
     image, image_id = _row_image(row["image"], named["image"], folder, where)
     return checked_choices(
         Sample(
             image=image or partial(_fetch_image, rows, place, named["image"]),
-            question=_row_question(row["question"], named["question"], where),
+            question=question,
             answers=_row_answers(row["answers"], choices, named["answers"], where),
             choices=choices,
             kind="" if row.get("kind") is None else str(row["kind"]),
@@ -126,12 +129,6 @@ def _row_choices(value: Any, column: str, where: str) -> tuple[str, ...]:
             f"{where}: column `{column}` is {value!r}; `choices` must be a list of strings, none of them blank."
         )
     return tuple(choices)
-
-
-def _row_question(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: column `{column}` is {value!r}; `question` must be a string that is not blank.")
-    return value
 
 
 def _row_answers(value: Any, choices: Sequence[str], column: str, where: str) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class SceneObject:
 
 def random_background(rng: np.random.Generator) -> tuple[int, int, int]:
     """Draws a light background colour, as easy-VQA has them."""
-    red, green, blue = (int(channel) for channel in rng.integers(225, 256, 3))
+    red, green, blue = rng.integers(225, 256, 3).tolist()
     return red, green, blue
 
 

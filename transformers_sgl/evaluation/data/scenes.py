@@ -38,11 +38,6 @@ class Scene:
     objects: tuple[SceneObject, ...]  # the objects, in reading order
     questions: tuple[Question, ...] = field(default=(), repr=False)  # the questions, answers included
 
-    @property
-    def grid(self) -> int:
-        """Cells per side."""
-        return self.image.width // CELL
-
 
 class Scenes:
     """An endless, seeded sequence of scenes; `scenes[i]` never changes.

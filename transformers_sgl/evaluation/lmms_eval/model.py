@@ -155,7 +155,6 @@ class SGLChatModel(lmms):
         )
 
     def _inputs(self, requests: Sequence[Instance]) -> Any:
-        """The prompts of a batch of requests, as the model takes them."""
         conversations, kinds = [], set()
         for request in requests:
             _, doc_to_messages, _, doc_id, task, split = request.args
@@ -203,7 +202,6 @@ class SGLChatModel(lmms):
 
 
 def _settings(method: str, preset: str | None, own: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the pair that every answer is written with."""
     if method not in _METHODS:
         raise ValueError(f"`method` is {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
     if method != "pair" and (preset is not None or own):
@@ -214,7 +212,6 @@ def _settings(method: str, preset: str | None, own: dict[str, Any]) -> dict[str,
 
 
 def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
-    """The number of requests that are answered at once."""
     if max_batch_size is not None or not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise ValueError(
             f"`batch_size` is {batch_size!r} and `max_batch_size` {max_batch_size!r}, but no batch size is found out "
@@ -224,5 +221,4 @@ def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
 
 
 def _task(requests: Sequence[Instance]) -> str:
-    """The name of the task that requests belong to."""
     return repr(requests[0].task_name) if requests else "at hand"

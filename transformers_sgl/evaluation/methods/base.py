@@ -45,13 +45,8 @@ class Setting:
         """
         if not 0 < average < 1:
             raise ValueError(f"The average retention is {average}: pass a fraction above 0 and below 1.")
-        points = sorted(
-            (
-                average_retention(preset["retention_ratio"], round(48 * preset["prune_layer"]), 48),
-                preset["prune_layer"],
-            )
-            for preset in PRESETS.values()
-        )
+        presets = [(preset["retention_ratio"], preset["prune_layer"]) for preset in PRESETS.values()]
+        points = sorted((average_retention(ratio, round(48 * depth), 48), depth) for ratio, depth in presets)
         averages, depths = zip((0.0, 0.0), *points, (1.0, 1.0), strict=True)
         depth = float(np.interp(average, averages, depths))
         layer = resolve_prune_layer(depth, num_layers)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
@@ -61,18 +59,11 @@ def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
     if output.draft_sequences is not None:
         read = pair.read(pair.model.small, pair.processor.small_processor, output.draft_sequences)
         drafts = [text for text, _ in read]
-    parts = (
-        *zip(*written, strict=True),
-        output.average_retention(pair.num_layers).tolist(),
-        _listed(output.exited_early, len(written)),
-        drafts,
-        _listed(output.num_draft_tokens_accepted, len(written)),
-        _listed(output.decision_score, len(written)),
-        _listed(output.draft_complete, len(written)),
-    )
-    answers = [Answer(*fields) for fields in zip(*parts, strict=True)]
-    return [replace(answer, retention=None) if answer.exited_early else answer for answer in answers]
-
-
-def _listed(values: Tensor | None, number: int) -> list[Any]:
-    return [None] * number if values is None else values.tolist()
+    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete")
+    values = (getattr(output, name) for name in names)
+    exited, *scored = ([None] * len(written) if each is None else each.tolist() for each in values)
+    retention = output.average_retention(pair.num_layers).tolist()
+    found = zip(written, retention, exited, drafts, *scored, strict=True)
+    return [
+        Answer(text, length, None if early else share, early, *rest) for (text, length), share, early, *rest in found
+    ]
