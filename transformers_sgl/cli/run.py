@@ -61,6 +61,7 @@ def run(
         suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
         shared.check_writable_file("overlay", show, suffixes, "overlay.png", image)
     from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+    from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
     given = {"max_new_tokens": max_new_tokens, "retention_ratio": retention, "prune_layer": prune_layer}
     given["early_exit_threshold"] = early_exit_threshold
@@ -68,8 +69,6 @@ def run(
     SGLGenerationConfig(**settings)  # refuses what no model can do
     if preset:
         settings["preset"] = preset
-    from transformers_sgl.opening import chat_inputs, open_pair, user_turn
-
     pair, processor = open_pair(shared.pair_name(model), dtype=dtype, device=device)
 
     # 2. One generate call; to compare, some more.

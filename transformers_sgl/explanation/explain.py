@@ -1,9 +1,4 @@
-"""Why a pair answered as it did, for one question.
-
-[`explain`] lets the models answer and listens: to every guiding layer of the small model, and to the large model while
-it answers unguided. The latter gives the map that guidance tries to foresee, the oracle. Then the large model answers
-once more at each of the paper's settings.
-"""
+"""Lets a pair answer one question and listens: to the small model's layers, and to the large model unguided."""
 
 from __future__ import annotations
 

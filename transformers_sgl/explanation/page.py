@@ -37,11 +37,8 @@ _SCALE = f"background: linear-gradient(90deg, rgb({_HEAT} / 0), rgb({_HEAT} / {p
 def html_page(explanation: Explanation) -> str:
     """The page as one HTML document."""
     question = html.escape(explanation.question)
-    models = (
-        f"Large model: {_model(explanation.large)}",
-        f"Small model: {_model(explanation.small)}",
-        f"Preset: {explanation.preset}",
-    )
+    models = [f"Large model: {_model(explanation.large)}", f"Small model: {_model(explanation.small)}"]
+    models.append(f"Preset: {explanation.preset}")
     sections = (_glance, _answers, _trust, _maps, _kept, _layers)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

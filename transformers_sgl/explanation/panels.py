@@ -107,9 +107,7 @@ def _one_each(boxes: TokenBoxes, name: str, values: npt.ArrayLike) -> _Values:
     """The values as an array, if there is one for each box."""
     array = np.asarray(values, dtype=np.float32)
     if array.shape != (len(boxes),):
-        raise ValueError(
-            f"`{name}` must have the shape ({len(boxes)},), one value for each box, but has {array.shape}."
-        )
+        raise ValueError(f"`{name}` must have the shape ({len(boxes)},), one value for each box, not {array.shape}.")
     return array
 
 

@@ -1,7 +1,4 @@
-"""Checks of single files: secrets, pickles and stray files, the model card, the code.
-
-No file is run, and only the header of a safetensors file is read.
-"""
+"""Checks of single files. None is run, and of a safetensors file only the header is read."""
 
 from __future__ import annotations
 

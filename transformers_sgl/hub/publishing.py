@@ -55,8 +55,7 @@ class Publication:
         deleted (`tuple` of `str`): Weights of an earlier publication that the commit removes.
         pinned (`dict`): The commits of a recipe's models, by `"large"` and `"small"`.
         notes (`tuple` of `str`): Findings that do not prevent publication.
-        commit (`str`, *optional*): The commit's id, once there is one.
-        url (`str`, *optional*): The commit's address, once there is one.
+        commit, url (`str`, *optional*): The commit's id and its address, once there is one.
     """
 
     repo_id: str

@@ -216,11 +216,9 @@ def _processors(folder: Path, config: dict[str, Any], configs: dict[str, PreTrai
         return  # already reported
     try:
         processor = SGLProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except OSError as error:
-        yield Finding(path, f"could not be loaded: {first_sentence(error)}.", kind_of(config) == "bundle")
-        return
-    except (KeyError, TypeError, ValueError) as error:
-        yield Finding(path, f"cannot be used: {first_sentence(error)}.")
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        stops = not isinstance(error, OSError) or kind_of(config) == "bundle"
+        yield Finding(path, f"cannot be used: {first_sentence(error)}.", stops)
         return
     tokenizers = [processor.large_processor.tokenizer, processor.small_processor.tokenizer]
     for part, tokenizer in zip(PARTS, tokenizers, strict=True):

@@ -31,10 +31,7 @@ _IMAGE_FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 
 
 def check_request(path: str, body: Any) -> None:
-    """Raises `ValueError` for a request that the server would fail on, or that asks it for a file of its own machine.
-
-    `path` is the endpoint, such as `"/v1/chat/completions"`, and `body` the request's JSON.
-    """
+    """Raises `ValueError` for a request that the server would fail on, or that asks for a file of its machine."""
     if not isinstance(body, dict):
         raise ValueError("The request is not a JSON object.")
     for name, (kinds, wanted) in _FIELDS.items():
