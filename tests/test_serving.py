@@ -30,7 +30,8 @@ from transformers.models.auto import modeling_auto
 from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.cli import main
 from transformers_sgl.evaluation import Scenes
-from transformers_sgl.serving import PairServer, check_request
+from transformers_sgl.serving import PairServer
+from transformers_sgl.serving.requests import check_request
 from transformers_sgl.serving.server import _pairs_in_its_tables
 
 # The server is another one in the oldest transformers.

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -162,6 +164,28 @@ class TestCompare:
         assert compared["rounds"] == 5
         assert compared["speedup"] == pytest.approx(compared["large_alone_ms"] / compared["pair_ms"], rel=0.01)
         assert compared["same_answer"] is (json.loads(out)["answer"] == compared["large_alone_answer"])
+
+    @pytest.mark.parametrize("own", [{}, {"early_exit_threshold": 0.0}, {"verify_draft": True, "score_draft": True}])
+    def test_the_small_model_has_no_part_in_the_large_models_time(
+        self, capsys, example, monkeypatch, tmp_path, embedded_pair_path, own
+    ):
+        """Whatever the pair's own settings: neither its draft nor its vision encoder, and nothing of it is timed."""
+        pair = Path(shutil.copytree(embedded_pair_path, tmp_path / "pair"))
+        settings = pair / "generation_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+        generate, calls, alone = SGLForConditionalGeneration.generate, [], []
+
+        def noted(self, **kwargs):
+            calls.clear()
+            with self.small.register_forward_pre_hook(lambda *_: calls.append(True)):
+                output = generate(self, **{**kwargs, "return_dict_in_generate": True})
+            if kwargs.get("retention_ratio") == 1.0:
+                alone.append((len(calls), output.timings["guidance_ms"], output.draft_sequences))
+            return output if kwargs.get("return_dict_in_generate") else output.sequences
+
+        monkeypatch.setattr(SGLForConditionalGeneration, "generate", noted)
+        assert run(capsys, example, QUESTION, "--compare", "--preset", "fast", "--model", str(pair))[0] == 0
+        assert alone == [(0, 0.0, None)] * 6
 
     def test_it_is_two_more_lines(self, capsys, example):
         code, out, _ = run(capsys, example, QUESTION, "--compare", "--early-exit-threshold", "0")

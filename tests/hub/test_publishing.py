@@ -558,6 +558,8 @@ class TestFunction:
         assert finding.startswith(f"custom_generate/generate.py: {sentence}")
 
     def test_it_is_neither_a_bundle_nor_a_recipe(self, hub, function):
-        with pytest.raises(ValueError, match="is a generation function, not a recipe: leave the kind out"):
+        with pytest.raises(
+            ValueError, match="is a generation function, neither a bundle nor a recipe: leave the kind out"
+        ):
             publish(function, REPO, kind="recipe")
         assert not hub.commits

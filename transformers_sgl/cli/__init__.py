@@ -46,14 +46,7 @@ app = typer.Typer(name=_NAME, cls=_Commands, pretty_exceptions_enable=False, ric
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): The arguments after the program's name; those of the process by default.
-
-    Returns:
-        `int`: 0, 2 where the user has to change something, 130 for Ctrl-C, or 141 if nobody reads the output.
-    """
+    """Runs the command line and returns its exit code: also 141 if nobody reads the output."""
     try:
         code = app(argv, prog_name=_NAME, standalone_mode=False)
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +29,6 @@ def publish(
     """
     if recipe and bundle:
         raise ValueError("`--recipe` and `--bundle` exclude each other: give one of them, or neither.")
-    from dataclasses import asdict
-
     from transformers.utils import logging
 
     from transformers_sgl import hub

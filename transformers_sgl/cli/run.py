@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from transformers_sgl.cli import shared
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["run"]
 
@@ -60,16 +56,19 @@ def run(
     if not question.strip():
         raise ValueError("The question is empty: ask something about the image.")
     if show:
-        _check_overlay(show, image)
-    settings = _settings(
-        preset,
-        max_new_tokens=max_new_tokens,
-        retention_ratio=retention,
-        prune_layer=prune_layer,
-        early_exit_threshold=early_exit_threshold,
-    )
+        from PIL import Image
+
+        suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+        shared.check_writable_file("overlay", show, suffixes, "overlay.png", image)
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
     from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
+    given = {"max_new_tokens": max_new_tokens, "retention_ratio": retention, "prune_layer": prune_layer}
+    given["early_exit_threshold"] = early_exit_threshold
+    settings = {name: value for name, value in given.items() if value is not None}
+    SGLGenerationConfig(**settings)  # refuses what no model can do
+    if preset:
+        settings["preset"] = preset
     pair, processor = open_pair(shared.pair_name(model), dtype=dtype, device=device)
 
     # 2. One generate call; to compare, some more.
@@ -87,29 +86,12 @@ def run(
             print(f"overlay  {show}")
 
 
-def _check_overlay(path: Path, source: Path) -> None:
-    from PIL import Image
-
-    suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
-    shared.check_writable_file("overlay", path, suffixes, "overlay.png", source)
-
-
-def _settings(preset: str | None, **given: Any) -> dict[str, Any]:
-    """The settings that the user gave; the others are left to the preset or the pair."""
-    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-
-    settings = {name: value for name, value in given.items() if value is not None}
-    SGLGenerationConfig(**settings)  # refuses what no model can do
-    return {"preset": preset, **settings} if preset else settings
-
-
 def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[str, Any]:
     from transformers_sgl.architectures import decoder_layers
 
     num_layers = len(decoder_layers(pair.large))
     num_visual_tokens = int(output.num_visual_tokens[0])
-    pruned = output.keep_mask is not None and output.prune_layer is not None
-    num_kept = int(output.keep_mask[0].sum()) if pruned else num_visual_tokens
+    num_kept = num_visual_tokens if output.keep_mask is None else int(output.keep_mask[0].sum())
     draft = score = exited_early = None
     if output.draft_sequences is not None:
         draft = processor.small_processor.decode(output.draft_sequences[0], skip_special_tokens=True).strip()
@@ -122,7 +104,7 @@ def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[
         "num_large_forward_passes": output.num_large_forward_passes,
         "num_visual_tokens": num_visual_tokens,
         "num_visual_tokens_kept": None if exited_early else num_kept,
-        "prune_layer": output.prune_layer if pruned else None,
+        "prune_layer": output.prune_layer,
         "num_layers": num_layers,
         "average_retention": None if exited_early else round(float(output.average_retention(num_layers)[0]), 4),
         # of a first call, so with what warming up takes
@@ -136,8 +118,8 @@ def _text(processor: Any, sequences: Any, prompt_length: int) -> str:
 
 def _compare(pair: Any, processor: Any, inputs: Any, settings: dict[str, Any], answer: str) -> dict[str, Any]:
     """Times the pair and the large model alone in turns (A, B, A, B, ...), after a round that does not count."""
-    # Settings with which the small model has nothing to do.
-    alone = {"retention_ratio": 1.0, "verify_draft": False, "early_exit_threshold": math.inf}
+    # Settings with which the small model does not run.
+    alone = {"retention_ratio": 1.0, "verify_draft": False, "early_exit_threshold": None}
     contenders = {"pair": settings, "large_alone": {**settings, **alone}}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 + _ROUNDS):
@@ -180,7 +162,7 @@ def _as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _overlay(image: Image, processor: Any, output: Any) -> Image:
+def _overlay(image: Any, processor: Any, output: Any) -> Any:
     import torch
 
     from transformers_sgl.explanation.panels import importance_overlay, token_boxes

@@ -14,22 +14,8 @@ import typer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "BatchSize",
-    "Device",
-    "Dtype",
-    "Json",
-    "MaxNewTokens",
-    "Model",
-    "Question",
-    "argument",
-    "check_writable_file",
-    "flag",
-    "open_image",
-    "option",
-    "pair_name",
-    "print_result",
-]
+__all__ = ["BatchSize", "Device", "Dtype", "Json", "MaxNewTokens", "Model", "Question"]
+__all__ += ["argument", "check_writable_file", "flag", "open_image", "option", "pair_name", "print_result"]
 
 
 def argument(metavar: str, text: str) -> Any:
@@ -83,8 +69,7 @@ def open_image(path: Path) -> Image:
     if not path.is_file():
         raise OSError(f"There is no image file {str(path)!r}.")
     try:
-        image: Image.Image = Image.open(path)
-        return image.convert("RGB")  # reads the pixels, so a damaged file is found here
+        return Image.open(path).convert("RGB")  # reads the pixels, so a damaged file is found here
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"The file {str(path)!r} cannot be read as an image: {error}.") from error
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from transformers_sgl.cli import shared
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = ["visualize"]
 
@@ -45,7 +42,7 @@ def visualize(
     shared.print_result({**explanation.to_dict(), "written": [str(out)]}, _as_text(explanation, out), as_json)
 
 
-def _open_frames(path: Path, num_frames: int) -> list[Image]:
+def _open_frames(path: Path, num_frames: int) -> list[Any]:
     """Some frames of a video, evenly spaced: images in a folder by name, an animated image, or a video file."""
     import numpy as np
 
@@ -65,7 +62,7 @@ def _open_frames(path: Path, num_frames: int) -> list[Image]:
     return _animation_frames(path, spread) or _video_frames(path, spread)
 
 
-def _animation_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]:
+def _animation_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Any]:
     """Frames of a file that Pillow can open, such as an animated GIF; none if it cannot."""
     from PIL import Image, UnidentifiedImageError
 
@@ -85,7 +82,7 @@ def _animation_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Im
     return frames
 
 
-def _video_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]:
+def _video_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Any]:
     """Frames of a file that one of the decoders known to transformers can open."""
     from importlib.util import find_spec
 
@@ -97,9 +94,7 @@ def _video_frames(path: Path, spread: Callable[[int], list[int]]) -> list[Image]
     decoders = {"pyav": "av", "torchcodec": "torchcodec", "opencv": "cv2", "decord": "decord"}
     backend = next((name for name, module in decoders.items() if find_spec(module)), None)
     if backend is None:
-        raise OSError(
-            f"No installed package can decode {str(path)!r}: run `pip install av`, or name a folder of frames."
-        )
+        raise OSError(f"Nothing installed can decode {str(path)!r}: run `pip install av`, or name a folder of frames.")
 
     def some(metadata: Any, **_: Any) -> list[int]:
         if not metadata.total_num_frames:

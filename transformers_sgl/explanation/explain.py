@@ -1,9 +1,4 @@
-"""Why a pair answered as it did, for one question.
-
-[`explain`] lets the models answer and listens: to every guiding layer of the small model, and to the large model while
-it answers unguided. The latter gives the map that guidance tries to foresee, the oracle. Then the large model answers
-once more at each of the paper's settings.
-"""
+"""Lets a pair answer one question and listens: to the small model's layers, and to the large model unguided."""
 
 from __future__ import annotations
 
@@ -17,23 +12,23 @@ from PIL import Image
 from torch import Tensor
 
 from transformers_sgl.architectures import decoder_layers, visual_tokens_of
+from transformers_sgl.arguments import split_inputs
 from transformers_sgl.explanation.panels import TokenBoxes
 from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Model, Picture
-from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, average_retention, resolve_prune_layer
+from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 from transformers_sgl.guidance import guiding_layers
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
-from transformers_sgl.opening import open_pair
+from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 from transformers_sgl.processing_sgl import SGLProcessor
 from transformers_sgl.tokens.boxes import video_token_boxes, visual_token_boxes
-from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.tokens.importance_process import ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import split_boxes
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 
 __all__ = ["explain"]
 
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_exit_threshold": NEVER_EXIT}
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_exit_threshold": None}
 
 _Pair: TypeAlias = tuple[SGLForConditionalGeneration, SGLProcessor]
 
@@ -63,9 +58,6 @@ def explain(
         dtype (`str`, defaults to `"auto"`): The type of the weights of a pair that is opened here.
         device (`str`, defaults to `"auto"`): The device of a pair that is opened here.
 
-    Returns:
-        [`Explanation`]: What they saw and wrote.
-
     Raises:
         OSError: If the pair cannot be opened.
         ValueError: If there is no image or no question, it is not known where the models' visual tokens lie, or one of
@@ -88,45 +80,44 @@ def explain(
     """
     images = [images] if isinstance(images, Image.Image) else list(images)
     settings = _settings(images, question, is_video, max_new_tokens)
-    model, processor = pair if isinstance(pair, tuple) else open_pair(pair, dtype=dtype, device=device)
-    return _explain(model, processor, images, question, is_video, settings)
+    opened = pair if isinstance(pair, tuple) else open_pair(pair, dtype=dtype, device=device)
+    return _explain(opened, images, question, is_video, settings)
 
 
 def _explain(
-    model: SGLForConditionalGeneration,
-    processor: SGLProcessor,
-    images: list[Image.Image],
-    question: str,
-    is_video: bool,
-    settings: dict[str, Any],
+    pair: _Pair, images: list[Image.Image], question: str, is_video: bool, settings: dict[str, Any]
 ) -> Explanation:
+    model, processor = pair
     # 1. Where the tokens lie is looked up first: what cannot be shown need not be computed.
-    parts = processor.large_processor, processor.small_processor
-    pictures, small_pictures = (_pictures(part, images, is_video) for part in parts)
-    inputs = _inputs(model, processor, images, question, is_video)
-    tokens, small_tokens = _visual_tokens(model, inputs)
+    pictures = _pictures(processor.large_processor, images, is_video)
+    small_pictures = _pictures(processor.small_processor, images, is_video)
+    options = {"do_sample_frames": False} if is_video else {}
+    inputs = dict(chat_inputs(model, processor, [user_turn(question, images, is_video=is_video)], **options))
+    large_inputs, small_inputs = split_inputs(split_boxes(inputs)[0], shares_tensors=True)
+    tokens = visual_tokens_of(model.large.config, large_inputs)
+    small_tokens = visual_tokens_of(model.small.config, small_inputs)
     _check_count(tokens, pictures)
     _check_count(small_tokens, small_pictures)
-    resolved = SGLGenerationConfig(**settings).resolved(model.generation_config)
+    start = inputs["input_ids"].shape[1]  # of an answer
+    own = SGLGenerationConfig().resolved(model.generation_config)
 
     # 2. The large model answers unguided, the small model guides, and the large model answers at every preset.
     unguided, oracle = _answer_unguided(model, inputs, tokens, settings)
-    layers, layer_importance = _listen_to_layers(model, inputs, small_tokens, settings, resolved)
+    layers, layer_importance = _listen_to_layers(model, inputs, small_tokens, settings, own)
     output: Any = None
-    guided = []
+    guided, num_layers = [], len(decoder_layers(model.large))
     for name, preset in PRESETS.items():
         output = model.generate(**inputs, **{**settings, **preset}, return_dict_in_generate=True)
-        keep = ImportanceProcessorList.of_settings(preset["retention_ratio"], resolved.min_tokens_per_image)
-        keep_mask, num_layers = output.keep_mask[0].cpu().numpy(), len(decoder_layers(model.large))
+        keep = ImportanceProcessorList.of_settings(preset["retention_ratio"], own.min_tokens_per_image)
         guided.append(
             GuidedAnswer(
                 preset=name,
                 retention_ratio=preset["retention_ratio"],
                 prune_layer=output.prune_layer,
-                average_retention=average_retention(float(keep_mask.mean()), output.prune_layer, num_layers),
-                keep_mask=keep_mask,
+                average_retention=float(output.average_retention(num_layers)[0]),
+                keep_mask=output.keep_mask[0].cpu().numpy(),
                 oracle_keep_mask=keep.keep_mask(tokens, oracle)[0].cpu().numpy(),
-                answer=_answer(processor, output, inputs),
+                answer=_text(processor, output.sequences[0, start:]),
                 num_large_forward_passes=output.num_large_forward_passes,
             )
         )
@@ -142,10 +133,10 @@ def _explain(
         importance_transfer=output.importance_transfer,
         layers=layers,
         layer_importance=layer_importance,
-        large_answer=_answer(processor, unguided, inputs),
+        large_answer=_text(processor, unguided.sequences[0, start:]),
         small_answer=_text(processor.small_processor, output.draft_sequences[0]),
         guided=tuple(guided),
-        preset=_own_preset(model),
+        preset=_own_preset(own, num_layers),
         confidence=float(output.confidence[0]),
         consistency=float(output.consistency[0]),
         decision_score=float(output.decision_score[0]),
@@ -153,7 +144,7 @@ def _explain(
         large=_model(model.large),
         small=_model(model.small),
         # Unguided, the large model runs once for every token that it writes.
-        num_large_forward_passes=unguided.sequences.shape[1] - inputs["input_ids"].shape[1],
+        num_large_forward_passes=unguided.sequences.shape[1] - start,
     )
 
 
@@ -174,50 +165,18 @@ def _pictures(processor: Any, images: list[Image.Image], is_video: bool) -> tupl
     """The images or frames, each with the places of one model's tokens."""
     if not is_video:
         names = [f"image {index}" for index in range(1, len(images) + 1)] if len(images) > 1 else ["image"]
-        return tuple(
-            Picture(image, TokenBoxes.from_fractions(boxes.numpy(), image.size), name)
-            for image, boxes, name in zip(images, visual_token_boxes(processor, images), names, strict=True)
-        )
-    views = video_token_boxes(processor, len(images), images[0].size)
-    firsts = [first for first, _ in views]
-    pictures = []
-    for (first, view), end in zip(views, [*firsts[1:], len(images)], strict=True):
-        name = f"frame {first + 1}" if end == first + 1 else f"frames {first + 1}-{end}"
-        image = images[first]
-        pictures.append(Picture(image, TokenBoxes.from_fractions(view.numpy(), image.size), name))
-    return tuple(pictures)
-
-
-def _inputs(
-    model: SGLForConditionalGeneration,
-    processor: SGLProcessor,
-    images: list[Image.Image],
-    question: str,
-    is_video: bool,
-) -> dict[str, Any]:
-    """The inputs of both models."""
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-    options: dict[str, Any] = {}
-    if is_video:
-        content = [{"type": "video", "video": images}]
-        options["processor_kwargs"] = {"do_sample_frames": False}
-    inputs: Any = processor.apply_chat_template(
-        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        **options,
+        boxes = visual_token_boxes(processor, images)
+    else:
+        views = video_token_boxes(processor, len(images), images[0].size)
+        firsts, boxes = [first for first, _ in views], [view for _, view in views]
+        ends = [*firsts[1:], len(images)]
+        spans = zip(firsts, ends, strict=True)
+        names = [f"frame {end}" if end == first + 1 else f"frames {first + 1}-{end}" for first, end in spans]
+        images = [images[first] for first in firsts]
+    return tuple(
+        Picture(image, TokenBoxes.from_fractions(each.numpy(), image.size), name)
+        for image, each, name in zip(images, boxes, names, strict=True)
     )
-    return dict(inputs.to(model.device, dtype=model.dtype))
-
-
-def _visual_tokens(model: SGLForConditionalGeneration, inputs: dict[str, Any]) -> tuple[VisualTokens, VisualTokens]:
-    """The visual tokens of the large model's prompt and of the small model's."""
-    plain, _ = split_boxes(inputs)
-    prompt: dict[str, Any] = {name: plain[name] for name in ("input_ids", "attention_mask") if name in plain}
-    small = {name: plain.get(f"small_{name}", value) for name, value in prompt.items()}
-    return visual_tokens_of(model.large.config, prompt), visual_tokens_of(model.small.config, small)
 
 
 def _check_count(tokens: VisualTokens, pictures: Sequence[Picture]) -> None:
@@ -241,30 +200,24 @@ def _answer_unguided(
 
 
 def _listen_to_layers(
-    model: SGLForConditionalGeneration,
-    inputs: dict[str, Any],
-    tokens: VisualTokens,
-    settings: dict[str, Any],
-    resolved: SGLGenerationConfig,
+    model: Any, inputs: dict[str, Any], tokens: VisualTokens, settings: dict[str, Any], own: SGLGenerationConfig
 ) -> tuple[tuple[int, ...], Array]:
     """The small model's guiding layers, and what each contributes to its map, `(num_layers, num_small_tokens)`."""
-    layers = guiding_layers(model.small, resolved)
-    queries: Literal["last", "both"] = "last" if resolved.guidance_queries == "last" else "both"
+    layers = guiding_layers(model.small, own)
+    queries: Literal["last", "both"] = "last" if own.guidance_queries == "last" else "both"
     with ExitStack() as stack:
         recorders = [stack.enter_context(AttentionRecorder(model.small, tokens, queries, [layer])) for layer in layers]
         # The recorders would hear the consistency pass too: it runs for `return_dict_in_generate` only.
         model.generate(**inputs, **settings, retention_ratio=0.5, return_dict_in_generate=False)
     prompt = torch.cat([recorder.prompt_importance for recorder in recorders]).cpu().numpy()
     generated = torch.cat([recorder.generated_importance for recorder in recorders]).cpu().numpy()
-    wanted = {"prompt": prompt, "last": prompt, "generated": generated}.get(str(resolved.guidance_queries))
+    wanted = {"prompt": prompt, "last": prompt, "generated": generated}.get(str(own.guidance_queries))
     # As in guidance: without queries of the wanted kind, the others rank.
     return tuple(layers), prompt + generated if wanted is None or not wanted.any() else wanted
 
 
-def _own_preset(model: SGLForConditionalGeneration) -> str:
+def _own_preset(own: SGLGenerationConfig, num_layers: int) -> str:
     """The preset that the pair's own settings are; "balanced" if they are none's."""
-    own = SGLGenerationConfig().resolved(model.generation_config)
-    num_layers = len(decoder_layers(model.large))
     for name, preset in PRESETS.items():
         layers = [resolve_prune_layer(layer, num_layers) for layer in (own.prune_layer, preset["prune_layer"])]
         if own.retention_ratio == preset["retention_ratio"] and layers[0] == layers[1]:
@@ -277,10 +230,6 @@ def _model(model: Any) -> Model:
     if Path(name).is_absolute():
         name = "/".join(Path(name).parts[-2:])
     return Model(name, model.config.model_type, len(decoder_layers(model)))
-
-
-def _answer(processor: SGLProcessor, output: Any, inputs: dict[str, Any]) -> str:
-    return _text(processor.large_processor, output.sequences[0, inputs["input_ids"].shape[1] :])
 
 
 def _text(processor: Any, ids: Tensor) -> str:

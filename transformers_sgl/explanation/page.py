@@ -15,14 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from transformers_sgl.explanation.panels import (
-    HEAT_COLOUR,
-    HEAT_OPACITY,
-    PANEL_GREYS,
-    importance_panels,
-    kept_panels,
-    plain_panel,
-)
+from transformers_sgl.explanation import panels
 
 if TYPE_CHECKING:
     from transformers_sgl.explanation.result import Explanation, GuidedAnswer, Model, Picture
@@ -37,18 +30,15 @@ _JPEG_QUALITY = 88
 _NOTHING = "(nothing)"
 
 _STYLE = (files(__package__) / "page.css").read_text(encoding="utf-8")
-_GREY, _HEAT = [sum(PANEL_GREYS) // 2] * 3, " ".join(map(str, HEAT_COLOUR))
-_SCALE = f"background: linear-gradient(90deg, rgb({_HEAT} / 0), rgb({_HEAT} / {HEAT_OPACITY})), rgb{tuple(_GREY)}"
+_GREY, _HEAT = (sum(panels.PANEL_GREYS) // 2,) * 3, " ".join(map(str, panels.HEAT_COLOUR))
+_SCALE = f"background: linear-gradient(90deg, rgb({_HEAT} / 0), rgb({_HEAT} / {panels.HEAT_OPACITY})), rgb{_GREY}"
 
 
 def html_page(explanation: Explanation) -> str:
     """The page as one HTML document."""
     question = html.escape(explanation.question)
-    models = (
-        f"Large model: {_model(explanation.large)}",
-        f"Small model: {_model(explanation.small)}",
-        f"Preset: {explanation.preset}",
-    )
+    models = [f"Large model: {_model(explanation.large)}", f"Small model: {_model(explanation.small)}"]
+    models.append(f"Preset: {explanation.preset}")
     sections = (_glance, _answers, _trust, _maps, _kept, _layers)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -63,9 +53,6 @@ def html_page(explanation: Explanation) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ what the page says
-
-
 def _glance(explanation: Explanation) -> str:
     """What fits on the first screen: the map, what is kept, the answers and the savings."""
     shown = next(guided for guided in explanation.guided if guided.preset == explanation.preset)
@@ -77,41 +64,33 @@ def _glance(explanation: Explanation) -> str:
         "Kept": kept,
         "Average retention": f"{shown.average_retention:.0%} of the visual tokens, averaged over the layers",
     }
-    if shown.num_large_forward_passes is not None:
-        passes = f"{shown.num_large_forward_passes} instead of {explanation.num_large_forward_passes}"
-        facts["Forward passes of the large model"] = passes
+    if (passes := shown.num_large_forward_passes) is not None:
+        facts["Forward passes of the large model"] = f"{passes} instead of {explanation.num_large_forward_passes}"
     listed = "".join(
         f'<dt>{name}</dt><dd dir="auto"{" class=guided" * (name == guided_name)}>{html.escape(text)}</dd>\n'
         for name, text in facts.items()
     )
     tiles_only = " Tiles only; thumbnails are below." * _has_thumbnails(explanation.pictures)
-    rows = _kept_rows(explanation, shown, num_views=1)
+    lines = [f"Attention on each visual token.{tiles_only}"]
+    pictures, importance = explanation.pictures, explanation.importance
+    looked = _map_figure("Where the small model looked", pictures, importance, lines, num_views=1)
     alt = f"What the large model kept at the preset {shown.preset}: {kept}"
-    return (
-        '<section class="glance">\n'
-        + _map_figure(
-            "Where the small model looked",
-            explanation.pictures,
-            explanation.importance,
-            [f"Attention on each visual token.{tiles_only}"],
-            num_views=1,
-        )
-        + _figure("What the large model kept", alt, rows, ["Dark, hatched tokens are dropped."])
-        + f'<dl class="facts">\n{listed}</dl>\n</section>\n'
-    )
+    rows = _kept_rows(explanation, shown, num_views=1)
+    chosen = _figure("What the large model kept", alt, rows, ["Dark, hatched tokens are dropped."])
+    return f'<section class="glance">\n{looked}{chosen}<dl class="facts">\n{listed}</dl>\n</section>\n'
 
 
 def _answers(explanation: Explanation) -> str:
     everything = explanation.num_visual_tokens, "100%", explanation.num_large_forward_passes
-    rows: list[tuple[str, tuple[object, ...], str]] = [
-        ("small", (None, None, None), explanation.small_answer),
-        ("large", everything, explanation.large_answer),
-    ]
+    rows: dict[str, tuple[tuple[object, ...], str]] = {
+        "small": ((None, None, None), explanation.small_answer),
+        "large": (everything, explanation.large_answer),
+    }
     for guided in explanation.guided:
         figures = guided.num_kept, f"{guided.average_retention:.0%}", guided.num_large_forward_passes
-        rows.append((f"guided, {guided.preset}", figures, guided.answer))
+        rows[f"guided, {guided.preset}"] = figures, guided.answer
     body = ""
-    for who, values, answer in rows:
+    for who, (values, answer) in rows.items():
         cells = "".join(
             "<td></td>" if value is None else f'<td class="figure" data-name="{name}">{value}</td>'
             for name, value in zip(("tokens", "retention", "passes"), values, strict=True)
@@ -135,17 +114,11 @@ def _trust(explanation: Explanation) -> str:
         exits = f"The pair's threshold is {threshold:.2f}: it returns the small model's answer."
     else:
         exits = f"The pair's threshold is {threshold:.2f}: it calls the large model."
+    scores = {name: getattr(explanation, name) for name in ("confidence", "consistency", "decision_score")}
     return _section(
         "How far the small model's answer can be trusted",
         f"Probabilities from 0 to 1; the decision score is the mean of the other two. {exits}",
-        _bars(
-            (label, score, f"{score:.2f}")
-            for label, score in (
-                ("confidence", explanation.confidence),
-                ("consistency", explanation.consistency),
-                ("decision score", explanation.decision_score),
-            )
-        ),
+        _bars((name.replace("_", " "), score, f"{score:.2f}") for name, score in scores.items()),
     )
 
 
@@ -155,8 +128,8 @@ def _maps(explanation: Explanation) -> str:
     resampled = " It was carried over to the large model's tokens." * (explanation.importance_transfer != "identity")
     tiles = " The model sees an image as tiles (the larger picture) and as a thumbnail (the smaller one)."
     oracle_line = f"Rank correlation with the small model's map: {_number(explanation.oracle_correlation)}."
-    images = [[plain_panel(picture.image, _side(pictures))] for picture in pictures]
-    image_rows = _in_rows(images, one_per_row=_has_thumbnails(pictures))
+    plain = partial(panels.plain_panel, long_side=_side(pictures))
+    image_rows = _rows(pictures, explanation.importance, lambda image, *_: [plain(image)])
     guides = f"Guides the large model.{resampled}"
     figures = [
         _figure(f"The {shown}", f"The {shown} that the question is about", image_rows, [_size_line(explanation)]),
@@ -230,22 +203,16 @@ def _size_line(explanation: Explanation) -> str:
 
 def _strongest(relative: npt.NDArray[np.float32], pictures: Sequence[Picture]) -> str:
     """In words, where the most important token lies."""
-    strongest = int(relative.argmax())
-    for picture in pictures:
-        if strongest < len(picture.boxes):
-            left, top, right, bottom = picture.boxes.boxes[strongest] / np.tile(picture.image.size, 2)
-            across = ("left", "middle", "right")[min(2, int(3 * (left + right) / 2))]
-            down = ("top", "middle", "bottom")[min(2, int(3 * (top + bottom) / 2))]
-            return f"the strongest token is in the {down} {across} of the {picture.name}"
-        strongest -= len(picture.boxes)
-    raise AssertionError("there is a picture for every token")
+    places = [(picture, box) for picture in pictures for box in picture.boxes.boxes]
+    picture, box = places[int(relative.argmax())]
+    left, top, right, bottom = box / np.tile(picture.image.size, 2)
+    across = ("left", "middle", "right")[min(2, int(3 * (left + right) / 2))]
+    down = ("top", "middle", "bottom")[min(2, int(3 * (top + bottom) / 2))]
+    return f"the strongest token is in the {down} {across} of the {picture.name}"
 
 
 def _number(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.2f}"
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def _side(pictures: Sequence[Picture]) -> int:
@@ -262,24 +229,16 @@ def _rows(
     """All pictures in rows, painted with the values of their tokens; one view leaves the thumbnails out."""
     parts = np.split(values, np.cumsum([len(picture.boxes) for picture in pictures])[:-1])
     each = zip(pictures, parts, strict=True)
-    panels = [paint(picture.image, picture.boxes, part)[:num_views] for picture, part in each]
-    return _in_rows(panels, one_per_row=num_views > 1 and _has_thumbnails(pictures))
-
-
-def _in_rows(panels: list[list[Image.Image]], one_per_row: bool) -> list[list[Image.Image]]:
-    """The panels of every picture in a row of their own, or those of some pictures together."""
-    if one_per_row:
-        return panels
-    flat = [panel for of_picture in panels for panel in of_picture]
+    painted = [paint(picture.image, picture.boxes, part)[:num_views] for picture, part in each]
+    if num_views > 1 and _has_thumbnails(pictures):
+        return painted  # every picture in a row of its own
+    flat = [panel for of_picture in painted for panel in of_picture]
     return [flat[start : start + _FRAMES_PER_ROW] for start in range(0, len(flat), _FRAMES_PER_ROW)]
 
 
 def _kept_rows(explanation: Explanation, guided: GuidedAnswer, num_views: int = 2) -> list[list[Image.Image]]:
-    paint = partial(kept_panels, long_side=_side(explanation.pictures))
+    paint = partial(panels.kept_panels, long_side=_side(explanation.pictures))
     return _rows(explanation.pictures, guided.keep_mask, paint, num_views)
-
-
-# ----------------------------------------------------------------------------------------------------------- elements
 
 
 def _section(heading: str, intro: str, content: str) -> str:
@@ -301,18 +260,12 @@ def _figures(figures: Sequence[str], is_small: bool = False) -> str:
 
 
 def _map_figure(
-    title: str,
-    pictures: Sequence[Picture],
-    importance: npt.NDArray[np.float32],
-    lines: list[str],
-    *,
-    side: int | None = None,
-    num_views: int = 2,
+    title: str, pictures: Sequence[Picture], importance: Any, lines: list[str], side: int = 0, num_views: int = 2
 ) -> str:
     """A map of all pictures on one scale, in multiples of the mean; it ends early because attention has outliers."""
     relative = importance / (importance.mean() or 1.0)
     highest = float(np.percentile(relative, 99)) or float(relative.max()) or 1.0
-    paint = partial(importance_panels, highest=highest, long_side=side or _side(pictures))
+    paint = partial(panels.importance_panels, highest=highest, long_side=side or _side(pictures))
     rows = _rows(pictures, relative, paint, num_views)
     return _figure(title, f"{title}: {_strongest(relative, pictures)}", rows, lines, highest)
 
@@ -335,13 +288,11 @@ def _figure(
             )
             alt = ""  # a figure is described once
         shown += f'<div class="row" style="max-width: {max_width:.0f}px">{images}</div>\n'
-    scale = ""
+    caption = f"<strong>{html.escape(title)}</strong>\n"
+    caption += "".join(f'<p dir="auto">{html.escape(line)}</p>\n' for line in lines)
     if highest is not None:
-        scale = (
-            f'<div class="scale"><span>0</span><span style="{_SCALE}"></span><span>{highest:.1f} x mean</span></div>\n'
-        )
-    captions = "".join(f'<p dir="auto">{html.escape(line)}</p>\n' for line in lines)
-    caption = f"{scale}<strong>{html.escape(title)}</strong>\n{captions}"
+        ends = "<span>0</span>", f"<span>{highest:.1f} x mean</span>"
+        caption = f'<div class="scale">{ends[0]}<span style="{_SCALE}"></span>{ends[1]}</div>\n{caption}'
     return f"<figure>\n{shown}<figcaption>{caption}</figcaption></figure>\n"
 
 

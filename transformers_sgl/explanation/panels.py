@@ -1,14 +1,10 @@
-"""Importance and kept tokens, painted over the image that a question is about.
-
-[`token_boxes`] says which part of the image every visual token stands for. [`importance_overlay`] paints importance
-and keep mask together; [`importance_panels`] and [`kept_panels`] paint one of them, for a page that shows many.
-"""
+"""Importance and kept tokens, painted over the image that a question is about: together, or each in panels."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,38 +12,27 @@ from PIL import Image, ImageDraw, ImageFont
 
 from transformers_sgl.tokens.boxes import visual_token_boxes
 
-__all__ = [
-    "HEAT_COLOUR",
-    "TokenBoxes",
-    "importance_overlay",
-    "importance_panels",
-    "kept_panels",
-    "plain_panel",
-    "token_boxes",
-]
+__all__ = ["TokenBoxes", "importance_overlay", "importance_panels", "kept_panels", "plain_panel", "token_boxes"]
 
 # One hue, ever more opaque: what matters glows, and the photograph below stays visible.
 HEAT_COLOUR = 255, 170, 0
 HEAT_OPACITY = 0.7
 PANEL_GREYS = 10, 120  # black and white below the colour, so that the colour is always the lighter one
 DROPPED_BRIGHTNESS = 0.4
-MIN_LONG_SIDE_PX, MAX_LONG_SIDE_PX = 512, 1024
 MARGIN_PX, LEGEND_PX = 12, 54
 HATCH_PERIOD_PX = 10
 
 
+_Mask: TypeAlias = npt.NDArray[np.bool_]
+_Values: TypeAlias = npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class TokenBoxes:
-    """Where the visual tokens of one image lie in it.
+    """Where the visual tokens of one image lie in it; a thumbnail is a coarser view beside a finer one."""
 
-    Attributes:
-        boxes (`np.ndarray` of shape `(num_visual_tokens, 4)`): Left, top, right and bottom in pixels of the image.
-        is_thumbnail (`np.ndarray` of shape `(num_visual_tokens,)`): Whether the token belongs to a thumbnail, a
-            coarser view of the whole image beside a finer one.
-    """
-
-    boxes: npt.NDArray[np.float64]
-    is_thumbnail: npt.NDArray[np.bool_]
+    boxes: npt.NDArray[np.float64]  # left, top, right and bottom in pixels of the image, (num_visual_tokens, 4)
+    is_thumbnail: _Mask  # (num_visual_tokens,)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -70,11 +55,7 @@ class TokenBoxes:
 
 
 def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
-    """Looks up which part of an image each visual token of a processor stands for.
-
-    Raises:
-        ValueError: If it is not known where the processor's visual tokens lie.
-    """
+    """Which part of an image each visual token of a processor stands for; raises `ValueError` if that is not known."""
     [boxes] = visual_token_boxes(processor, [image])
     return TokenBoxes.from_fractions(boxes.numpy(), image.size)
 
@@ -82,29 +63,16 @@ def token_boxes(image: Image.Image, processor: Any) -> TokenBoxes:
 def importance_overlay(
     image: Image.Image, boxes: TokenBoxes, importance: npt.ArrayLike, keep_mask: npt.ArrayLike
 ) -> Image.Image:
-    """Paints over an image which of its visual tokens were important, and which were dropped.
+    """Paints over an image which visual tokens were important (amber), and which were dropped (dark and hatched).
 
-    Amber shows importance; what was dropped is dark and hatched. An image that was read as tiles and a thumbnail is
-    shown twice: tiles left, thumbnail right. The scale ends at the 99th percentile because attention has outliers.
-
-    Args:
-        image (`PIL.Image.Image`): The original image. A small one is enlarged, a big one reduced.
-        boxes ([`TokenBoxes`]): Where its tokens lie, for example from [`token_boxes`].
-        importance (array of shape `(num_visual_tokens,)`): The importance of each token. Dropped tokens may be `-inf`.
-        keep_mask (array of shape `(num_visual_tokens,)`): Whether each token was kept.
-
-    Raises:
-        ValueError: If there is not one value for each box.
+    `importance` (`-inf` for dropped tokens) and `keep_mask` have the shape `(num_visual_tokens,)`. An image that was
+    read as tiles and a thumbnail is shown twice. The scale ends at the 99th percentile: attention has outliers.
     """
-    importance, keep_mask = _one_each(boxes, importance=importance, keep_mask=keep_mask)
-    keep_mask = keep_mask.astype(bool)
-    base = _at_readable_size(image.convert("RGB"))
-    pixel_boxes = _pixel_boxes(boxes, image, base)
-    heat = _normalized(importance)
-    panels = [_paint(base, pixel_boxes[part], keep_mask[part], heat[part]) for part in _parts(boxes)]
-
+    heat = _normalized(_one_each(boxes, "importance", importance))
+    kept = _one_each(boxes, "keep_mask", keep_mask).astype(bool)
+    panels = _panels(image, boxes, [_at_readable_size(image.convert("RGB"))] * 2, kept, heat)
     parts = " · left: tiles, right: thumbnail" if len(panels) > 1 else ""
-    legend = f"amber: important · {keep_mask.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
+    legend = f"amber: important · {kept.sum()} of {len(boxes)} visual tokens kept, the rest hatched{parts}"
     return _compose(panels, legend)
 
 
@@ -116,19 +84,18 @@ def importance_panels(
     `importance` has the shape `(num_visual_tokens,)`; from `highest` on the colour is strongest. Returns the finer
     view, with a longer side of about `long_side` pixels, and, half as large, the thumbnail if there is one.
     """
-    (importance,) = _one_each(boxes, importance=importance)
-    heat = np.clip(importance / (highest or 1.0), 0.0, 1.0)
+    heat = np.clip(_one_each(boxes, "importance", importance) / (highest or 1.0), 0.0, 1.0)
     darkest, brightest = PANEL_GREYS
     grey = image.convert("L").point(lambda value: darkest + value * (brightest - darkest) / 255).convert("RGB")
-    return _panels(grey, boxes, np.ones(len(boxes), dtype=bool), heat, long_side)
+    return _panels(image, boxes, _tiles_and_thumbnail(grey, long_side), np.ones(len(boxes), dtype=bool), heat)
 
 
 def kept_panels(
     image: Image.Image, boxes: TokenBoxes, keep_mask: npt.ArrayLike, long_side: int = 448
 ) -> list[Image.Image]:
     """Shows what is kept, `(num_visual_tokens,)`, as it is and the rest dark and hatched; else as above."""
-    (keep_mask,) = _one_each(boxes, keep_mask=keep_mask)
-    return _panels(image.convert("RGB"), boxes, keep_mask.astype(bool), None, long_side)
+    kept = _one_each(boxes, "keep_mask", keep_mask).astype(bool)
+    return _panels(image, boxes, _tiles_and_thumbnail(image, long_side), kept, None)
 
 
 def plain_panel(image: Image.Image, long_side: int = 448) -> Image.Image:
@@ -136,20 +103,17 @@ def plain_panel(image: Image.Image, long_side: int = 448) -> Image.Image:
     return _at_readable_size(image.convert("RGB"), long_side, long_side)
 
 
-def _one_each(boxes: TokenBoxes, **named: npt.ArrayLike) -> list[npt.NDArray[np.float32]]:
-    """The values as arrays, if there is one for each box."""
-    arrays = [np.asarray(values, dtype=np.float32) for values in named.values()]
-    for name, values in zip(named, arrays, strict=True):
-        if values.shape != (len(boxes),):
-            raise ValueError(
-                f"`{name}` must have the shape ({len(boxes)},), one value for each box, but has {values.shape}."
-            )
-    return arrays
+def _one_each(boxes: TokenBoxes, name: str, values: npt.ArrayLike) -> _Values:
+    """The values as an array, if there is one for each box."""
+    array = np.asarray(values, dtype=np.float32)
+    if array.shape != (len(boxes),):
+        raise ValueError(f"`{name}` must have the shape ({len(boxes)},), one value for each box, not {array.shape}.")
+    return array
 
 
-def _parts(boxes: TokenBoxes) -> list[npt.NDArray[np.bool_]]:
-    """Which tokens belong to the finer view, and which to the thumbnail, if there are any."""
-    return [part for part in (~boxes.is_thumbnail, boxes.is_thumbnail) if part.any()]
+def _tiles_and_thumbnail(image: Image.Image, long_side: int) -> list[Image.Image]:
+    """The image in the size of the finer view's panel, and half as large."""
+    return [plain_panel(image, side) for side in (long_side, long_side // 2)]
 
 
 def _pixel_boxes(boxes: TokenBoxes, image: Image.Image, base: Image.Image) -> npt.NDArray[np.int64]:
@@ -160,28 +124,22 @@ def _pixel_boxes(boxes: TokenBoxes, image: Image.Image, base: Image.Image) -> np
 
 
 def _panels(
-    image: Image.Image,
-    boxes: TokenBoxes,
-    keep_mask: npt.NDArray[np.bool_],
-    heat: npt.NDArray[np.float32] | None,
-    long_side: int,
+    image: Image.Image, boxes: TokenBoxes, bases: list[Image.Image], keep_mask: _Mask, heat: _Values | None
 ) -> list[Image.Image]:
-    panels = []
-    for part, side in zip(_parts(boxes), (long_side, long_side // 2), strict=False):
-        base = plain_panel(image, side)
-        of_part = None if heat is None else heat[part]
-        panels.append(_paint(base, _pixel_boxes(boxes, image, base)[part], keep_mask[part], of_part))
-    return panels
+    """The finer view's tokens painted over the first base, and the thumbnail's, if there are any, over the second."""
+    parts = [part for part in (~boxes.is_thumbnail, boxes.is_thumbnail) if part.any()]
+    return [
+        _paint(base, _pixel_boxes(boxes, image, base)[part], keep_mask[part], None if heat is None else heat[part])
+        for part, base in zip(parts, bases, strict=False)
+    ]
 
 
-def _at_readable_size(
-    image: Image.Image, shortest: int = MIN_LONG_SIDE_PX, longest: int = MAX_LONG_SIDE_PX
-) -> Image.Image:
+def _at_readable_size(image: Image.Image, shortest: int = 512, longest: int = 1024) -> Image.Image:
     """The image with a longer side of at least `shortest` and, if it was not enlarged, at most `longest` pixels."""
     long_side = max(image.size)
     if long_side < shortest:
         factor = math.ceil(shortest / long_side)
-        # a whole factor without smoothing shows the very pixels the model was given
+        # A whole factor without smoothing shows the very pixels that the model was given.
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if long_side > longest:
         width, height = (max(1, round(side * longest / long_side)) for side in image.size)
@@ -189,7 +147,7 @@ def _at_readable_size(
     return image
 
 
-def _normalized(importance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _normalized(importance: _Values) -> _Values:
     """Maps importance to [0, 1], both of shape `(num_visual_tokens,)`; `-inf` becomes 0."""
     finite = importance[np.isfinite(importance)]
     if not finite.size:
@@ -201,10 +159,7 @@ def _normalized(importance: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _paint(
-    base: Image.Image,
-    pixel_boxes: npt.NDArray[np.int64],
-    keep_mask: npt.NDArray[np.bool_],
-    heat: npt.NDArray[np.float32] | None,
+    base: Image.Image, pixel_boxes: npt.NDArray[np.int64], keep_mask: _Mask, heat: _Values | None
 ) -> Image.Image:
     """Colours the boxes by heat in [0, 1], and darkens and hatches those that were dropped."""
     pixels = np.asarray(base, dtype=np.float32)

@@ -18,16 +18,11 @@ __all__ = ["Explanation", "GuidedAnswer", "Model", "Picture", "rank_correlation"
 
 Array = npt.NDArray[np.float32]
 
-# What a program is told.
+# What a program is told as it is.
 _FIGURES = (
-    *("question", "large_model", "small_model", "preset", "large_answer", "small_answer"),
-    *("confidence", "consistency", "decision_score", "early_exit_threshold"),
-    *("num_visual_tokens", "num_large_forward_passes", "importance_transfer", "oracle_correlation"),
-    *("layers", "layer_shares", "layer_correlations", "guided"),
-)
-_GUIDED_FIGURES = (
-    *("preset", "answer", "retention_ratio", "prune_layer", "average_retention"),
-    *("num_large_forward_passes", "oracle_overlap"),
+    *("question", "preset", "large_answer", "small_answer", "confidence", "consistency", "decision_score"),
+    *("early_exit_threshold", "num_visual_tokens", "num_large_forward_passes", "importance_transfer"),
+    *("oracle_correlation", "layer_correlations"),
 )
 
 
@@ -84,8 +79,8 @@ class GuidedAnswer:
 
     def to_dict(self) -> dict[str, Any]:
         """Text and figures without masks, ready for JSON."""
-        figures = {name: getattr(self, name) for name in _GUIDED_FIGURES}
-        return {**figures, "num_visual_tokens_kept": self.num_kept}
+        figures = {name: value for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
+        return {**figures, "oracle_overlap": self.oracle_overlap, "num_visual_tokens_kept": self.num_kept}
 
 
 @dataclass(frozen=True)
@@ -166,40 +161,31 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Texts and figures without pictures and maps, ready for JSON."""
-        others = {
+        return {
+            **{name: getattr(self, name) for name in _FIGURES},
             "large_model": self.large.name,
             "small_model": self.small.name,
             "layers": list(self.layers),
             "layer_shares": self.layer_shares.tolist(),
             "guided": [guided.to_dict() for guided in self.guided],
         }
-        return {name: others[name] if name in others else getattr(self, name) for name in _FIGURES}
 
     def to_html(self) -> str:
         """The page as one HTML document that loads nothing and runs no script."""
         return html_page(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes the page; the file is there as a whole or not at all.
-
-        Args:
-            path (`str` or `Path`): An HTML file. It is replaced if it exists.
-
-        Raises:
-            OSError: If the file cannot be written. An old file is still there then.
-        """
+        """Writes the page whole or not at all; raises `OSError` if it cannot, and leaves an old file as it was."""
         write_atomically(Path(path), self.to_html())
 
 
 def rank_correlation(one: npt.ArrayLike, other: npt.ArrayLike) -> float:
     """Spearman's rank correlation of two arrays `(n,)`, from -1 to 1; NaN where all values of one are equal."""
     with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(_ranks(np.asarray(one)), _ranks(np.asarray(other)))[0, 1])
+        return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
 
 
-def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _ranks(values: npt.ArrayLike) -> Any:
     """The rank of every value from 0 on, `(n,)`; equal ones share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(counts) - (counts + 1) / 2
-    ranks: npt.NDArray[np.float64] = mean_rank[inverse.reshape(-1)]
-    return ranks
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse.reshape(-1)]

@@ -1,7 +1,4 @@
-"""Checks of single files: secrets, pickles and stray files, the model card, the code.
-
-No file is run, and only the header of a safetensors file is read.
-"""
+"""Checks of single files. None is run, and of a safetensors file only the header is read."""
 
 from __future__ import annotations
 
@@ -81,11 +78,10 @@ def published_files(folder: Path) -> list[Path]:
 
 def check_files(folder: Path) -> Iterator[Finding]:
     """Finds files that should not be published or cannot be read."""
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            if Path(root, name).is_symlink():
-                # `os.walk` does not follow it, so its files would silently be missing.
-                yield Finding(relative(folder, Path(root, name)), "is a link: replace it by the folder itself.")
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            # `os.walk` does not follow it, so its files would silently be missing.
+            yield Finding(relative(folder, path), "is a link: replace it by the folder itself.")
     for path in published_files(folder):
         name = relative(folder, path)
         hidden = [part for part in Path(name).parts if part.startswith(".") and part not in _HIDDEN_BUT_WANTED]
@@ -142,12 +138,10 @@ def check_card(folder: Path) -> Iterator[Finding]:
         yield Finding("README.md", f"has metadata that cannot be read ({error}): correct the lines between `---`.")
         return
     expected = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    for key, value in expected.items():
-        if getattr(data, key, None) != value:
-            yield Finding("README.md", f"has no `{key}: {value}` in its metadata: add it.")
-    for key in ("license", "language", "tags"):
-        if not getattr(data, key, None):
-            yield Finding("README.md", f"has no `{key}` in its metadata: add it.")
+    missing = [f"{key}: {value}" for key, value in expected.items() if getattr(data, key, None) != value]
+    missing += [key for key in ("license", "language", "tags") if not getattr(data, key, None)]
+    for entry in missing:
+        yield Finding("README.md", f"has no `{entry}` in its metadata: add it.")
     if "sgl" not in (data.tags or ["sgl"]):
         yield Finding("README.md", "has no tag `sgl` in its metadata, which makes pairs easy to find: add it.")
     if data.license == "other" and not data.license_name:
@@ -171,11 +165,9 @@ def check_base_models(folder: Path, names: set[str]) -> Iterator[Finding]:
 
 def check_code(folder: Path, name: str, config: dict[str, Any]) -> Iterator[Finding]:
     """Checks that the code that a configuration names is in the folder and is Python."""
-    references: set[str] = set()
-    for value in (config.get("auto_map") or {}).values():
-        entries = value if isinstance(value, (list, tuple)) else [value]
-        references.update(entry for entry in entries if isinstance(entry, str))
-    for reference in sorted(references):
+    values = (config.get("auto_map") or {}).values()
+    entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
+    for reference in sorted({entry for entry in entries if isinstance(entry, str)}):
         module = f"{reference.rpartition('.')[0]}.py"
         if "--" in reference:
             yield Finding(name, f"takes code from another repository ({reference}): put the code into this folder.")
@@ -195,14 +187,13 @@ def check_function(folder: Path) -> Iterator[Finding]:
     except (SyntaxError, ValueError) as error:
         yield Finding(FUNCTION, f"is not valid Python ({error}): correct it.")
         return
-    defined = [node.name for node in ast.walk(code) if isinstance(node, ast.FunctionDef)]
-    imported = [
-        alias.asname or alias.name
-        for node in ast.walk(code)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    ]
-    if "generate" not in defined + imported:
+    names = set()
+    for node in ast.walk(code):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+    if "generate" not in names:
         yield Finding(FUNCTION, "has no function `generate`, which transformers calls: define or import one.")
 
 

@@ -9,13 +9,10 @@ __all__ = ["embedded_pair"]
 
 
 def embedded_pair() -> Path:
-    """Returns the folder of the pair of tiny models that is shipped with the package.
+    """Returns the folder of the pair of tiny models that is shipped with the package, for `from_pretrained`.
 
     The bundle `sgl-tiny` holds a large and a small vision-language model, both trained from scratch on drawn
     shapes and small enough for one CPU core. It needs no download.
-
-    Returns:
-        `Path`: The folder, for `from_pretrained` of the model and of the processor.
 
     Raises:
         OSError: If the installation is incomplete and lacks the bundle.

@@ -22,6 +22,14 @@ from transformers_sgl.storage.checkpoints import first_sentence
 
 __all__ = ["Publication", "PublishedFile", "publish"]
 
+# What to do with a folder that is not of the kind asked for.
+_NOT_OF_THE_OTHER_KIND = {
+    "bundle": "a bundle, which does not name the checkpoints of its models: write a recipe from named checkpoints and "
+    "publish that, or publish the bundle",
+    "recipe": "a recipe, which holds no weights: load it, save the pair with `save_pretrained` and publish that "
+    "folder, or publish the recipe",
+    "function": "a generation function, neither a bundle nor a recipe: leave the kind out",
+}
 # What the Hub's client raises where it has no connection: `httpx` or `requests`, depending on its version.
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -47,8 +55,7 @@ class Publication:
         deleted (`tuple` of `str`): Weights of an earlier publication that the commit removes.
         pinned (`dict`): The commits of a recipe's models, by `"large"` and `"small"`.
         notes (`tuple` of `str`): Findings that do not prevent publication.
-        commit (`str`, *optional*): The commit's id, once there is one.
-        url (`str`, *optional*): The commit's address, once there is one.
+        commit, url (`str`, *optional*): The commit's id and its address, once there is one.
     """
 
     repo_id: str
@@ -88,9 +95,6 @@ def publish(
         kind (`str`, *optional*): `"bundle"` or `"recipe"`, to refuse a folder of the other kind.
         announce (`Callable`, *optional*): Called with the planned [`Publication`] before anything is uploaded.
 
-    Returns:
-        [`Publication`]: What was uploaded.
-
     Raises:
         ValueError: If the folder needs corrections first, or the repository is public and must not be.
         OSError: If there is no such folder, or the Hub refuses or cannot be reached.
@@ -121,7 +125,8 @@ def publish(
     if repo and private and not repo.private:
         raise ValueError(f"{repo_id!r} is a public repository: make it private in its settings, or name another.")
     contents = _contents(Path(folder), config if pinned else None)
-    files = tuple(PublishedFile(path, _size(content)) for path, content in contents.items())
+    sizes = [len(content) if isinstance(content, bytes) else content.stat().st_size for content in contents.values()]
+    files = tuple(map(PublishedFile, contents, sizes))
     deleted = _outdated(head or repo, set(contents))
     publication = Publication(repo_id, found, private, dry_run, files, deleted, pinned, tuple(notes))
     if announce:
@@ -131,6 +136,8 @@ def publish(
 
 def _read(folder: Path, repo_id: str, kind: str | None) -> tuple[str, dict[str, Any], list[str]]:
     """Checks a folder and returns its kind, its configuration and its notes."""
+    if kind not in (None, "bundle", "recipe"):
+        raise ValueError(f"`kind` is {kind!r}: choose 'bundle' or 'recipe'.")
     findings = validate(folder, repo_id)
     problems = [str(finding) for finding in findings if finding.stops]
     if problems:
@@ -140,17 +147,13 @@ def _read(folder: Path, repo_id: str, kind: str | None) -> tuple[str, dict[str, 
     else:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = kind_of(config)
-    _check_kind(folder, found, kind)
+    if kind not in (None, found):
+        raise ValueError(f"{str(folder)!r} is {_NOT_OF_THE_OTHER_KIND[found]}.")
     return found, config, [str(finding) for finding in findings]
 
 
 def _commit(
-    api: HfApi,
-    publication: Publication,
-    contents: dict[str, Path | bytes],
-    repo: Any,
-    head: Any,
-    revision: str | None,
+    api: HfApi, publication: Publication, contents: dict[str, Path | bytes], repo: Any, head: Any, revision: str | None
 ) -> Publication:
     """Makes one commit, which the Hub refuses if somebody else has committed since `head` was read."""
     repo_id = publication.repo_id
@@ -185,23 +188,6 @@ def _check_names(repo_id: str, token: str | None) -> None:
         raise ValueError("The token has characters that no token can have: copy it again.")
 
 
-def _check_kind(folder: Path, found: str, wanted: str | None) -> None:
-    if wanted not in (None, "bundle", "recipe"):
-        raise ValueError(f"`kind` is {wanted!r}: choose 'bundle' or 'recipe'.")
-    if wanted is not None and found == "function":
-        raise ValueError(f"{str(folder)!r} is a generation function, not a {wanted}: leave the kind out.")
-    if wanted == "recipe" and found == "bundle":
-        raise ValueError(
-            f"{str(folder)!r} is a bundle, which does not name the checkpoints of its models: write a recipe from "
-            "named checkpoints and publish that, or publish the bundle."
-        )
-    if wanted == "bundle" and found == "recipe":
-        raise ValueError(
-            f"{str(folder)!r} is a recipe, which holds no weights: load it, save the pair with `save_pretrained` and "
-            "publish that folder, or publish the recipe."
-        )
-
-
 def _existing(api: HfApi, repo_id: str, revision: str | None) -> tuple[Any, Any]:
     """The Hub's records of a repository and of the branch to commit to; `None` for what does not exist."""
     try:
@@ -234,16 +220,13 @@ def _pin(api: HfApi, folder: Path, config: dict[str, Any], notes: list[str]) -> 
             raise ValueError(f"The Hub has no {name!r}{at}, which the recipe names as the {part} model.") from error
         weights = [file.rfilename for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
         if not weights:
-            raise ValueError(
-                f"{name!r} has no safetensors weights, the only ones that are loaded: name another model."
-            )
+            raise ValueError(f"{name!r} has no safetensors weights, which alone are loaded: name another model.")
         model_type = (info.config or {}).get("model_type")
         if model_type is not None and model_type not in ARCHITECTURES:
             raise ValueError(f"{name!r} is of type {model_type!r}, which no pair supports: name another model.")
         if info.private or info.gated:
-            notes.append(
-                f"config.json: {name!r} is {'private' if info.private else 'gated'}: not everybody can load it."
-            )
+            access = "private" if info.private else "gated"
+            notes.append(f"config.json: {name!r} is {access}: not everybody can load it.")
         pinned[part] = config[part]["revision"] = str(info.sha)
     return pinned
 
@@ -262,10 +245,6 @@ def _outdated(existing: Any, paths: set[str]) -> tuple[str, ...]:
     endings = (".safetensors", ".safetensors.index.json")
     parts = tuple(f"{part}/" for part in PARTS)
     return tuple(p for p in sorted(there) if p.startswith(parts) and p.endswith(endings) and p not in paths)
-
-
-def _size(content: Path | bytes) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 @contextmanager

@@ -149,9 +149,8 @@ def _recipe(
                 yield Finding("config.json", f"has {name!r} as the {part} model, which is no repository's name.")
                 continue
             if not re.fullmatch("[0-9a-f]{40}", str(revision)):
-                yield Finding(
-                    "config.json", f"leaves {name!r} unpinned; its commit is filled in when published.", False
-                )
+                message = f"leaves {name!r} unpinned; its commit is filled in when published."
+                yield Finding("config.json", message, stops=False)
             yield from _model_config("config.json", part, name, where, configs)
         elif not (local / where.get("subfolder", "") / "config.json").is_file():
             is_own = local.is_relative_to(folder.resolve())
@@ -193,11 +192,9 @@ def _model_config(
             return
         check_supported(config)
     except OSError as error:
-        if os.path.isdir(name):
-            yield Finding(path, f"cannot be read: {first_sentence(error)}.")
-        else:
-            message = f"names {name!r} as the {part} model, which is not on this machine, so it was not checked."
-            yield Finding(path, message, stops=False)
+        is_here = os.path.isdir(name)
+        absent = f"names {name!r} as the {part} model, which is not on this machine, so it was not checked."
+        yield Finding(path, f"cannot be read: {first_sentence(error)}." if is_here else absent, stops=is_here)
     except (KeyError, TypeError, ValueError) as error:
         yield Finding(path, f"names a {part} model that no pair can have: {first_sentence(error)}.")
     else:
@@ -219,20 +216,16 @@ def _processors(folder: Path, config: dict[str, Any], configs: dict[str, PreTrai
         return  # already reported
     try:
         processor = SGLProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except OSError as error:
-        yield Finding(path, f"could not be loaded: {first_sentence(error)}.", kind_of(config) == "bundle")
-        return
-    except (KeyError, TypeError, ValueError) as error:
-        yield Finding(path, f"cannot be used: {first_sentence(error)}.")
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        stops = not isinstance(error, OSError) or kind_of(config) == "bundle"
+        yield Finding(path, f"cannot be used: {first_sentence(error)}.", stops)
         return
     tokenizers = [processor.large_processor.tokenizer, processor.small_processor.tokenizer]
     for part, tokenizer in zip(PARTS, tokenizers, strict=True):
         size = configs[part].get_text_config(decoder=True).vocab_size
         if len(tokenizer) > size:
-            message = (
-                f"has a tokenizer of {len(tokenizer):,} tokens, but the model knows {size:,}: save the right one."
-            )
-            yield Finding(part, message)
+            sizes = f"a tokenizer of {len(tokenizer):,} tokens, but the model knows {size:,}"
+            yield Finding(part, f"has {sizes}: save the right one.")
     if processor.importance_transfer == "resampling":
         message = "cuts images differently from `large`: importance is transferred through image coordinates."
         yield Finding("small", message, stops=False)

@@ -1,6 +1,5 @@
 """A pair behind transformers' own OpenAI-compatible server."""
 
-from transformers_sgl.serving.requests import check_request
 from transformers_sgl.serving.server import PairServer, serve
 
-__all__ = ["PairServer", "check_request", "serve"]
+__all__ = ["PairServer", "serve"]

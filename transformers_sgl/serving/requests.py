@@ -18,43 +18,20 @@ PATHS = (_CHAT, "/v1/completions", "/v1/responses", "/v1/systemone")
 
 # Fields that the server uses without checking, and what they may hold.
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "chat_template_kwargs": ((dict,), "an object"),
-    "frequency_penalty": ((int, float), "a number"),
+    **dict.fromkeys(("chat_template_kwargs", "logit_bias"), ((dict,), "an object")),
+    **dict.fromkeys(("frequency_penalty", "temperature", "top_p"), ((int, float), "a number")),
+    **dict.fromkeys(("max_completion_tokens", "max_output_tokens", "max_tokens", "seed"), ((int,), "a whole number")),
     "generation_config": ((str,), "the JSON text of an object"),
-    "logit_bias": ((dict,), "an object"),
-    "max_completion_tokens": ((int,), "a whole number"),
-    "max_output_tokens": ((int,), "a whole number"),
-    "max_tokens": ((int,), "a whole number"),
-    "seed": ((int,), "a whole number"),
     "stop": ((str, list), "a text or a list of texts"),
     "stream": ((bool,), "true or false"),
-    "temperature": ((int, float), "a number"),
     "tools": ((list,), "a list"),
-    "top_p": ((int, float), "a number"),
 }
 # Formats that the server's image reader decodes, by Pillow's names.
 _IMAGE_FORMATS = ("GIF", "JPEG", "PNG", "WEBP")
 
 
 def check_request(path: str, body: Any) -> None:
-    """Refuses a request that the server would fail on, or that asks it for a file of its own machine.
-
-    Args:
-        path (`str`): The endpoint, such as `"/v1/chat/completions"`.
-        body (`Any`): The request's JSON.
-
-    Raises:
-        ValueError: If there is no conversation, an image cannot be read, or a setting is unknown or not allowed.
-
-    Example:
-        ```python
-        >>> from transformers_sgl.serving import check_request
-
-        >>> chat = {"messages": [{"role": "user", "content": "hello"}]}
-        >>> check_request("/v1/chat/completions", {**chat, "generation_config": '{"retention_ratio": 0.5}'})
-
-        ```
-    """
+    """Raises `ValueError` for a request that the server would fail on, or that asks for a file of its machine."""
     if not isinstance(body, dict):
         raise ValueError("The request is not a JSON object.")
     for name, (kinds, wanted) in _FIELDS.items():
@@ -94,9 +71,7 @@ def _check_messages(messages: Any) -> None:
             case {"role": str(), "content": list(parts)}:
                 for part in parts:
                     _check_part(name, part)
-            case {"role": str(), "content": str() | None}:
-                pass
-            case {"role": str()} if "content" not in message:
+            case {"role": str()} if isinstance(message.get("content"), str | None):
                 pass
             case _:
                 raise ValueError(
@@ -141,8 +116,8 @@ def _check_image(name: str, url: Any) -> None:
 def _check_settings(text: str) -> None:
     try:
         settings = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"`generation_config` is {_shortened(text)}: pass the JSON text of an object.") from error
+    except ValueError:
+        settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"`generation_config` is {_shortened(text)}: pass the JSON text of an object.")
     if settings.get("return_dict_in_generate"):

@@ -20,7 +20,6 @@ import wrapt
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.configuration_sgl import SGLConfig
-from transformers_sgl.generation_config_sgl import average_retention
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.serving.requests import PATHS, check_request
@@ -47,9 +46,8 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
 
     Raises:
         OSError: If the pair cannot be loaded.
-        ValueError: If an option cannot be used.
+        ValueError or TyperException: If an option cannot be used or read.
         KeyboardInterrupt: If it is stopped.
-        TyperException: If the options cannot be read.
     """
     command = typer.Typer(add_completion=False)
     command.command(name="serve", help=Serve.__doc__)(PairServer)
@@ -106,17 +104,14 @@ class _Answering(wrapt.ObjectProxy):
 def _report(pair: SGLForConditionalGeneration, output: SGLGenerateOutput) -> dict[str, Any]:
     """What was kept for the one prompt of a request, and whether the small model's answer was returned."""
     total = 0 if output.num_visual_tokens is None else int(output.num_visual_tokens[0])
+    kept = total if output.keep_mask is None else int(output.keep_mask[0].sum())
+    retention = float(output.average_retention(len(decoder_layers(pair.large)))[0])
     exited_early = output.exited_early is not None and bool(output.exited_early[0])
-    kept: int | None = None if exited_early else total
-    retention = None if exited_early else 1.0
-    if output.keep_mask is not None and output.prune_layer is not None and not exited_early:
-        kept = int(output.keep_mask[0].sum())
-        retention = average_retention(kept / total, output.prune_layer, len(decoder_layers(pair.large)))
     accepted = output.num_draft_tokens_accepted
     return {
         "num_visual_tokens": total,
-        "num_visual_tokens_kept": kept,
-        "average_retention": retention and round(retention, 4),
+        "num_visual_tokens_kept": None if exited_early else kept,
+        "average_retention": None if exited_early else round(retention, 4),
         "exited_early": exited_early,
         "num_draft_tokens_accepted": None if accepted is None else int(accepted[0]),
     }
