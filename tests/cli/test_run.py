@@ -63,7 +63,7 @@ class TestRun:
             "decision_score",
             "draft",
             "exited_early",
-            "first_call_timings_ms",
+            "first_call_timings",
             "num_large_forward_passes",
             "num_layers",
             "num_visual_tokens",
@@ -73,8 +73,8 @@ class TestRun:
         assert (report["num_visual_tokens"], report["num_visual_tokens_kept"], report["prune_layer"]) == (320, 80, 1)
         depth = report["num_layers"]
         assert report["average_retention"] == pytest.approx((1 + (depth - 1) * 0.25) / depth, abs=1e-4)
-        timings = report["first_call_timings_ms"]
-        assert timings["total"] >= timings["guidance"] > 0
+        timings = report["first_call_timings"]
+        assert timings["total_ms"] >= timings["guidance_ms"] > 0
         assert 0 < report["decision_score"] < 1
         assert report["exited_early"] is False
 
