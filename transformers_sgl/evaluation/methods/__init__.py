@@ -6,7 +6,7 @@ name in [`METHODS`]:
 - a guide, which ranks the large model's visual tokens: subclass [`Guide`] in `guides.py`;
 - anything else: subclass [`Method`], in a file of its own beside these.
 
-[`evaluate`] then compares it with the others; nothing else has to change.
+[`evaluate`] then compares it with the others.
 """
 
 from transformers_sgl.evaluation.methods.alone import Large, Small
