@@ -398,7 +398,7 @@ class TestRefusals:
     )
     def test_sampling_beams_and_several_answers(self, pair: SGLForConditionalGeneration, options: dict) -> None:
         self.refused(
-            pair, r"one greedy answer, but sampling, beams or several .* or pass `early_exit_threshold=None`", **options
+            pair, r"one greedy answer, but sampling, beams or several .* pass `early_exit_threshold=None`", **options
         )
         pair.generate(**prompts(), **options, max_new_tokens=3, early_exit_threshold=2.0)  # never exits: allowed
 
