@@ -30,7 +30,7 @@ from transformers_sgl.generation_config_sgl import resolve_prune_layer
 PROMISES = ("stock", "draft", "batch")
 # Reading several tokens at once, or beside padding, rounds differently: what is closer than that may turn.
 TIE = "a tie"
-_ROUNDING = 2e-3
+ROUNDING = 2e-3
 NUM_LAYERS = 4
 _TOKENIZER = tiny_tokenizer()
 # An answer's tokens, and the scores of its steps where they are known.
@@ -129,7 +129,7 @@ def _difference_of_exits(case: Case, output: Any, alone: list[Any]) -> str | Non
         exits_alone = each.exited_early is not None and bool(each.exited_early[0])
         if exits != exits_alone:
             score = each.decision_score
-            is_close = score is not None and abs(float(score) - case.guided["early_exit_threshold"]) < _ROUNDING
+            is_close = score is not None and abs(float(score) - case.guided["early_exit_threshold"]) < ROUNDING
             return TIE if is_close else f"sample {row}: early exit is {exits} in the batch, {exits_alone} alone"
     return None
 
@@ -141,7 +141,7 @@ def _difference(found: _Row, wanted: _Row) -> str | None:
         return None
     step = next((at for at, both in enumerate(zip(tokens, right, strict=False)) if both[0] != both[1]), None)
     gap = None if step is None or scores is None else scores[step][tokens[step]] - scores[step][right[step]]
-    if gap is not None and abs(float(gap)) < _ROUNDING:
+    if gap is not None and abs(float(gap)) < ROUNDING:
         return TIE
     return f"{tokens} instead of {right}"
 
@@ -202,6 +202,8 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
     if promise != "batch" or single:  # what counts or sums a whole row sees its padding
         choices["stopping_criteria"] = [SumIsRound()]
         choices["min_length"] = width + 2
+    if settings["eos_token_id"] is None:
+        del choices["exponential_decay_length_penalty"]  # which lengthens the odds of an end
     for name in chance.sample(sorted(choices), k=chance.choice((0, 1, 1, 2, 3))):
         if name == "min_length" and "max_length" not in settings and limit < 2:
             continue
