@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
-from transformers_sgl.transformers_interface import CACHE_NAMES, with_installed_cache_name
+from transformers_sgl.transformers_interface import CACHE_NAMES, default_settings, with_installed_cache_name
 
 __all__ = ["read_arguments", "split_inputs"]
 
@@ -43,6 +43,9 @@ def read_arguments(
         SGLGenerationConfig.from_preset(preset)  # raises if there is none of that name
         kwargs = {**PRESETS[preset], **kwargs}
     settings = SGLGenerationConfig.from_generation_config(generation_config).resolved(model)
+    # Now, so that `None` among `kwargs` unsets; a default length depends on the prompt, and comes later.
+    defaults = {name: value for name, value in default_settings().items() if name not in ("max_length", "min_length")}
+    settings.update(defaults_only=True, **defaults)
     model_inputs = with_installed_cache_name(settings.update(**kwargs))
     generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
     if "tokenizer" in generate_kwargs:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from transformers_sgl.transformers_interface import DecidedSettings, ExtraSettings, default_settings
+from transformers_sgl.transformers_interface import DecidedSettings, ExtraSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -178,18 +178,22 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         """The contents of `generation_config.json`: only fields that are set."""
         return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
-    def resolved(self, model: GenerationConfig) -> SGLGenerationConfig:
-        """A copy whose unset fields come from the `model`'s own settings, then from the defaults, as in `generate`.
+    def with_defaults(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
+        """A copy whose unset fields come from `defaults`, the first one first."""
+        settings = self.from_generation_config(self)
+        for each in defaults:
+            inherited = {key: value for key, value in each.to_dict().items() if value is not None}
+            settings.update(defaults_only=True, allow_custom_entries=True, **inherited)
+        return settings
 
-        Lengths that neither sets stay `None`.
+    def resolved(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
+        """The same, in which no SGL field is unset: last, they come from the class.
+
+        Stock fields that no default sets stay `None`.
         """
-        resolved = self.from_generation_config(self)
-        inherited = {key: value for key, value in model.to_dict().items() if value is not None}
-        resolved.update(defaults_only=True, allow_custom_entries=True, **inherited)
-        lengths = ("max_length", "min_length")  # a default length depends on the prompt
-        defaults = {key: value for key, value in default_settings().items() if key not in lengths}
-        resolved.update(defaults_only=True, **defaults, **self.extra_defaults())
-        return resolved
+        settings = self.with_defaults(*defaults)
+        settings.update(defaults_only=True, **self.extra_defaults())
+        return settings
 
     def average_retention(self, num_layers: int) -> float:
         """The average retention under these settings; see the function [`average_retention`]."""

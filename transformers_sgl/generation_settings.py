@@ -54,8 +54,8 @@ SETTINGS: dict[str, Meaning] = {
     **_each("irrelevant", "assistant_confidence_threshold assistant_early_exit assistant_lookbehind"),
     **_each("irrelevant", "max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule"),
     **_each("irrelevant", "prompt_lookup_num_tokens speculation_type target_lookbehind use_mtp"),
-    # Where a prompt begins, and where the settings come from.
-    **_each("irrelevant", "_from_model_config bos_token_id decoder_start_token_id transformers_version"),
+    # Where a prompt begins that has no tokens.
+    **_each("irrelevant", "bos_token_id decoder_start_token_id"),
     **_each("refused", "assistant_ensemble_weight constraints dola_layers force_words_ids guidance_scale"),
     **_each("refused", "is_assistant num_beam_groups penalty_alpha token_healing watermarking_config"),
 }
@@ -68,6 +68,10 @@ ARGUMENTS: dict[str, Meaning] = {
 }
 
 _NEUTRAL = {"guidance_scale": 1, "is_assistant": False, "token_healing": False, "synced_gpus": False}
+
+
+# What the small model's own settings say of its draft.
+_SMALL_OWN = ("bos_token_id", "compile_config", "decoder_start_token_id", "disable_compile")
 
 
 def is_set(name: str, value: Any) -> bool:
@@ -93,17 +97,15 @@ def carried_settings(settings: Any, shares_vocabulary: bool) -> dict[str, Any]:
     return carried
 
 
-_SMALL_OWN = ("_from_model_config", "bos_token_id", "compile_config", "decoder_start_token_id", "disable_compile")
-_SMALL_OWN += ("transformers_version",)
-
-
 def unmet(settings: Any, arguments: Mapping[str, Any], shares_vocabulary: bool) -> tuple[list[str], list[str]]:
     """What is asked for and the small model's answer cannot obey: in any case, and because of its vocabulary.
 
     `settings` are a `GenerationConfig`, `arguments` those of `generate`.
     """
-    asked = {name: SETTINGS.get(name, "refused") for name in stock_settings() if is_set(name, getattr(settings, name))}
-    asked |= {name: ARGUMENTS.get(name, "refused") for name, value in arguments.items() if is_set(name, value)}
+    asked: dict[str, Meaning] = {
+        **{name: ARGUMENTS.get(name, "refused") for name in arguments if is_set(name, arguments[name])},
+        **{name: SETTINGS.get(name, "refused") for name in stock_settings() if is_set(name, getattr(settings, name))},
+    }
     never = [name for name, meaning in asked.items() if meaning == "refused"]
     foreign = [name for name, meaning in asked.items() if meaning == "carried by id" and not shares_vocabulary]
     return never, foreign

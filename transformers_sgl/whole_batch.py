@@ -7,7 +7,7 @@ that: for them there are always all samples, in their order, and the prompts as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["WholeBatch", "WholeBatchStreamer", "copied"]
 _OWN_OBJECTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
 
 
-def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of the caller's own objects among the arguments of `generate`, so that a draft does not use them up.
 
     Models and tokenizers that they hold are not copied. Raises `ValueError` if one cannot be copied.

@@ -229,8 +229,8 @@ class _Run:
         # Nothing follows an end of sequence.
         is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor([*placeholders, *ends]))
         # How far each draft is worth reading; an answer's last token is never read.
-        ends = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
-        self._readable = ends.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
+        last = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
+        self._readable = last.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
         self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
         self._follows = True  # whether every sample's newest token is the one read in its place
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on

@@ -38,9 +38,9 @@ class DecidedSettings:
     defaults, by its `update(defaults_only=True, ...)`. Without it, a field that was set to `None` is filled again.
     """
 
-    def update(self, defaults_only: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def update(self, defaults_only: bool = False, **kwargs: Any) -> Any:
         """As in `GenerationConfig`, but nothing is a default that could be replaced."""
-        return kwargs if defaults_only else super().update(**kwargs)  # type: ignore[misc, no-any-return]
+        return kwargs if defaults_only else super().update(**kwargs)  # type: ignore[misc]
 
 
 @functools.cache
@@ -60,14 +60,14 @@ def default_settings() -> dict[str, Any]:
 
 @functools.cache
 def stock_settings() -> tuple[str, ...]:
-    """The names of all settings that the installed version knows.
+    """The names of all settings that the installed version knows, without what tells where a file comes from.
 
     Assumes that an empty `GenerationConfig` has an attribute for each. Without it, a setting is taken for an entry of
     the user's own, which `generate` does not read.
     """
     from transformers import GenerationConfig
 
-    return tuple(GenerationConfig().to_dict())
+    return tuple(name for name in GenerationConfig().to_dict() if name[0] != "_" and name != "transformers_version")
 
 
 def extended_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_new_tokens: int = 1) -> dict[str, Any]:
