@@ -184,7 +184,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             ValueError: If a setting or an input cannot be used, with cause and cure.
         """
         settings, model_inputs, generate_kwargs = read_arguments(
-            inputs, generation_config, kwargs, self.generation_config, self.large.generation_config
+            inputs, generation_config, kwargs, self.generation_config
         )
         return generate(
             self.large,
