@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_sgl.storage.checkpoints import PARTS, attention_of, check_recipe
-from transformers_sgl.transformers_interface import changed_settings, keep_attention_names
+from transformers_sgl.transformers_interface import CACHE_NAMES, changed_settings, keep_attention_names
 
 __all__ = ["PARTS", "SGLConfig"]
 
@@ -52,6 +52,12 @@ class SGLConfig(PreTrainedConfig):
     model_type = "sgl"
     sub_configs: ClassVar[dict[str, Any]] = dict.fromkeys(_SUB_CONFIGS, AutoConfig)
 
+    # What `Trainer.predict` leaves out, so that it collects the logits: the cache, and what towers return.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *CACHE_NAMES,
+        *(f"{kind}_{what}" for kind in ("image", "video", "audio") for what in ("outputs", "hidden_states")),
+    ]
+
     large_config: dict[str, Any] | PreTrainedConfig | None = None
     small_config: dict[str, Any] | PreTrainedConfig | None = None
     large: dict[str, Any] | None = None
@@ -93,11 +99,6 @@ class SGLConfig(PreTrainedConfig):
     def vision_config(self) -> PreTrainedConfig:
         """The large model's configuration of its vision tower."""
         return self._of_large("vision_config")
-
-    @property
-    def keys_to_ignore_at_inference(self) -> list[str]:
-        """The outputs of the large model that `Trainer` does not collect."""
-        return self._of_large("keys_to_ignore_at_inference")
 
     def _of_large(self, name: str) -> Any:
         """An attribute of the large model's configuration, missing where that lacks it."""
