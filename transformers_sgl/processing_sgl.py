@@ -155,8 +155,8 @@ class SGLProcessor(ProcessorMixin):
         marker = os.path.join(saved.path, PROCESSOR_CONFIG)
         if recipe is None and os.path.isdir(saved.path) and not os.path.isfile(marker):
             raise OSError(  # one of them may be new and the other old
-                f"A save of the processors in {saved.path!r} was cut off, as there is no `{PROCESSOR_CONFIG}`: save them "
-                "again."
+                f"A save of the processors in {saved.path!r} was cut off: `{PROCESSOR_CONFIG}` is missing; save "
+                "them again."
             )
         return cls(*parts)
 
