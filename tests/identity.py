@@ -106,7 +106,9 @@ def failure_of(case: Case) -> str | None:
         case.guided.pop("early_exit_threshold", None)  # refused, with a test of its own
     output = _run(pair, batch, case, **case.guided)
     if case.promise == "stock":
-        late, early = (_stock_rows(case, model, batch) for model in (large, small))
+        # A small model reads every batch padded on the left, where answers do not depend on the padding.
+        late = _stock_rows(case, large, batch)
+        early = _stock_rows(case, small, tiny_batch(case.name, case.samples))
         exits = [False] * len(late) if output.exited_early is None else output.exited_early.tolist()
         wanted = [early[row] if exits[row] else late[row] for row in range(len(late))]
     elif case.promise == "draft":
