@@ -192,6 +192,14 @@ def attention_name() -> None:
 
 
 @check
+def keep_attention_names() -> None:
+    config = SGLConfig()
+    interface.keep_attention_names(config, {"text_config": "eager"})
+    assert interface.attention_name(config) == {"text_config": "eager"}
+    assert "attn" not in config.to_json_string(), "it is saved with the configuration"
+
+
+@check
 def set_attention_name() -> None:
     model, inputs = tiny_internvl(), prompts()
     decoder = model.get_decoder()
@@ -576,6 +584,7 @@ def test_each_entry_has_a_check_and_says_what_breaks() -> None:
 # documented way, found none, and written a check above.
 PRIVATE = {
     "_attn_implementation",
+    "_attn_implementation_internal",
     "_from_auto",
     "_get_default_generation_params",
     "_get_num_multimodal_tokens",

@@ -228,6 +228,8 @@ class _FeatureMemo(HookContext):
     def _remembering(self, name: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(encode)  # `generate` reads the signature
         def remembered(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_around():
+                return encode(*args, **kwargs)
             if name not in self._features:
                 self._features[name] = encode(*args, **kwargs)
             return self._features[name]
@@ -259,8 +261,8 @@ class _DraftRecorder(HookContext, LogitsProcessor):
 
     def _register(self, stack: ExitStack) -> None:
         stack.enter_context(self.features)
-        stack.callback(self._small.register_forward_pre_hook(self._note_prompt, with_kwargs=True).remove)
-        stack.callback(self._small.register_forward_hook(self._note_logits).remove)
+        self._add_hook(stack, self._small.register_forward_pre_hook, self._note_prompt, with_kwargs=True)
+        self._add_hook(stack, self._small.register_forward_hook, self._note_logits)
 
     def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._has_prompt:
