@@ -1,7 +1,7 @@
 """Killed at any moment, a save, a publication, an evaluation and a calibration lose, double and halve nothing.
 
-A copy of this process does the work and is killed with SIGKILL at a random moment, and another goes on, until one comes
-to its end. What is there then is what undisturbed work leaves. `SGL_NUM_KILLS=50` kills each of them fifty times.
+A copy of this process does the work and is killed with SIGKILL at a random moment, and another goes on, until one
+comes to its end. What is there then is what undisturbed work leaves. `SGL_NUM_KILLS=50` kills each of them fifty times.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Killer:
         self.random = random.Random(seed)
         self.kills = 0
 
-    def start(self, work: Callable[[], Any]) -> int:
+    def start(self, work: Callable[[Any], Any], place: Any) -> int:
         number = os.fork()
         if number == 0:
             code = 1
@@ -45,22 +46,24 @@ class Killer:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
-                work()
+                work(place)
                 code = 0
             finally:
                 os._exit(code)  # never back into the tests
         return number
 
-    def seconds(self, work: Callable[[], Any]) -> float:
+    def seconds(self, work: Callable[[Any], Any], place: Any) -> float:
         """How long the work takes undisturbed."""
         start = time.monotonic()
-        assert os.waitpid(self.start(work), 0)[1] == 0
+        assert os.waitpid(self.start(work, place), 0)[1] == 0
         return time.monotonic() - start
 
-    def until_it_is_done(self, work: Callable[[], Any], seconds: float, check: Callable[[], Any]) -> None:
+    def until_it_is_done(
+        self, work: Callable[[Any], Any], place: Any, seconds: float, check: Callable[[Any], Any]
+    ) -> None:
         """Starts the work again and again, each time killed in its first `seconds`; `check` sees what a kill left."""
         while self.kills < NUM_KILLS:
-            number = self.start(work)
+            number = self.start(work, place)
             time.sleep(self.random.uniform(0, seconds))
             os.kill(number, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
@@ -68,8 +71,8 @@ class Killer:
                 return  # it was faster
             assert code == -signal.SIGKILL
             self.kills += 1
-            check()
-        self.seconds(work)
+            check(place)
+        self.seconds(work, place)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -115,10 +118,10 @@ def test_a_save_over_an_earlier_one(pair: tuple[Any, Any], embedded_pair_path: P
         changed.save_pretrained(folder, max_shard_size="1MB")
         processor.save_pretrained(folder)
 
-    seconds = killer.seconds(lambda: save(newer))
+    seconds = killer.seconds(save, newer)
     save(shutil.copytree(older, tmp_path / "undisturbed"))
     whole = visible(tmp_path / "undisturbed")
-    weights = [{name: tensor for name, tensor in each.state_dict().items()} for each in (model, changed)]
+    weights = [dict(each.state_dict()) for each in (model, changed)]
 
     def check(folder: Path) -> None:
         try:
@@ -130,7 +133,7 @@ def test_a_save_over_an_earlier_one(pair: tuple[Any, Any], embedded_pair_path: P
 
     while killer.kills < NUM_KILLS:
         folder = Path(shutil.copytree(older, tmp_path / f"killed-{killer.kills}"))
-        killer.until_it_is_done(lambda: save(folder), seconds, lambda: check(folder))
+        killer.until_it_is_done(save, folder, seconds, check)
         assert contents(folder) == whole
         shutil.rmtree(folder)
 
@@ -143,7 +146,8 @@ def hub(tmp_path: Path) -> Iterator[HubStub]:
 
 def test_a_publication(hub: HubStub, embedded_pair_path: Path) -> None:
     killer, wanted = Killer(seed=2), visible(embedded_pair_path)
-    seconds = killer.seconds(lambda: publish(embedded_pair_path, "me/undisturbed"))
+    upload = partial(publish, embedded_pair_path)
+    seconds = killer.seconds(upload, "me/undisturbed")
     assert hub.repos["me/undisturbed"].files == wanted
 
     def check(name: str) -> None:
@@ -152,7 +156,7 @@ def test_a_publication(hub: HubStub, embedded_pair_path: Path) -> None:
 
     while killer.kills < NUM_KILLS:
         name = f"me/pair-{killer.kills}"
-        killer.until_it_is_done(lambda: publish(embedded_pair_path, name), seconds, lambda: check(name))
+        killer.until_it_is_done(upload, name, seconds, check)
         assert hub.repos[name].files == wanted
         assert all(commit.files in ({}, wanted) for commit in hub.repos[name].commits.values())
 
@@ -174,7 +178,7 @@ def test_an_evaluation(pair: tuple[Any, Any], data: Path, tmp_path: Path) -> Non
     def run(out: Path) -> None:
         evaluate(pair, str(data), out=out, **options, max_new_tokens=2, device="cpu")
 
-    seconds = killer.seconds(lambda: run(undisturbed))
+    seconds = killer.seconds(run, undisturbed)
 
     def check(out: Path) -> None:
         for name, content in visible(out).items():
@@ -185,7 +189,7 @@ def test_an_evaluation(pair: tuple[Any, Any], data: Path, tmp_path: Path) -> Non
 
     while killer.kills < NUM_KILLS:
         out = tmp_path / f"killed-{killer.kills}"
-        killer.until_it_is_done(lambda: run(out), seconds, lambda: check(out))
+        killer.until_it_is_done(run, out, seconds, check)
         assert (out / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
         assert records(out) == records(undisturbed)
         assert names(out) == names(undisturbed)
@@ -201,11 +205,11 @@ def test_a_calibration(data: Path, embedded_pair_path: Path, tmp_path: Path) -> 
         calibrate(calibrated, data, LargeCallBudget(0.9), out=out, **settings)
 
     undisturbed = tmp_path / "undisturbed"
-    seconds = killer.seconds(lambda: run(undisturbed))
+    seconds = killer.seconds(run, undisturbed)
     after = contents(calibrated)
     assert {name for name in after if after[name] != before[name]} == {"generation_config.json"}
 
-    def check() -> None:
+    def check(_: Path) -> None:
         settings = visible(calibrated)
         assert {**settings, "generation_config.json": b""} == {**before, "generation_config.json": b""}
         assert settings["generation_config.json"] in (
@@ -216,7 +220,7 @@ def test_a_calibration(data: Path, embedded_pair_path: Path, tmp_path: Path) -> 
     while killer.kills < NUM_KILLS:
         (calibrated / "generation_config.json").write_bytes(before["generation_config.json"])
         out = tmp_path / f"killed-{killer.kills}"
-        killer.until_it_is_done(lambda: run(out), seconds, check)
+        killer.until_it_is_done(run, out, seconds, check)
         assert contents(calibrated) == after
         assert records(out) == records(undisturbed)
         assert names(out) == names(undisturbed)
