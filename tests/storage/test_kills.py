@@ -1,7 +1,7 @@
 """Killed at any moment, a save, a publication, an evaluation and a calibration lose, double and halve nothing.
 
 A copy of this process does the work and is killed with SIGKILL at a random moment, and another goes on, until one
-comes to its end. What is there then is what undisturbed work leaves. `SGL_NUM_KILLS=50` kills each of them fifty times.
+comes to its end. What is there then is what undisturbed work leaves. `SGL_NUM_KILLS=50` kills each fifty times.
 """
 
 from __future__ import annotations
