@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -14,13 +15,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from PIL import Image
 from tiny_models import state
@@ -76,7 +80,7 @@ def server(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -
             env={**os.environ, "HF_HUB_CACHE": str(folder / "hub")},
         )
         try:
-            running = Server(HUB_ID, port)
+            running = Server(HUB_ID, port, process.pid)
             running.wait(lambda: process.poll() is None, lambda: (folder / "log").read_text())
             yield running
             process.send_signal(signal.SIGINT)
@@ -118,11 +122,28 @@ class Server:
 
     model: str
     port: int
+    pid: int | None = None
 
     def __post_init__(self) -> None:
         self.client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60
         )
+
+    @contextlib.contextmanager
+    def sending(self, *parts: bytes, pause: float = 0) -> Iterator[http.client.HTTPConnection]:
+        """A chat whose body is sent in parts, with pauses, and then whatever is made of the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(sum(map(len, parts))))
+        connection.endheaders()
+        for part in parts:
+            connection.send(part)
+            time.sleep(pause)
+        try:
+            yield connection
+        finally:
+            connection.close()
 
     def wait(self, is_alive: Any, log: Any = lambda: "") -> None:
         until = time.monotonic() + 120
@@ -508,6 +529,108 @@ def test_a_hundred_requests_are_answered_and_leave_nothing_behind(inside, pair, 
         assert list(pool.map(ask, range(100))) == expected * 5
     ask(1)  # a stream ends a moment before its call of `generate` does, and one call waits for the other
     assert state(model) == before
+
+
+class TestLoad:
+    """Good requests at the same time as malformed, cancelled and slow ones; `SERVED_REQUESTS` is how many in all."""
+
+    NUMBER = int(os.environ.get("SERVED_REQUESTS", "60"))
+
+    def test_every_good_request_is_answered_right(self, server, pair, processor):
+        asked = questions(20)
+        expected = [generated(pair, processor, *question)[0] for question in asked]
+        process, memory, latencies, is_over = psutil.Process(server.pid), [], [], threading.Event()
+
+        def watch() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            while not is_over.wait(0.02):
+                started = time.perf_counter()
+                connection.request("GET", "/health")
+                assert connection.getresponse().read() == b'{"status": "ok"}'
+                latencies.append(time.perf_counter() - started)
+                memory.append(process.memory_info().rss)
+
+        def ask(number: int) -> str:
+            index = number % len(asked)
+            if number % 10 == 3:
+                return self.malformed(server, number)
+            if number % 20 == 7:
+                return self.cancelled(server, asked[index])
+            if number % 50 == 11:
+                return "right" if self.slow(server, asked[index]) == expected[index] else "wrong"
+            if number % 3:
+                return "right" if server.answer(chat(*asked[index])) == expected[index] else "wrong"
+            chunks = server.ask(chat(*asked[index]), stream=True)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            return "right" if text == expected[index] else "wrong"
+
+        with ThreadPoolExecutor(1) as watching, ThreadPoolExecutor(8) as pool:
+            watched = watching.submit(watch)
+            try:
+                results = Counter(pool.map(ask, range(self.NUMBER)))
+            finally:
+                is_over.set()
+            watched.result()
+        late = sorted(latencies)[int(0.99 * len(latencies))]
+        before, after = (int(median(part)) >> 20 for part in (memory[len(memory) // 4 :][:50], memory[-50:]))
+        print(f"{dict(results)}, /health at the 99th percentile {1000 * late:.0f} ms, memory {before} to {after} MiB")
+        counts = [len(range(first, self.NUMBER, step)) for first, step in ((3, 10), (7, 20), (11, 50))]
+        assert results == {"right": self.NUMBER - counts[0] - counts[1], "refused": counts[0], "left": counts[1]}
+        assert after < before + 100
+        assert late < (0.2 if self.NUMBER >= 2000 else 1)  # on few cores, the tests themselves are in the way
+
+    @staticmethod
+    def malformed(server: Server, number: int) -> str:
+        wrong: list[dict[str, Any]] = [
+            {"messages": None},
+            {"n": 2},
+            {"generation_config": '{"encoder_no_repeat_ngram_size": 1000000000}'},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
+            {"messages": [{"role": "user", "content": "x" * 10**6}]},
+        ]
+        status, message = server.refusal(**wrong[number // 10 % len(wrong)])
+        return "refused" if status == 400 and message else "wrong"
+
+    @staticmethod
+    def cancelled(server: Server, question: tuple[Image.Image, str]) -> str:
+        endless = {"min_new_tokens": 900, "max_new_tokens": 900, "retention_ratio": 1.0}
+        body = {"messages": chat(*question), "generation_config": json.dumps(endless)}
+        with server.sending(json.dumps(body).encode()):
+            time.sleep(0.2)
+        return "left"
+
+    @staticmethod
+    def slow(server: Server, question: tuple[Image.Image, str]) -> str:
+        data = json.dumps({"messages": chat(*question)}).encode()
+        size = len(data) // 10 + 1
+        with server.sending(*(data[start : start + size] for start in range(0, len(data), size)), pause=0.1) as sent:
+            return str(json.loads(sent.getresponse().read())["choices"][0]["message"]["content"])
+
+
+def test_running_requests_are_answered_after_a_signal_to_stop(embedded_pair_path, pair, processor, example):
+    port = free_port()
+    command = [sys.executable, "-m", "transformers_sgl", "serve", str(embedded_pair_path), "--port", str(port)]
+    key = {"TRANSFORMERS_SGL_API_KEY": "secret"}
+    process = subprocess.Popen(command, env={**os.environ, **key}, stderr=subprocess.PIPE, text=True)
+    try:
+        server = Server(str(embedded_pair_path), port)
+        server.wait(lambda: process.poll() is None)
+        with pytest.raises(openai.AuthenticationError):
+            server.ask(HELLO)
+        server.client.api_key = "secret"
+        asked = questions(8)
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(server.answer, chat(*question)) for question in asked]
+            answers[0].result()
+            process.send_signal(signal.SIGTERM)
+            texts = [answer.result() for answer in answers]
+        assert texts == [generated(pair, processor, *question)[0] for question in asked]
+        _, log = process.communicate(timeout=30)
+        assert "secret" not in log
+        assert "Traceback" not in log
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_generation_config_may_name_every_field():

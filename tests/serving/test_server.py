@@ -258,7 +258,8 @@ class TestQueue:
     @pytest.mark.parametrize("name", ["large", "small"])
     def test_stops_the_answer_of_who_leaves(self, running, pair, hello, stream, name):
         before = state(pair)
-        body = {**LONG, "messages": about(picture())["messages"], "stream": stream}
+        settings = {"min_new_tokens": 500, "guidance_max_new_tokens": 500 if name == "small" else 2}
+        body = {**about(picture()), "max_tokens": 500, "generation_config": json.dumps(settings), "stream": stream}
         leaving = running.event()
         with held_back(getattr(pair, name)) as (go, passes):
             left = running.send(body=body, leaving=leaving)
