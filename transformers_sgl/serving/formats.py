@@ -14,6 +14,8 @@ from transformers_sgl.serving.requests import Limits, Question, read_chat, read_
 
 __all__ = ["FORMATS", "Format", "error_content", "event"]
 
+_MESSAGE_LENGTH = 600
+
 
 def event(content: Mapping[str, Any], kind: str | None = None) -> bytes:
     """One server-sent event."""
@@ -22,8 +24,11 @@ def event(content: Mapping[str, Any], kind: str | None = None) -> bytes:
 
 
 def error_content(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """What an error says, in OpenAI's form."""
-    return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": None}}
+    """What an error says, in OpenAI's form; a sentence that quotes what a client sent may be of any length."""
+    message = " ".join(message.split())
+    if len(message) > _MESSAGE_LENGTH:
+        message = f"{message[:_MESSAGE_LENGTH]} ..."
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 class Format(ABC):
