@@ -58,7 +58,8 @@ class AttentionRecorder(HookContext):
 
     It works on any supported transformers model, alone, and does not slow its attention kernel down. Padding queries
     do not count, nor do those after a sample's end of sequence. Until the end of the `with`, the keys in the model's
-    cache are kept.
+    cache are kept. Other threads may use the model meanwhile, unheard; a thread that is to be heard runs in a copy of
+    the context: `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
 
     Args:
         model (`PreTrainedModel`): The model to record.
