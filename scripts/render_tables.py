@@ -142,10 +142,10 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
     caption = (
         "Score in the paper: InternVL2 2B guides 26B, mean of 11 benchmarks in % of the unpruned 26B model, as "
         "published and not reproduced by us. Accuracy: exact match in % of the embedded pair, two tiny models trained "
-        f"on drawn shapes; unpruned, its large model reaches {unpruned}. It was pruned to the row's average retention; "
-        f"the presets themselves come to {_of_embedded_layers()} on its {EMBEDDED_NUM_LAYERS} layers. Time: a whole "
-        "answer relative to the large model alone, on random weights of the proportions of InternVL 2B and 26B. "
-        "Brackets: 95 % intervals of accuracies; least and greatest of times, where there were enough rounds."
+        f"on drawn shapes; unpruned, its large model reaches {unpruned}. It was pruned to each row's average "
+        f"retention; the presets themselves come to {_of_embedded_layers()} on its {EMBEDDED_NUM_LAYERS} layers. "
+        "Time: a whole answer relative to the large model alone, on random weights of the proportions of InternVL 2B "
+        "and 26B. Brackets: 95 % intervals of accuracies; least and greatest of times, where there were enough rounds."
     )
     used = [tables[name] for name in (*sets.values(), "speed-end-to-end") if name in tables]
     measured = "; ".join(dict.fromkeys(table.measured for table in used))
