@@ -175,6 +175,8 @@ class PairApp:
 
         def finish(answering: asyncio.Task[Answer]) -> None:
             place.close()  # whoever reads slowly does not keep the place
+            if not answering.cancelled():
+                answering.exception()  # seen, also where the client has left
             pieces.put_nowait(None)
 
         answering = asyncio.create_task(
