@@ -573,6 +573,7 @@ UNDOCUMENTED = {
     "generation.GenerateDecoderOnlyOutput",
     "image_processing_utils.select_best_resolution",
     "image_utils.get_image_size",
+    "image_utils.infer_channel_dimension_format",
     "image_utils.load_image",
     "image_utils.to_numpy_array",
     "initialization.no_init_weights",
