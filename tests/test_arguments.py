@@ -88,7 +88,7 @@ def test_none_unsets_a_setting_as_in_stock_generate(large: Any, small: Any, name
         stock = copy.deepcopy(pair.large)
         setattr(pair.generation_config, name, None)
         setattr(stock.generation_config, name, None)
-    for own in ({}, {"verify_draft": True}):
+    for own in ({},) if name in SAMPLING else ({}, {"verify_draft": True}):
         torch.manual_seed(3)
         expected = (pair.large if where == "call" else stock).generate(**INPUTS, **options)
         torch.manual_seed(3)
