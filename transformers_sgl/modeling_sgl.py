@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from dataclasses import replace
@@ -30,6 +29,7 @@ from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.pair_of_models import PairOfModels, device_map
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
+from transformers_sgl.storage.checks import blaming
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
 from transformers_sgl.storage.processors import PROCESSOR_CONFIG, copy_processors, write_processor_config
 from transformers_sgl.storage.saving import AUTO_MAP, staged, write_remote_code
@@ -220,6 +220,7 @@ class SGLForConditionalGeneration(PairOfModels, AnyAttention, PreTrainedModel, G
         config = kwargs.pop("config", None)
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
+        saved.read_config()  # checks it
         if not isinstance(config, SGLConfig):
             config = SGLConfig.from_pretrained(saved.path, **saved.where)
         recipe = config.recipe
@@ -252,8 +253,9 @@ class SGLForConditionalGeneration(PairOfModels, AnyAttention, PreTrainedModel, G
         model._remember(checkpoints, options)
 
         # 3. transformers' own `from_pretrained` would restore a plain `GenerationConfig`.
-        with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
-            generation_config = generation_config or SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
+        if generation_config is None and saved.has_generation_config():  # without one, it has its large model's
+            with blaming(f"The pair {saved}", "generation_config.json"):
+                generation_config = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
             model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)

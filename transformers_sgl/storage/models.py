@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from transformers_sgl.storage.checkpoints import Checkpoint, first_sentence, pinned, read_config
+from transformers_sgl.storage.checkpoints import Checkpoint, pinned, read_config
+from transformers_sgl.storage.checks import (
+    Weights,
+    blaming,
+    check_loaded,
+    check_no_foreign_adapter,
+    first_sentence,
+    limited_to,
+    read_json,
+    read_weights,
+)
 
 __all__ = ["as_recipe", "check_weights_can_be_saved", "checked", "load_model", "recorded"]
 
@@ -26,7 +38,7 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
 
     Raises:
         OSError: If it cannot be found.
-        ValueError: If transformers has no code for it, or its weights are pickled.
+        ValueError: If transformers has no code for it, or it asks for foreign code.
     """
     try:
         where = pinned(checkpoint.path, checkpoint.where)
@@ -39,24 +51,42 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
             f"The {name} model {checkpoint} is of the type {config.get('model_type')!r}, for which transformers has "
             "no code of its own: name one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
-    described = AutoConfig.for_model(**config)
-    if not str(config.get("transformers_weights") or ".safetensors").endswith((".safetensors", ".index.json")):
-        raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
-    return checkpoint, described
+    with blaming(f"The {name} model {checkpoint}", "config.json"):
+        return checkpoint, AutoConfig.for_model(**config)
 
 
 def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """One of the two models with transformers' loading info; `options` are the user's."""
     if options.get("use_safetensors") is False:
         raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
-    arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options), **checkpoint.where}
+    owner = f"The {name} model {checkpoint}"
+    arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options)}
+    limits: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    where = checkpoint.where
+    if not options.get("gguf_file"):
+        # What is read here is in the cache afterwards, so nothing is downloaded twice.
+        where = {key: value for key, value in where.items() if key != "force_download"}
+        limits = limited_to(_checked_files(name, checkpoint, arguments), owner)
+    arguments = {"trust_remote_code": False, **arguments, **where}
     arguments |= {"use_safetensors": True, "output_loading_info": True}
-    try:
-        return AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
-    except OSError as error:
-        if "safetensors" in str(error):
-            raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint)) from error
-        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+    with blaming(owner, "config.json, generation_config.json", options), limits:
+        model, info = AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
+    check_loaded(owner, info, allow_mismatched=bool(options.get("ignore_mismatched_sizes")))
+    return model, info
+
+
+def _checked_files(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Weights:
+    """What a checkpoint's weights hold, if all its files are such as may be loaded."""
+    owner, place = f"The {name} model {checkpoint}", (checkpoint.path, checkpoint.where)
+    config = arguments.get("config") or read_config(name, checkpoint)
+    config = config if isinstance(config, Mapping) else vars(config)
+    for file in ("config.json", "generation_config.json"):  # transformers does not mind if the second is broken
+        read_json(owner, checkpoint.path, file, checkpoint.where)
+    weights = read_weights(owner, *place, arguments.get("variant"), config.get("transformers_weights"))
+    if weights is None:
+        raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    check_no_foreign_adapter(owner, *place)
+    return weights
 
 
 def recorded(checkpoint: Checkpoint, options: dict[str, Any]) -> Checkpoint:
