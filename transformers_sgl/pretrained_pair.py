@@ -119,7 +119,7 @@ class PretrainedPair(PreTrainedModel):
         with_loading_info = kwargs.pop("output_loading_info", False)
         saved.read_config()  # checks it
         if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(saved.path, **saved.where)
+            config = SGLConfig.from_pretrained(saved.path, name_or_path=saved.path, **saved.where)
         recipe = config.recipe
         if config.large_config is None and recipe is None:
             path = saved.path

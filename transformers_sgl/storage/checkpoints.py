@@ -17,7 +17,6 @@ from transformers_sgl.storage.checks import (
     blaming,
     check_claims,
     check_no_foreign_code,
-    first_sentence,
     read_json,
 )
 from transformers_sgl.transformers_interface import newest_commit
@@ -29,7 +28,6 @@ __all__ = [
     "Checkpoint",
     "SavedPair",
     "check_recipe",
-    "first_sentence",
     "hub_kwargs",
     "locate",
     "pinned",

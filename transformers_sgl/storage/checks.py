@@ -11,13 +11,13 @@ import json
 import os
 import re
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module as registration
 from transformers.utils import is_peft_available
@@ -30,8 +30,10 @@ __all__ = [
     "check_claims",
     "check_index",
     "check_loaded",
+    "check_no_audio_tokenizer",
     "check_no_foreign_adapter",
     "check_no_foreign_code",
+    "check_vocabulary",
     "first_sentence",
     "limited_to",
     "read_json",
@@ -43,21 +45,11 @@ _MAX_JSON_BYTES = 2**27
 
 _AGAIN = "correct it, or save or download it again"
 
-# What a broken file can end in, deep inside transformers. Missing packages and full devices are not the file's fault.
-_BROKEN: tuple[type[Exception], ...] = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-_NOT_THE_FILES = tuple(
-    getattr(torch, name) for name in ("AcceleratorError", "OutOfMemoryError") if hasattr(torch, name)
+# What a broken file can end in, deep inside transformers, is any exception; but for these, which are not its fault.
+_NOT_THE_FILES: tuple[type[Exception], ...] = (
+    ImportError,
+    MemoryError,
+    *(getattr(torch, name) for name in ("AcceleratorError", "OutOfMemoryError") if hasattr(torch, name)),
 )
 
 
@@ -72,9 +64,10 @@ def first_sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def blaming(owner: str, files: str, options: Iterable[str] = ()) -> Iterator[None]:
-    """Turns what transformers raises while it reads a repository's files into an error that names them.
+    """Turns what transformers raises while it reads a repository's files into one sentence that names them.
 
-    An error about one of the user's own `options` stays as it is, and so does a missing package.
+    What this package itself raises stays as it is: it is a sentence already, or a mistake of ours. So do a missing
+    package, a full device, and an error about one of the user's own `options`.
 
     Args:
         owner: The sentence's subject, such as "The large model './large'".
@@ -85,16 +78,20 @@ def blaming(owner: str, files: str, options: Iterable[str] = ()) -> Iterator[Non
         yield
     except _NOT_THE_FILES:
         raise
-    except _BROKEN as error:
-        if isinstance(error, TypeError) and any(f"'{option}'" in str(error) for option in options):
+    except Exception as error:
+        if _is_ours(error) or (isinstance(error, TypeError) and any(f"'{name}'" in str(error) for name in options)):
             raise
-        if str(error).startswith(owner):  # already said
-            raise
-        kind = OSError if isinstance(error, OSError) else ValueError
-        message = f"{owner} cannot be loaded: {first_sentence(error)}."
-        if not isinstance(error, OSError | ValueError):
-            message = f"{owner} cannot be loaded: {first_sentence(error)} ({files}): correct it, or save it again."
-        raise kind(message) from error
+        if isinstance(error, OSError):
+            raise OSError(f"{owner} cannot be loaded: {first_sentence(error)}.") from error
+        raise ValueError(
+            f"{owner} cannot be loaded: {first_sentence(error)}: correct its {files}, or save it again."
+        ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was raised in this package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith(f"{__name__.partition('.')[0]}.")
 
 
 def read_json(owner: str, path: str, file: str, where: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -115,6 +112,25 @@ def read_json(owner: str, path: str, file: str, where: Mapping[str, Any]) -> dic
     if not isinstance(content, dict):
         raise OSError(f"{owner} cannot be loaded: its `{file}` is no JSON object: {_AGAIN}.")
     return content
+
+
+# tokenizers makes a table up to the largest id. No vocabulary has ten million tokens.
+_LARGE_ID = re.compile(rb'":\s*\d{8,}')
+
+
+def check_vocabulary(owner: str, path: str, where: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a tokenizer gives a token an id that no vocabulary reaches."""
+    found = files_in(path, ["tokenizer.json"], **where)
+    if found is None or not _LARGE_ID.search(Path(found[0]).read_bytes()):
+        return
+    content = read_json(owner, path, "tokenizer.json", where) or {}
+    listed = [content.get("model"), content.get("added_tokens")]
+    for keys, value in _walk(listed):
+        if isinstance(value, int) and value >= 10**7 and ("vocab" in keys or keys[-1] == "id"):
+            raise ValueError(
+                f"{owner} gives a token the id {value:,} in its `tokenizer.json`, and no vocabulary has so many: "
+                "correct it, or save it again."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- foreign code
@@ -164,6 +180,16 @@ def check_no_foreign_adapter(owner: str, path: str, where: Mapping[str, Any]) ->
         raise ValueError(
             f"{owner} has an adapter without weights in safetensors format, and pickled ones are never loaded, "
             "because they can run code: save it again with a current peft."
+        )
+
+
+def check_no_audio_tokenizer(owner: str, path: str, where: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a processor that names a model for sound, which would be fetched from anywhere."""
+    settings = read_json(owner, path, "processor_config.json", where) or {}
+    if "audio_tokenizer" in settings or files_in(path, ["audio_tokenizer_config.json"], **where):
+        raise ValueError(
+            f"{owner} names a model as its `audio_tokenizer`, which would be loaded from another place: a pair reads "
+            "images and text, so remove it."
         )
 
 
