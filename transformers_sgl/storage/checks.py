@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module as registration
 from transformers.utils import is_peft_available
@@ -33,6 +34,7 @@ __all__ = [
     "check_no_audio_tokenizer",
     "check_no_foreign_adapter",
     "check_no_foreign_code",
+    "check_processor_claims",
     "check_vocabulary",
     "first_sentence",
     "limited_to",
@@ -89,7 +91,9 @@ def blaming(owner: str, files: str, options: Iterable[str] = ()) -> Iterator[Non
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether an error was raised in this package."""
+    """Whether an error was raised in this package, and not by numbers from a file that it reckoned with."""
+    if isinstance(error, ArithmeticError | RuntimeError):
+        return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith(f"{__name__.partition('.')[0]}.")
 
@@ -208,7 +212,7 @@ def _walk(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
 # ----------------------------------------------------------------------------------------------------------- sizes
 
 # Settings with such names are numbers of something, and configuration classes make lists that long.
-_COUNTS = re.compile("block|dense|depth|kernel|label|layer")
+_COUNTS = re.compile("(blocks?|dense_replace|depths?|kernel_size|labels?|layers?)$")
 _MAX_COUNT = 100_000
 
 
@@ -224,6 +228,38 @@ def check_claims(owner: str, config: Mapping[str, Any]) -> None:
                 f"{owner} has {value:,} as `{'.'.join(map(str, keys))}` in its `config.json`, and no model has more "
                 f"than {_MAX_COUNT:,}: correct it, or save it again."
             )
+
+
+# How large a processor may make an image, and into how many tiles and tokens it may cut it.
+_MAX_EDGE, _MAX_TILES, _MAX_TOKENS = 8_192, 1_000, 20_000
+_MAX_PIXELS = 2**22  # that an image is enlarged to
+
+
+def check_processor_claims(owner: str, path: str, where: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for sizes of images that no processor makes: they are tried out on images when loaded."""
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        settings = read_json(owner, path, file, where) or {}
+        for keys, value in _walk(settings):
+            most = _most_of_a_processor(settings, keys)
+            if isinstance(value, int | float) and most is not None and value > most:
+                raise ValueError(
+                    f"{owner} has {value:,} as `{'.'.join(map(str, keys))}` in its `{file}`, and at most {most:,} is "
+                    "allowed there: correct it, or save it again."
+                )
+
+
+def _most_of_a_processor(settings: Mapping[str, Any], keys: tuple[Any, ...]) -> int | None:
+    """The most that a setting may be; `None` if it costs nothing."""
+    name = str(keys[-1])
+    around: Any = next((settings[key] for key in keys if key in ("image_processor", "video_processor")), settings)
+    counts_patches = hasattr(getattr(transformers, str(around.get("image_processor_type")), None), "merge_size")
+    if name == "max_patches":  # else of tiles
+        return None if counts_patches else _MAX_TILES
+    if re.search(r"(^|_)(seq_length|image_tokens)$", name):
+        return _MAX_TOKENS
+    if name in ("shortest_edge", "longest_edge") and counts_patches:  # these are numbers of pixels, then
+        return _MAX_PIXELS if name == "shortest_edge" else None
+    return _MAX_EDGE if name in ("height", "width", "shortest_edge", "longest_edge") else None
 
 
 @dataclass(frozen=True)
@@ -315,11 +351,11 @@ def check_index(owner: str, name: str, index: Mapping[str, Any]) -> list[str]:
     files = index.get("weight_map")
     if not isinstance(files, dict) or not files or not isinstance(index.get("metadata"), dict):
         raise ValueError(f"{owner} has an index `{name}` that lists no weights: save it again.")
-    foreign = next((file for file in files.values() if not _is_plain(file, ".safetensors")), None)
-    if foreign is not None:
+    foreign = [file for file in files.values() if not _is_plain(file, ".safetensors")]
+    if foreign:
         raise ValueError(
-            f"{owner} lists {foreign!r} in its `{name}`, and only *.safetensors files beside it are loaded, because "
-            "pickled ones can run code: save it again with a current transformers."
+            f"{owner} lists {foreign[0]!r} in its `{name}`, and only *.safetensors files beside it are loaded, "
+            "because pickled ones can run code: save it again with a current transformers."
         )
     return sorted(set(files.values()))
 
@@ -329,10 +365,11 @@ def _is_plain(name: Any, *endings: str) -> bool:
     return isinstance(name, str) and name.endswith(endings) and not re.search(r"[/\\:\0]", name)
 
 
-# The model may have other tensors than its weights: fused or split, tied, or packed, several weights to a byte. While
-# it is loaded, each is entered twice. Real models have up to three entries for a tensor and four elements for a byte.
+# The model may have other tensors than its weights: fused or split, tied, or several to a byte; and each is entered
+# twice while it is loaded. Tiny models of all architectures have at most 6 entries for a tensor, and 4-bit weights 4
+# elements for a byte.
 _ENTRIES_PER_TENSOR, _MORE_ENTRIES = 16, 2_000
-_ELEMENTS_PER_BYTE, _MORE_ELEMENTS = 8, 2**26
+_ELEMENTS_PER_BYTE, _MORE_ELEMENTS = 32, 2**26
 
 
 @contextlib.contextmanager

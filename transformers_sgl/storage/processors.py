@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoProcessor, ProcessorMixin
 
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint
-from transformers_sgl.storage.checks import blaming, check_no_audio_tokenizer, check_vocabulary
+from transformers_sgl.storage.checks import blaming, check_no_audio_tokenizer, check_processor_claims, check_vocabulary
 from transformers_sgl.storage.saving import PROCESSOR_AUTO_MAP
 
 __all__ = ["PROCESSOR_CONFIG", "copy_processors", "load_processor", "processor_config", "write_processor_config"]
@@ -25,10 +25,10 @@ def load_processor(name: str, checkpoint: Checkpoint, options: Mapping[str, Any]
     """One of the two processors; an error says how to save what is missing."""
     options = {option: value for option, value in options.items() if option not in (*HUB_KWARGS, "subfolder")}
     owner = f"The {name} model's processor {checkpoint}"
-    for check in (check_no_audio_tokenizer, check_vocabulary):
-        check(owner, checkpoint.path, checkpoint.where)
     try:
         with blaming(owner, _FILES, options):
+            for check in (check_no_audio_tokenizer, check_processor_claims, check_vocabulary):
+                check(owner, checkpoint.path, checkpoint.where)
             processor = AutoProcessor.from_pretrained(
                 checkpoint.path, **{"trust_remote_code": False, **options, **checkpoint.where}
             )
