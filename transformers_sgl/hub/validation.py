@@ -23,6 +23,7 @@ from transformers_sgl.storage.checks import (
     check_index,
     check_no_foreign_code,
     first_sentence,
+    read_generation_config,
 )
 
 __all__ = ["is_function", "kind_of", "named_folder", "validate"]
@@ -87,6 +88,7 @@ def _generation_config(folder: Path) -> Iterator[Finding]:
         return
     try:
         with blaming("The pair", "generation_config.json"):
+            read_generation_config("The pair", str(folder), {})
             SGLGenerationConfig.from_pretrained(str(folder)).validate()
     except (OSError, ValueError) as error:
         yield Finding("generation_config.json", f"cannot be used: {first_sentence(error)}.")

@@ -17,6 +17,7 @@ from transformers_sgl.storage.checks import (
     blaming,
     check_claims,
     check_no_foreign_code,
+    read_generation_config,
     read_json,
 )
 from transformers_sgl.transformers_interface import newest_commit
@@ -119,7 +120,7 @@ class SavedPair:
 
     def has_generation_config(self) -> bool:
         """Whether the pair has settings of its own; raises `OSError` if they cannot be read."""
-        return read_json(f"The pair {self}", self.path, "generation_config.json", self.where) is not None
+        return read_generation_config(f"The pair {self}", self.path, self.where) is not None
 
     def parts(
         self, recipe: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]]

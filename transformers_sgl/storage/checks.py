@@ -38,6 +38,7 @@ __all__ = [
     "check_vocabulary",
     "first_sentence",
     "limited_to",
+    "read_generation_config",
     "read_json",
     "read_weights",
 ]
@@ -116,6 +117,42 @@ def read_json(owner: str, path: str, file: str, where: Mapping[str, Any]) -> dic
     if not isinstance(content, dict):
         raise OSError(f"{owner} cannot be loaded: its `{file}` is no JSON object: {_AGAIN}.")
     return content
+
+
+# What the settings of `generate` must be, as transformers takes anything and fails later. Others are looked at there.
+_SETTINGS: tuple[tuple[re.Pattern[str], tuple[type, ...], str], ...] = (
+    (re.compile(r"(eos|bos|pad|decoder_start|forced_bos|forced_eos)_token_id"), (int, list), "a token id, or a list"),
+    (re.compile(r"do_sample|use_cache|renormalize_logits|remove_invalid_values"), (bool,), "true or false"),
+    (
+        re.compile(
+            r"(max|min)_(new_tokens|length)|max_time|num_(beams|return_sequences|beam_groups)|temperature|top_[khp]|"
+            r"(min|typical)_p|(encoder_)?(repetition|length|diversity)_penalty|(epsilon|eta)_cutoff|"
+            r"(encoder_)?no_repeat_ngram_size|guidance_scale"
+        ),
+        (int, float),
+        "a number",
+    ),
+)
+
+
+def read_generation_config(owner: str, path: str, where: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The contents of a `generation_config.json`; `None` if there is none.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If a setting has a wrong type.
+    """
+    settings = read_json(owner, path, "generation_config.json", where)
+    for name, value in (settings or {}).items():
+        for pattern, types, said in _SETTINGS:
+            values = value if isinstance(value, list) and list in types else [value]
+            # For Python `True` is a number, too.
+            if pattern.fullmatch(name) and any(type(each) not in types for each in values if each is not None):
+                raise ValueError(
+                    f"{owner} has {value!r} as `{name}` in its `generation_config.json`, and it must be {said}: "
+                    "correct it."
+                )
+    return settings
 
 
 # tokenizers makes a table up to the largest id. No vocabulary has ten million tokens.
@@ -417,10 +454,15 @@ def check_loaded(owner: str, info: Mapping[str, Any], allow_mismatched: bool = F
         allow_mismatched: Whether the user asked for random weights where shapes differ.
     """
     missing = sorted(info.get("missing_keys") or ())
-    mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys") or ())
-    lacking = missing if allow_mismatched else missing + mismatched
-    if lacking:
+    if missing:
         raise ValueError(
-            f"{owner} lacks {len(lacking):,} of its weights, such as {lacking[0]!r}, and random numbers would stand "
+            f"{owner} lacks {len(missing):,} of its weights, such as {missing[0]!r}, and random numbers would stand "
             "for them: save or download it again."
+        )
+    mismatched = sorted(info.get("mismatched_keys") or (), key=str)
+    if mismatched and not allow_mismatched:
+        name, there, claimed = mismatched[0]
+        raise ValueError(
+            f"{owner} has {len(mismatched):,} weights of another shape than its `config.json` claims, such as "
+            f"{name!r}, {tuple(there)} and not {tuple(claimed)}: correct it, or save or download it again."
         )

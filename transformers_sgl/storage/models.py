@@ -19,6 +19,7 @@ from transformers_sgl.storage.checks import (
     check_no_foreign_adapter,
     first_sentence,
     limited_to,
+    read_generation_config,
     read_json,
     read_weights,
 )
@@ -68,7 +69,8 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
         where = {key: value for key, value in where.items() if key != "force_download"}
         limits = limited_to(_checked_files(name, checkpoint, arguments), owner)
     arguments = {"trust_remote_code": False, **arguments, **where}
-    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    # transformers' own message about shapes that differ names no weight; `check_loaded` does.
+    arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with blaming(owner, "config.json, generation_config.json", options), limits:
         model, info = AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
     check_loaded(owner, info, allow_mismatched=bool(options.get("ignore_mismatched_sizes")))
@@ -80,8 +82,8 @@ def _checked_files(name: str, checkpoint: Checkpoint, arguments: Mapping[str, An
     owner, place = f"The {name} model {checkpoint}", (checkpoint.path, checkpoint.where)
     config = arguments.get("config") or read_config(name, checkpoint)
     config = config if isinstance(config, Mapping) else vars(config)
-    for file in ("config.json", "generation_config.json"):  # transformers does not mind if the second is broken
-        read_json(owner, checkpoint.path, file, checkpoint.where)
+    read_json(owner, checkpoint.path, "config.json", checkpoint.where)
+    read_generation_config(owner, *place)  # transformers ignores a broken one
     weights = read_weights(owner, *place, arguments.get("variant"), config.get("transformers_weights"))
     if weights is None:
         raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint))
