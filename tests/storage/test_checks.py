@@ -172,9 +172,7 @@ def test_a_bundle_that_asks_for_a_kernel(keys: tuple[str, ...], value: Any, bund
     assert any("foreign code" in finding.message for finding in validate(bundle))
 
 
-@pytest.mark.parametrize(
-    "keys", [("attn_implementation",), ("large", "attn_implementation"), ("_attn_implementation",)]
-)
+@pytest.mark.parametrize("keys", ["attn_implementation", "large.attn_implementation", "_attn_implementation"])
 def test_a_recipe_that_asks_for_a_kernel(keys: str, recipe: Path) -> None:
     edit(recipe / "config.json", put(tuple(keys.split(".")), KERNEL))
     refused(recipe, "kernel from the Hub.* which is foreign code")

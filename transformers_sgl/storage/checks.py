@@ -21,7 +21,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module as registration
-from transformers.utils import is_peft_available
 
 from transformers_sgl.transformers_interface import files_in
 
@@ -32,7 +31,6 @@ __all__ = [
     "check_index",
     "check_loaded",
     "check_no_audio_tokenizer",
-    "check_no_foreign_adapter",
     "check_no_foreign_code",
     "check_processor_claims",
     "check_vocabulary",
@@ -206,22 +204,6 @@ def check_no_foreign_code(owner: str, config: Mapping[str, Any]) -> None:
                 f"{owner} sends timm to another repository in its `config.json` (`{name}`: {value!r}): name a plain "
                 "architecture there."
             )
-
-
-def check_no_foreign_adapter(owner: str, path: str, where: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for an adapter that transformers would unpickle, or that leads to another repository."""
-    if not is_peft_available() or files_in(path, ["adapter_config.json"], **where) is None:
-        return
-    if not os.path.isdir(path):
-        raise ValueError(
-            f"{owner} is an adapter, and the model that it names would be loaded in its place: load that model, add "
-            "the adapter, merge it (`merge_and_unload`), and save the result."
-        )
-    if files_in(path, ["adapter_model.safetensors"], **where) is None:
-        raise ValueError(
-            f"{owner} has an adapter without weights in safetensors format, and pickled ones are never loaded, "
-            "because they can run code: save it again with a current peft."
-        )
 
 
 def check_no_audio_tokenizer(owner: str, path: str, where: Mapping[str, Any]) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from transformers_sgl.storage.adapters import check_is_no_adapter
 from transformers_sgl.storage.checkpoints import Checkpoint, pinned, read_config
 from transformers_sgl.storage.checks import (
     Weights,
     blaming,
     check_loaded,
-    check_no_foreign_adapter,
     first_sentence,
     limited_to,
     read_generation_config,
@@ -39,13 +39,14 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
 
     Raises:
         OSError: If it cannot be found.
-        ValueError: If transformers has no code for it, or it asks for foreign code.
+        ValueError: If transformers has no code for it, it asks for foreign code, or it is an adapter.
     """
     try:
         where = pinned(checkpoint.path, checkpoint.where)
     except OSError as error:
         raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
     checkpoint = replace(checkpoint, where=where)
+    check_is_no_adapter(name, checkpoint)
     config = read_config(name, checkpoint, recipe)
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
@@ -69,6 +70,8 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
         where = {key: value for key, value in where.items() if key != "force_download"}
         limits = limited_to(_checked_files(name, checkpoint, arguments), owner)
     arguments = {"trust_remote_code": False, **arguments, **where}
+    # Where transformers looks for an adapter, too, once peft is installed; otherwise in another revision and cache.
+    arguments["adapter_kwargs"] = where
     # transformers' own message about shapes that differ names no weight; `check_loaded` does.
     arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with blaming(owner, "config.json, generation_config.json", options), limits:
@@ -87,7 +90,6 @@ def _checked_files(name: str, checkpoint: Checkpoint, arguments: Mapping[str, An
     weights = read_weights(owner, *place, arguments.get("variant"), config.get("transformers_weights"))
     if weights is None:
         raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint))
-    check_no_foreign_adapter(owner, *place)
     return weights
 
 
