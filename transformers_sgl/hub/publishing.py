@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.configuration_sgl import PARTS
 from transformers_sgl.hub.validation import is_function, kind_of, named_folder, published_files, validate
-from transformers_sgl.storage.checkpoints import first_sentence
+from transformers_sgl.storage.checks import first_sentence
 
 __all__ = ["Publication", "PublishedFile", "publish"]
 
