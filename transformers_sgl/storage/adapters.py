@@ -23,14 +23,14 @@ def unwrapped(name: str, model: Any) -> Any:
     """
     if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
         return model
-    base = model.get_base_model() if _is_of_peft(model) and hasattr(model, "get_base_model") else None
-    configs = getattr(model, "peft_config", {}).values()
+    peft_model: Any = model
+    base = peft_model.get_base_model() if _is_of_peft(model) and hasattr(model, "get_base_model") else None
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
             f"The {name} model is a {type(model).__name__}, not a model of transformers: load one with "
             "`from_pretrained`, or pass what `merge_and_unload()` makes of a model with an adapter."
         )
-    if any(config.is_prompt_learning for config in configs):
+    if any(config.is_prompt_learning for config in peft_model.peft_config.values()):
         raise ValueError(
             f"The {name} model has an adapter that puts tokens of its own before the prompt, which a pair would lose: "
             "train one that changes weights, such as LoRA, or pass the model without it, `get_base_model()`."
