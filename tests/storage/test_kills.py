@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from hub_stub import HubStub
+from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerationConfig
@@ -47,6 +49,7 @@ class Killer:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
+                tqdm.set_lock(threading.RLock())  # its own would stay locked in every copy of this process
                 work(place)
                 code = 0
             finally:
