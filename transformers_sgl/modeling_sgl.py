@@ -23,7 +23,7 @@ from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
-from transformers_sgl.pair_of_models import PairOfModels, device_map
+from transformers_sgl.pair_of_models import PairOfModels, device_map, with_signature_of_large
 from transformers_sgl.pretrained_pair import PretrainedPair
 from transformers_sgl.storage.adapters import unwrapped
 from transformers_sgl.storage.checkpoints import PARTS, Checkpoint
@@ -132,8 +132,11 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         """
         return importance_transfer(self.large.config, self.small.config)
 
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+    @with_signature_of_large
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         """Runs the large model, unpruned; arguments and result are its own. `small_*` inputs and boxes are ignored."""
+        if labels is not None:  # named, because `Trainer` looks in the class for what holds labels
+            kwargs["labels"] = labels
         own = {name: kwargs[name] for name in kwargs if not name.startswith("small_") and name not in BOX_INPUTS}
         return self.large(*args, **with_installed_cache_name(own))
 
@@ -186,7 +189,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             ValueError: If a setting or an input cannot be used, with cause and cure.
         """
         settings, model_inputs, generate_kwargs = read_arguments(
-            inputs, generation_config, kwargs, self.generation_config, self.large.generation_config
+            inputs, generation_config, kwargs, self.generation_config
         )
         return generate(
             self.large,

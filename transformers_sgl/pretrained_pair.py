@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +22,9 @@ from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, 
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
 from transformers_sgl.storage.processors import PROCESSOR_CONFIG, copy_processors, write_processor_config
 from transformers_sgl.storage.saving import AUTO_MAP, staged, write_remote_code
+from transformers_sgl.storage.state_dicts import check_state_dict, split_state_dict
 from transformers_sgl.tokens.importance_transfer import importance_transfer
-from transformers_sgl.transformers_interface import attention_name, loaded_prequantized
+from transformers_sgl.transformers_interface import attention_name, loaded_prequantized, set_attention_name
 
 __all__ = ["PretrainedPair"]
 
@@ -114,6 +117,11 @@ class PretrainedPair(PreTrainedModel):
             OSError: If there is no pair there, half of one, or a checkpoint without safetensors weights.
             ValueError: If a recipe is not sound, or an architecture is not supported.
         """
+        if pretrained_model_name_or_path is None or kwargs.get("state_dict") is not None:
+            raise ValueError(
+                "A pair is loaded from a folder or a repository: for weights in memory, build it with "
+                f"`{cls.__name__}(config)`, and call `load_state_dict`."
+            )
         saved = SavedPair.find(pretrained_model_name_or_path, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*HUB_KWARGS, "subfolder")}
         config = kwargs.pop("config", None)
@@ -148,6 +156,8 @@ class PretrainedPair(PreTrainedModel):
         if recipe is not None:
             config = copy.deepcopy(config)
             config.large = config.small = None  # from now on the models describe the pair
+            if isinstance(attention_name(config), dict):
+                set_attention_name(config, None)
         model = cls(config, **{name: part for name, (part, _) in loaded.items()})
         model._remember(checkpoints, options)
 
@@ -155,14 +165,22 @@ class PretrainedPair(PreTrainedModel):
         with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
             generation_config = generation_config or SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
-            model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
+            own = SGLGenerationConfig.from_generation_config(generation_config)
+            model.generation_config = own.completed_by(model.large.generation_config)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:
             return model, {name: info for name, (_, info) in loaded.items()}  # type: ignore[return-value]
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Saves the pair as a bundle: both checkpoints in `large/` and `small/`, the pair's settings beside them.
 
         If it fails, the folder stays as it was; `config.json` is put in place last. The processors of the models'
@@ -170,25 +188,50 @@ class PretrainedPair(PreTrainedModel):
 
         Args:
             save_directory (`str` or `os.PathLike`): The folder; made if it does not exist.
+            is_main_process (`bool`, *optional*, defaults to `True`): Whether this process writes. Of several processes
+                that train together one does, and all of them call this method.
+            state_dict (`dict`, *optional*): The weights to write instead of the models' own, with the names of
+                `pair.state_dict()`, as accelerate's `get_state_dict` gathers them.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload the pair, too.
             **kwargs: Arguments of transformers' `save_pretrained`, for both models (`max_shard_size`, `variant`, ...),
-                and of `push_to_hub` with `push_to_hub=True`.
+                and of `push_to_hub`.
 
         Raises:
             OSError: If the folder cannot be written.
-            ValueError: If a model's weights cannot be written as they are, or it has an adapter.
+            ValueError: If a model's weights cannot be written as they are, a model has an adapter, or a state dict
+                does not fit.
         """
         folder = Path(save_directory)
+        if kwargs.get("distributed_checkpoint"):
+            raise ValueError(
+                "A pair is not saved as a distributed checkpoint: leave `distributed_checkpoint` out, so that one "
+                "process gathers and writes the weights."
+            )
+        if push_to_hub and state_dict is not None:
+            raise ValueError("Upload in a step of its own: call `push_to_hub` without a `state_dict`, after saving.")
+        writes = self.should_save_on_this_rank(is_main_process)
+        weights: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
+        if state_dict is not None:
+            weights = {name: {"state_dict": part} for name, part in split_state_dict(state_dict).items()}
+        if not writes:
+            # transformers' `save_pretrained` may gather weights, in which every process takes part.
+            with tempfile.TemporaryDirectory() as nowhere:
+                for name in PARTS:
+                    getattr(self, name).save_pretrained(nowhere, is_main_process=False, **{**kwargs, **weights[name]})
+            return
         for name in PARTS:
             check_weights_can_be_saved(name, getattr(self, name))
             check_no_adapter_is_lost(name, getattr(self, name))
-        if kwargs.pop("push_to_hub", False):
+            if state_dict is not None:
+                check_state_dict(name, getattr(self, name), weights[name]["state_dict"])
+        if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         with staged(folder, _MARKER_OF_A_FINISHED_SAVE) as staging:
             for name in PARTS:
                 model = getattr(self, name)
                 # transformers cannot undo the conversions of a checkpoint that was quantized when it was loaded.
                 own = {"save_original_format": False} if loaded_prequantized(model) else {}
-                model.save_pretrained(staging / name, **{**own, **kwargs})
+                model.save_pretrained(staging / name, **{**own, **kwargs, **weights[name]})
             if not (folder / PROCESSOR_CONFIG).exists():
                 copy_processors(self._checkpoints, staging)
             self._write_beside_weights(staging, copy.deepcopy(self.config))
