@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm.auto
 from hub_stub import HubStub
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerationConfig
@@ -49,7 +49,8 @@ class Killer:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
-                tqdm.set_lock(threading.RLock())  # its own would stay locked in every copy of this process
+                for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # their own would stay locked in all copies
+                    bar.set_lock(threading.RLock())
                 work(place)
                 code = 0
             finally:
