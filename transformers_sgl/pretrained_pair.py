@@ -83,7 +83,7 @@ class PretrainedPair(PreTrainedModel):
         checkpoints = {
             name: _known(name, Checkpoint.at(model, options[name]))
             for name, model in models.items()
-            if not isinstance(model, PreTrainedModel)
+            if isinstance(model, str | os.PathLike)
         }
         for name, checkpoint in checkpoints.items():
             models[name], _ = load_model(name, checkpoint, options[name])
