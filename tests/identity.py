@@ -32,8 +32,6 @@ PROMISES = ("stock", "draft", "batch")
 TIE = "a tie"
 ROUNDING = 2e-3
 NUM_LAYERS = 4
-_SEVERAL = ({"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2})
-_FAIL_WITH_BEAMS = ("fuyu",)  # the stock model, too
 _TOKENIZER = tiny_tokenizer()
 # An answer's tokens, and the scores of its steps where they are known.
 _Row = tuple[list[int], list[Tensor] | None]
@@ -106,10 +104,14 @@ def failure_of(case: Case) -> str | None:
     batch = tiny_batch(case.name, case.samples, case.padding_side)
     if "batch" in {check_supported(large.config).inputs.get(name) for name in batch}:
         case.guided.pop("early_exit_threshold", None)  # refused, with a test of its own
+    if case.promise == "stock":
+        try:
+            late = _stock_rows(case, large, batch)
+        except (TypeError, ValueError):  # as some do with beams and without images
+            return None
     output = _run(pair, batch, case, **case.guided)
     if case.promise == "stock":
         # A small model reads every batch padded on the left, where answers do not depend on the padding.
-        late = _stock_rows(case, large, batch)
         early = _stock_rows(case, small, tiny_batch(case.name, case.samples))
         exits = [False] * len(late) if output.exited_early is None else output.exited_early.tolist()
         wanted = [early[row] if exits[row] else late[row] for row in range(len(late))]
@@ -215,7 +217,7 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
     if chance.random() < 0.1:
         settings[chance.choice(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"))] = None
     if promise == "stock" and "early_exit_threshold" not in case.guided and chance.random() < 0.15:
-        settings |= chance.choice(_SEVERAL if case.name not in _FAIL_WITH_BEAMS else _SEVERAL[:1])
+        settings |= chance.choice(({"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}))
     return settings
 
 
