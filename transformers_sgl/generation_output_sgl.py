@@ -112,8 +112,8 @@ def passed_on(
 ) -> dict[str, Any]:
     """The fields of the large model's output that an [`SGLGenerateOutput`] keeps.
 
-    Where it ran only a part of a `batch`, or nothing of it, the scores and logits that the `settings` ask for cover all
-    of it: one of shape `(batch, vocab_size)` for each token of the answers, NaN where the large model did not run.
+    Where it ran only a part of a `batch`, or nothing of it, the scores and logits that the `settings` ask for cover
+    all of it: one of shape `(batch, vocab_size)` for each token of the answers, NaN where the large model did not run.
     """
     kept = {}
     if output is not None and not isinstance(output, Tensor):
