@@ -168,7 +168,9 @@ def test_what_an_early_answer_cannot_obey_is_refused(twins: SGLForConditionalGen
     options = {"max_new_tokens": 3, "early_exit_threshold": 0.0, "retention_ratio": 1.0, name: REFUSED[name]}
     if name == "num_return_sequences":
         options["do_sample"] = True
-    with pytest.raises(ValueError, match=r"pass `early_exit_threshold=None`, which never exits\."):
+    with pytest.raises(
+        ValueError, match=r"(pass|no) `early_exit_threshold(=None`, which never exits|` to run the large .*)\."
+    ):
         twins.generate(**INPUTS, **options)
     assert (state(twins.large), state(twins.small)) == before
 

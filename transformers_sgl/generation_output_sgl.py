@@ -51,8 +51,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
             run) and `total_ms`.
         scores, logits (tuples of `Tensor` of shape `(batch, vocab_size)`, *optional*): As the large model's `generate`
-            returns them, one for each token of the answers; NaN where an answer exited early, and so the large model
-            has none. `None` where all did.
+            returns them, one for each token of the answers; NaN where an answer exited early, because then the
+            large model has none.
         attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large model's `generate`
             returns them, for the samples that it was called for, in their order; in pruned layers shorter. The cache
             can be read under its name before and since transformers 5.24.
@@ -102,23 +102,24 @@ def sequences_of(output: ModelOutput | Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output["sequences"]
 
 
-def passed_on(
-    output: ModelOutput | Tensor | None, batch: WholeBatch | None = None, answer_length: int = 0
-) -> dict[str, Any]:
-    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps.
-
-    Where the large model ran only a part of a `batch`, scores and logits still cover all of it, and all tokens of the
-    answers.
-    """
+def passed_on(output: ModelOutput | Tensor | None) -> dict[str, Any]:
+    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps as they are."""
     if output is None or isinstance(output, Tensor):
         return {}
     names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
-    kept = {name: output[name] for name in names if name in output}
-    if batch is not None and not batch.runs.all():
-        for name in kept.keys() & {"scores", "logits"}:
-            steps = [batch.rows(step, others=torch.nan) for step in kept[name]]
-            kept[name] = (*steps, *[torch.full_like(steps[0], torch.nan)] * (answer_length - len(steps)))
-    return kept
+    return {name: output[name] for name in names if name in output}
+
+
+def of_whole_batch(
+    steps: tuple[Tensor, ...] | None, batch: WholeBatch, answer_length: int, vocab_size: int
+) -> tuple[Tensor, ...]:
+    """The scores or logits of a whole batch, one of shape `(batch, vocab_size)` for each token of the answers.
+
+    `steps`, of shape `(num_running, vocab_size)`, are those of the samples that the large model ran; NaN elsewhere.
+    """
+    whole = [batch.rows(step, others=torch.nan) for step in steps or ()]
+    nothing = batch.prompts.new_full((len(batch.prompts), 1), torch.nan, dtype=torch.float32).expand(-1, vocab_size)
+    return (*whole, *[nothing.to(whole[0]) if whole else nothing] * (answer_length - len(whole)))
 
 
 def _shown(value: Any) -> str:

@@ -83,7 +83,7 @@ class PretrainedPair(PreTrainedModel):
         checkpoints = {
             name: _known(name, Checkpoint.at(model, options[name]))
             for name, model in models.items()
-            if not isinstance(model, PreTrainedModel)
+            if isinstance(model, str | os.PathLike)
         }
         for name, checkpoint in checkpoints.items():
             models[name], _ = load_model(name, checkpoint, options[name])
@@ -168,7 +168,8 @@ class PretrainedPair(PreTrainedModel):
                 generation_config = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
             own = SGLGenerationConfig.from_generation_config(generation_config)
-            model.generation_config = own.completed_by(model.large.generation_config)
+            by_hand = generation_config.transformers_version is None  # what transformers has saved is complete
+            model.generation_config = own.completed_by(model.large.generation_config) if by_hand else own
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:

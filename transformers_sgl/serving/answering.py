@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers.generation import BaseStreamer
 
@@ -81,8 +80,12 @@ class Answering:
         ]
         try:
             inputs = chat_inputs(self._pair, self._processor, [messages])
-        except (LookupError, StopIteration, TemplateError, TypeError) as error:
-            raise ValueError(f"The pair's processor cannot read this conversation: {error}.") from error
+        except (MemoryError, OSError, ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # templates and processors fail in many ways at what they do not expect
+            raise ValueError(
+                f"The pair's processor cannot read this conversation ({type(error).__name__}: {error})."
+            ) from error
         length = inputs["input_ids"].shape[1]
         if length > self._max_prompt_tokens:
             raise ValueError(
