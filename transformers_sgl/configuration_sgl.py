@@ -114,7 +114,7 @@ class SGLConfig(PreTrainedConfig):
         Raises:
             ValueError: If a setting has a wrong type, or claims sizes that no model has.
         """
-        owner = f"The pair {str(kwargs.get('name_or_path') or config_dict.get('_name_or_path') or '')!r}"
+        owner = f"The pair {str(kwargs.get('name_or_path', ''))!r}"
         with blaming(owner, "config.json", kwargs):
             check_claims(owner, config_dict)
             return super().from_dict(config_dict, **kwargs)
