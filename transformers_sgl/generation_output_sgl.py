@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -102,24 +103,29 @@ def sequences_of(output: ModelOutput | Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output["sequences"]
 
 
-def passed_on(output: ModelOutput | Tensor | None) -> dict[str, Any]:
-    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps as they are."""
-    if output is None or isinstance(output, Tensor):
-        return {}
-    names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
-    return {name: output[name] for name in names if name in output}
+def passed_on(
+    output: ModelOutput | Tensor | None,
+    batch: WholeBatch | None = None,
+    answer_length: int = 0,
+    settings: GenerationConfig | None = None,
+    vocab_size: int = 0,
+) -> dict[str, Any]:
+    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps.
 
-
-def of_whole_batch(
-    steps: tuple[Tensor, ...] | None, batch: WholeBatch, answer_length: int, vocab_size: int
-) -> tuple[Tensor, ...]:
-    """The scores or logits of a whole batch, one of shape `(batch, vocab_size)` for each token of the answers.
-
-    `steps`, of shape `(num_running, vocab_size)`, are those of the samples that the large model ran; NaN elsewhere.
+    Where it ran only a part of a `batch`, or nothing of it, the scores and logits that the `settings` ask for cover
+    all of it: one of shape `(batch, vocab_size)` for each token of the answers, NaN where the large model did not run.
     """
-    whole = [batch.rows(step, others=torch.nan) for step in steps or ()]
-    nothing = batch.prompts.new_full((len(batch.prompts), 1), torch.nan, dtype=torch.float32).expand(-1, vocab_size)
-    return (*whole, *[nothing.to(whole[0]) if whole else nothing] * (answer_length - len(whole)))
+    kept = {}
+    if output is not None and not isinstance(output, Tensor):
+        names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
+        kept = {name: output[name] for name in names if name in output}
+    if batch is not None and not batch.runs.all():
+        for name in ("scores", "logits"):
+            if getattr(settings, f"output_{name}", False):
+                steps = [batch.rows(step, others=torch.nan) for step in kept.get(name, ())]
+                nothing = torch.full((len(batch.runs), 1), torch.nan, device=batch.runs.device).expand(-1, vocab_size)
+                kept[name] = (*steps, *[nothing] * (answer_length - len(steps)))
+    return kept
 
 
 def _shown(value: Any) -> str:

@@ -20,7 +20,7 @@ from transformers_sgl.arguments import split_inputs
 from transformers_sgl.batching import merge_answers
 from transformers_sgl.clock import Clock
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.generation_output_sgl import SGLGenerateOutput, of_whole_batch, passed_on, sequences_of
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
@@ -172,14 +172,9 @@ def generate(
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
-    of_large = passed_on(output)
-    if exits.any():
-        vocab_size, _ = vocabulary_sizes(large, small)
-        for name, is_wanted in (("scores", settings.output_scores), ("logits", settings.output_logits)):
-            if is_wanted:
-                of_large[name] = of_whole_batch(of_large.get(name), whole_batch, answers.shape[1], vocab_size)
+    vocab_size, _ = vocabulary_sizes(large, small)
     return SGLGenerateOutput(
-        **of_large,
+        **passed_on(output, whole_batch, answers.shape[1], settings, vocab_size),
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,

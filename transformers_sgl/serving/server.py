@@ -170,7 +170,7 @@ class PairApp:
 
     async def _respond(self, form: Format, body: bytes, send: Send, place: ExitStack) -> None:
         question = await self._in_thread(
-            lambda: form.read(read_json(body), self._name, self._limits, self._own_new_tokens)
+            lambda: form.read(read_json(body, self._limits), self._name, self._limits, self._own_new_tokens)
         )
         question = await self._with_fetched_images(question)
         start = time.monotonic()
