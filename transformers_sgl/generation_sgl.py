@@ -124,6 +124,7 @@ def generate(
     exits = torch.zeros_like(complete)
     if rules.may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
+        exits = exits & (num_visual_tokens > 0).to(exits.device)  # as in step 1: text alone is the large model's
     early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
     streamer = generate_kwargs.get("streamer")
     if streamer is not None and exits.any():
