@@ -23,6 +23,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
+from transformers_sgl.hooks.conversation import PrunedCache
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.prompt import Prompt
@@ -30,6 +31,7 @@ from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
 from transformers_sgl.tokens.vocabulary import Vocabularies
+from transformers_sgl.transformers_interface import cache_of
 from transformers_sgl.versions import names_versions
 
 __all__ = ["generate"]
@@ -59,6 +61,8 @@ def generate(
     clock = Clock(large.device, small.device)
     inputs, boxes = split_boxes(inputs)
     large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
+    if isinstance(cache := cache_of(large_inputs), PrunedCache):
+        cache.update()  # raises, before anything has run
     generate_kwargs["generation_config"] = settings
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
@@ -151,6 +155,8 @@ def generate(
                 whole_keep_mask = torch.zeros_like(guidance.importance, dtype=torch.bool, device=keep_mask.device)
                 whole_keep_mask[rest, : keep_mask.shape[1]] = keep_mask
             output = verifier.generate(**prompt.inputs, **generate_kwargs)
+            if whole_keep_mask is not None:
+                PrunedCache.seal(cache_of(prompt.inputs) or cache_of({} if isinstance(output, Tensor) else output))
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
         clock.lap("large_ms")
     elif streamer is not None:
