@@ -23,7 +23,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
-from transformers_sgl.hooks.conversation import PrunedCache
+from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.prompt import Prompt
@@ -31,7 +31,7 @@ from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
 from transformers_sgl.tokens.vocabulary import Vocabularies
-from transformers_sgl.transformers_interface import cache_of
+from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
 
 __all__ = ["generate"]
@@ -61,8 +61,9 @@ def generate(
     clock = Clock(large.device, small.device)
     inputs, boxes = split_boxes(inputs)
     large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
-    if isinstance(cache := cache_of(large_inputs), PrunedCache):
-        cache.update()  # raises, before anything has run
+    earlier = cache if isinstance(cache := cache_of(large_inputs), ConversationCache) else None
+    if earlier is not None:
+        large_inputs = {name: value for name, value in large_inputs.items() if name not in CACHE_NAMES}
     generate_kwargs["generation_config"] = settings
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
@@ -73,7 +74,9 @@ def generate(
     rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
     prompt = Prompt.find(large.config, large_inputs)
     num_visual_tokens = None if prompt is None else prompt.visual_tokens.counts
-    is_guided = bool(processors) or rules.may_exit or rules.can_use_draft(large_inputs)
+    if earlier is not None:
+        earlier.check(prompt, prune_layer if processors else None, settings.use_cache is not False)
+    is_guided = bool(processors) or earlier is not None or rules.may_exit or rules.can_use_draft(large_inputs)
     if not is_guided or (prompt is not None and prompt.visual_tokens.num_visual_tokens == 0):
         with one_at_a_time(large):
             # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
@@ -91,6 +94,7 @@ def generate(
     rules.check_guidable(large_inputs)
     if processors:
         check_prunable(large.config, prune_layer)
+    if processors or earlier is not None:
         rules.check_prunable(large_inputs)
     if rules.may_exit:
         rules.check_exits()
@@ -139,6 +143,7 @@ def generate(
     # the prompt and the draft, keeps what matters, and writes.
     rest, output, late, whole_keep_mask = ~exits, None, None, None
     verifier = DraftVerifier(large)
+    keeps_cache = bool(settings.return_dict_in_generate) or cache is not None
     if rest.any():
         if exits.any():
             prompt = prompt.select(rest)
@@ -148,15 +153,18 @@ def generate(
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
             visual_tokens = prompt.visual_tokens
+            keep_mask = None
             if guidance.importance is not None and visual_tokens.num_visual_tokens > 0:
                 importance = guidance.importance[rest, : visual_tokens.num_visual_tokens]
                 keep_mask = processors.keep_mask(visual_tokens, importance)
-                stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
                 whole_keep_mask = torch.zeros_like(guidance.importance, dtype=torch.bool, device=keep_mask.device)
                 whole_keep_mask[rest, : keep_mask.shape[1]] = keep_mask
-            output = verifier.generate(**prompt.inputs, **generate_kwargs)
-            if whole_keep_mask is not None:
-                PrunedCache.seal(cache_of(prompt.inputs) or cache_of({} if isinstance(output, Tensor) else output))
+            recorded_layer = prune_layer if keep_mask is not None and keeps_cache else None
+            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest))
+            if keep_mask is not None:
+                stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
+            output = verifier.generate(**turn.inputs, **generate_kwargs)
+            turn.finish(output)
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
         clock.lap("large_ms")
     elif streamer is not None:
@@ -172,8 +180,9 @@ def generate(
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
+    stock = passed_on(output) if earlier is None else {**passed_on(output), cache_name(): earlier}
     return SGLGenerateOutput(
-        **passed_on(output),
+        **stock,
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,
