@@ -70,8 +70,9 @@ def assert_same(found: SGLGenerateOutput, whole: SGLGenerateOutput) -> None:
         torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=2e-3)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", FLASH_STAND_IN])
-@pytest.mark.parametrize("prune_layer", [0, 2, 5])
+@pytest.mark.parametrize(
+    ("implementation", "prune_layer"), [("sdpa", 0), ("sdpa", 2), ("sdpa", 5), ("eager", 2), (FLASH_STAND_IN, 2)]
+)
 @pytest.mark.parametrize("images", [[[1]], [[1], [2]]], ids=["one", "batch"])
 def test_three_turns_are_the_whole_conversation(
     images: list[list[int]], prune_layer: int, implementation: str
@@ -89,7 +90,7 @@ def test_three_turns_are_the_whole_conversation(
     assert state(pair) == before
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_turns_of_batches_with_padding_on_either_side(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sides = ["left", "right"]
