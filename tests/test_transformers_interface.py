@@ -192,6 +192,14 @@ def attention_name() -> None:
 
 
 @check
+def keep_attention_names() -> None:
+    config = SGLConfig()
+    interface.keep_attention_names(config, {"text_config": "eager"})
+    assert interface.attention_name(config) == {"text_config": "eager"}
+    assert "attn" not in config.to_json_string(), "it is saved with the configuration"
+
+
+@check
 def set_attention_name() -> None:
     model, inputs = tiny_internvl(), prompts()
     decoder = model.get_decoder()
@@ -285,6 +293,47 @@ def ExtraSettings() -> None:  # noqa: N802
         model.generation_config = OwnSettings(own_setting=given)
         model.generate(**prompts(), custom_generate=loop)
         assert seen.pop() == wanted, "an unset field does not get its default"
+
+
+class Decided(interface.DecidedSettings, GenerationConfig):
+    pass
+
+
+@check
+def DecidedSettings() -> None:  # noqa: N802
+    model, seen = tiny_internvl(), []
+
+    def loop(_model: Any, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
+        seen.append(generation_config)
+        return input_ids
+
+    settings = Decided(**interface.default_settings(), max_new_tokens=3)
+    settings.eos_token_id = settings.repetition_penalty = None
+    model.generate(**prompts(), generation_config=settings, custom_generate=loop)
+    assert seen[0].eos_token_id is None, "an unset field comes from the model"
+    assert seen[0].repetition_penalty is None, "an unset field gets its default"
+    assert seen[0].max_length == prompts()["input_ids"].shape[1] + 3, "a set field does not stay"
+
+
+@check
+def default_settings() -> None:
+    model, seen = tiny_internvl(), []
+
+    def loop(_model: Any, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
+        seen.append(generation_config)
+        return input_ids
+
+    model.generation_config = GenerationConfig()
+    model.generate(**prompts(), custom_generate=loop)
+    defaults = {name: value for name, value in interface.default_settings().items() if name != "max_length"}
+    assert {name: getattr(seen[0], name) for name in defaults} == defaults, "what nobody has set has another value"
+
+
+@check
+def stock_settings() -> None:
+    read = set(inspect.getsource(GenerationConfig.__init__).split('kwargs.pop("')[1:])
+    names = {each.partition('"')[0] for each in read}
+    assert set(interface.stock_settings()) == {name for name in names if name[0] != "_"} - {"transformers_version"}
 
 
 @check
@@ -535,6 +584,7 @@ def test_each_entry_has_a_check_and_says_what_breaks() -> None:
 # documented way, found none, and written a check above.
 PRIVATE = {
     "_attn_implementation",
+    "_attn_implementation_internal",
     "_from_auto",
     "_get_default_generation_params",
     "_get_num_multimodal_tokens",

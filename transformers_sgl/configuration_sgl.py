@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from transformers_sgl.storage.checkpoints import PARTS, check_recipe
-from transformers_sgl.transformers_interface import changed_settings
+from transformers_sgl.storage.checkpoints import PARTS, attention_of, check_recipe
+from transformers_sgl.transformers_interface import CACHE_NAMES, changed_settings, keep_attention_names
 
 __all__ = ["PARTS", "SGLConfig"]
 
@@ -52,6 +52,12 @@ class SGLConfig(PreTrainedConfig):
     model_type = "sgl"
     sub_configs: ClassVar[dict[str, Any]] = dict.fromkeys(_SUB_CONFIGS, AutoConfig)
 
+    # What `Trainer.predict` leaves out, so that it collects the logits: the cache, and what towers return.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *CACHE_NAMES,
+        *(f"{kind}_{what}" for kind in ("image", "video", "audio") for what in ("outputs", "hidden_states")),
+    ]
+
     large_config: dict[str, Any] | PreTrainedConfig | None = None
     small_config: dict[str, Any] | PreTrainedConfig | None = None
     large: dict[str, Any] | None = None
@@ -71,13 +77,34 @@ class SGLConfig(PreTrainedConfig):
             check_recipe(self.recipe)
             if given:
                 raise ValueError("A pair is either named or described: pass `large` and `small`, or their `*_config`.")
+        attention = kwargs.get("attn_implementation")
+        if isinstance(attention, dict):
+            kwargs["attn_implementation"] = {f"{name}_config": attention_of(name, attention) for name in PARTS}
         super().__post_init__(**kwargs)
+        if isinstance(attention, dict) and self.recipe is not None:
+            keep_attention_names(self, attention)
 
     @property
     def recipe(self) -> dict[str, Any] | None:
         """A recipe's entries for its two models; `None` where the models are described here."""
         named = {name: getattr(self, name) for name in PARTS}
         return named if any(part is not None for part in named.values()) else None
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The large model's configuration of its decoder."""
+        return self._of_large("text_config")
+
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """The large model's configuration of its vision tower."""
+        return self._of_large("vision_config")
+
+    def _of_large(self, name: str) -> Any:
+        """An attribute of the large model's configuration, missing where that lacks it."""
+        if self.large_config is None:
+            raise AttributeError(f"The pair has no models yet, and so no {name!r}.")
+        return getattr(self.large_config, name)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers_sgl.answer_rules import AnswerRules
 from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
 from transformers_sgl.arguments import split_inputs
-from transformers_sgl.batching import WholeBatchStreamer, merge_answers
+from transformers_sgl.batching import merge_answers
 from transformers_sgl.clock import Clock
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
@@ -33,6 +33,7 @@ from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, spli
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
+from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
 __all__ = ["generate"]
 
@@ -64,7 +65,6 @@ def generate(
     earlier = cache if isinstance(cache := cache_of(large_inputs), ConversationCache) else None
     if earlier is not None:
         large_inputs = {name: value for name, value in large_inputs.items() if name not in CACHE_NAMES}
-    generate_kwargs["generation_config"] = settings
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
@@ -72,6 +72,7 @@ def generate(
         settings.retention_ratio, settings.min_tokens_per_image, importance_processor
     )
     rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
+    generate_kwargs["generation_config"] = rules.large_settings()
     prompt = Prompt.find(large.config, large_inputs)
     num_visual_tokens = None if prompt is None else prompt.visual_tokens.counts
     if earlier is not None:
@@ -99,7 +100,8 @@ def generate(
     if rules.may_exit:
         rules.check_exits()
     prompts = large_inputs["input_ids"]
-    prompt = prompt or Prompt.of(large.config, large_inputs)
+    # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
+    prompt = Prompt.of(large.config, large_inputs, as_passed=not processors and earlier is None)
     num_visual_tokens = prompt.visual_tokens.counts
     small_prompt = Prompt.of(small.config, small_inputs)
     transfer = None
@@ -109,7 +111,7 @@ def generate(
         )
 
     # 3. The small model answers first: a draft, how far to trust it, and where it looked.
-    draft_settings = rules.draft_settings(small.generation_config)
+    draft_settings = rules.draft_settings(small.generation_config, prompts, small_prompt.inputs["input_ids"])
     with one_at_a_time(small):
         guidance = guide(
             small,
@@ -134,22 +136,28 @@ def generate(
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
         exits = exits & (num_visual_tokens > 0).to(exits.device)  # as in step 1: text alone is the large model's
     early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
+    whole_batch = WholeBatch(prompts, ~exits, early, rules.pad_token_id)
     streamer = generate_kwargs.get("streamer")
     if streamer is not None and exits.any():
-        streamer = WholeBatchStreamer(streamer, prompts, early, exits, rules.pad_token_id)
+        streamer = WholeBatchStreamer(streamer, whole_batch)
         generate_kwargs["streamer"] = streamer
 
     # 5. The other samples go on as a smaller batch. The ranking becomes a choice of tokens, and the large model reads
     # the prompt and the draft, keeps what matters, and writes.
-    rest, output, late, whole_keep_mask = ~exits, None, None, None
+    rest, output, late, whole_keep_mask, num_accepted = ~exits, None, None, None, None
     verifier = DraftVerifier(large)
     keeps_cache = bool(settings.return_dict_in_generate) or cache is not None
     if rest.any():
         if exits.any():
             prompt = prompt.select(rest)
-            generate_kwargs["generation_config"] = rules.counting_new_tokens(settings)
-        if settings.verify_draft is not False and vocabularies.shared is not None:
-            verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
+            generate_kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
+        verifies = settings.verify_draft is not False and vocabularies.shared is not None
+        verifier = DraftVerifier(
+            large,
+            draft[rest] if verifies else None,
+            draft_mask[rest] if verifies else None,
+            batch=None if prompt.inputs["input_ids"] is prompts else whole_batch,
+        )
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
             visual_tokens = prompt.visual_tokens
@@ -169,7 +177,6 @@ def generate(
         clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
-    num_accepted = None
     if verifier.num_accepted is not None:
         num_accepted = torch.zeros_like(rest, dtype=torch.long)
         num_accepted[rest] = verifier.num_accepted.to(rest.device)
@@ -180,9 +187,9 @@ def generate(
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
-    stock = passed_on(output) if earlier is None else {**passed_on(output), cache_name(): earlier}
+    stock = passed_on(output, whole_batch, answers.shape[1])
     return SGLGenerateOutput(
-        **stock,
+        **(stock if earlier is None else {**stock, cache_name(): earlier}),
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,

@@ -213,9 +213,9 @@ class _Recorder(HookContext):
         self._past = self._width = 0  # tokens before it, and in it
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
-        stack.callback(self._decoder.register_forward_hook(self._end_pass).remove)
-        stack.callback(self._module.register_forward_pre_hook(self._record, with_kwargs=True).remove)
+        self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
+        self._add_hook(stack, self._decoder.register_forward_hook, self._end_pass)
+        self._add_hook(stack, self._module.register_forward_pre_hook, self._record, with_kwargs=True)
 
     def finish(self, output: Any) -> ConversationCache | None:
         """Makes the cache of the model's `generate`, which returned `output`, a [`ConversationCache`], in place."""
@@ -307,11 +307,11 @@ class _Skipper(HookContext):
         self._cut: Cut | None = None
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(decoder(self._model).register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
-        stack.callback(decoder(self._model).register_forward_hook(self._end_pass).remove)
+        self._add_hook(stack, decoder(self._model).register_forward_pre_hook, self._start_pass, with_kwargs=True)
+        self._add_hook(stack, decoder(self._model).register_forward_hook, self._end_pass)
         for index, layer in enumerate(decoder_layers(self._model)[: self._turns.layer + 1]):
-            hook = layer.register_forward_pre_hook(partial(self._leave_out_known, index), with_kwargs=True)
-            stack.callback(hook.remove)
+            leave_out = partial(self._leave_out_known, index)
+            self._add_hook(stack, layer.register_forward_pre_hook, leave_out, with_kwargs=True)
 
     def _start_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoder pre-hook: notes the cache to fill."""

@@ -21,6 +21,7 @@ __all__ = [
     "RECIPE_OPTIONS",
     "Checkpoint",
     "SavedPair",
+    "attention_of",
     "check_recipe",
     "first_sentence",
     "hub_kwargs",
@@ -206,13 +207,28 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         kwargs = {name: value for name, value in kwargs.items() if name != "offload_folder"}
         kwargs = {**{f"{name}_offload_folder": os.path.join(folder, name) for name in PARTS}, **kwargs}
     shared = {name: value for name, value in kwargs.items() if not name.startswith(prefixes)}
+    attention = shared.pop("attn_implementation", None)
     return {
         model: {
             **shared,
+            **({} if attention is None else {"attn_implementation": attention_of(model, attention)}),
             **{name.removeprefix(prefix): value for name, value in kwargs.items() if name.startswith(prefix)},
         }
         for model, prefix in zip(PARTS, prefixes, strict=True)
     }
+
+
+def attention_of(name: str, wanted: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """What of a pair's `attn_implementation` is meant for one model.
+
+    Of a dictionary, `large_config` and `small_config` are for one, and the rest, such as `text_config`, for both.
+    """
+    if isinstance(wanted, str):
+        return wanted
+    configs = [f"{part}_config" for part in PARTS]
+    own = wanted.get(f"{name}_config", {})
+    both = {part: choice for part, choice in wanted.items() if part not in configs}
+    return own if isinstance(own, str) else {**both, **own}
 
 
 def first_sentence(error: Exception) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "attention_function",
     "attention_name",
     "is_attention",
+    "keep_attention_names",
     "needs_position_ids",
     "register_attention",
     "set_attention_name",
@@ -44,13 +45,22 @@ def attention_name(config: PreTrainedConfig) -> str:
     return name
 
 
-def set_attention_name(config: PreTrainedConfig, name: str) -> None:
+def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
     """Changes the attention function of the modules with this configuration, and of no others.
 
     Assumes what `attention_name` assumes. The public `set_attn_implementation` changes other configurations too, and
     knows only names that it could have loaded.
     """
     config._attn_implementation = name
+
+
+def keep_attention_names(config: PreTrainedConfig, names: dict[str, Any]) -> None:
+    """Lets `attention_name` return a choice for the parts of a model that this configuration does not describe yet.
+
+    Assumes that it is stored as `_attn_implementation_internal`. Without it, a choice for parts is lost where a recipe
+    is loaded through an Auto class.
+    """
+    config._attn_implementation_internal = names
 
 
 def attention_function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
