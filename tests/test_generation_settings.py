@@ -133,28 +133,13 @@ REFUSED: dict[str, Any] = {
     "watermarking_config": WatermarkingConfig(),
 }
 # Tested elsewhere, or speeds and outputs that random models, one CPU or guidance rule out by themselves.
-ELSEWHERE = set(
-    [
-        "assistant_early_exit",
-        "assistant_model",
-        "cache_config",
-        "compile_config",
-        "continuous_batching_config",
-        "generation_config",
-        "inputs",
-        "kwargs",
-        "output_attentions",
-        "output_hidden_states",
-        "prefill_chunk_size",
-        "prompt_lookup_num_tokens",
-        "return_dict_in_generate",
-        "self",
-        "stop_strings",
-        "tokenizer",
-        "use_cache",
-        "use_mtp",
-    ]
-)
+ELSEWHERE = {
+    *("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens", "use_mtp"),
+    *("cache_config", "compile_config", "continuous_batching_config", "prefill_chunk_size", "use_cache"),
+    *("generation_config", "inputs", "kwargs", "self"),
+    *("output_attentions", "output_hidden_states", "return_dict_in_generate"),
+    *("stop_strings", "tokenizer"),
+}
 
 
 def test_each_setting_and_argument_is_tried() -> None:
@@ -180,16 +165,11 @@ def test_an_early_answer_obeys_what_a_stock_answer_obeys(
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_an_early_answer_cannot_obey_is_refused(twins: SGLForConditionalGeneration, name: str) -> None:
     before = state(twins.large), state(twins.small)
-    options = {"do_sample": True} if name == "num_return_sequences" else {}
+    options = {"max_new_tokens": 3, "early_exit_threshold": 0.0, "retention_ratio": 1.0, name: REFUSED[name]}
+    if name == "num_return_sequences":
+        options["do_sample"] = True
     with pytest.raises(ValueError, match=r"pass `early_exit_threshold=None`, which never exits\."):
-        twins.generate(
-            **INPUTS,
-            **options,
-            **{name: REFUSED[name]},
-            max_new_tokens=3,
-            early_exit_threshold=0.0,
-            retention_ratio=1.0,
-        )
+        twins.generate(**INPUTS, **options)
     assert (state(twins.large), state(twins.small)) == before
 
 

@@ -457,32 +457,6 @@ def stock_fault() -> None:
     assert interface.stock_fault("internvl") is None
 
 
-@check
-def server_class() -> None:
-    pytest.importorskip("fastapi")
-    Serve = interface.server_class()  # noqa: N806
-    assert {"force_model", "non_blocking"} <= set(inspect.signature(Serve).parameters)
-    assert callable(Serve.start_server)
-    assert "self.server = uvicorn.Server(" in inspect.getsource(Serve), "`server` is no uvicorn server"
-
-
-@check
-def server_model_tables() -> None:
-    for table in interface.server_model_tables():
-        assert table["internvl"] == "InternVLForConditionalGeneration"
-
-
-@check
-def server_models() -> None:
-    pytest.importorskip("fastapi")
-    source = inspect.getsource(interface.server_class())
-    assert "self._model_manager = ModelManager(" in source
-    from transformers.cli.serving import model_manager, utils
-
-    assert "self.force_model = force_model" in inspect.getsource(model_manager.ModelManager)
-    assert "self.model_manager.load_model_and_processor(" in inspect.getsource(utils.BaseHandler._resolve_model)
-
-
 # ---------------------------------------------------------------------------------------------------------- images
 
 
@@ -588,7 +562,6 @@ PRIVATE = {
     "_from_auto",
     "_get_default_generation_params",
     "_get_num_multimodal_tokens",
-    "_model_manager",
     "_name_or_path",
     "_sample",
     "_supports_attention_backend",
@@ -597,10 +570,10 @@ PRIVATE = {
     "_update_model_kwargs_for_generation",
 }
 UNDOCUMENTED = {
-    "cli.serve.Serve",
     "generation.GenerateDecoderOnlyOutput",
     "image_processing_utils.select_best_resolution",
     "image_utils.get_image_size",
+    "image_utils.infer_channel_dimension_format",
     "image_utils.load_image",
     "image_utils.to_numpy_array",
     "initialization.no_init_weights",
@@ -609,7 +582,6 @@ UNDOCUMENTED = {
     "processing_utils.ImagesKwargs",
     "utils.hub.cached_file",
     "utils.hub.extract_commit_hash",
-    "utils.import_utils.is_serve_available",
     "video_utils.load_video",
 }
 # Modules whose names are documented as importable from there.

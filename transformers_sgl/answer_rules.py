@@ -110,13 +110,19 @@ class AnswerRules:
             and self.settings.cache_implementation in _DYNAMIC_CACHES
             and inputs.get("inputs_embeds") is None
             and not any(self.arguments.get(name) for name in ("assistant_model", "custom_generate", "synced_gpus"))
-            and not is_set("guidance_scale", self.settings.guidance_scale)
+            and not any(is_set(name, getattr(self.settings, name)) for name in ("guidance_scale", "token_healing"))
             and self.vocabularies.shared is not None
         )
 
     def check_guidable(self, inputs: Mapping[str, Any]) -> None:
-        """Raises `ValueError` without `input_ids`, or with a cache that already holds tokens."""
+        """Raises `ValueError` without `input_ids`, with a cache that already holds tokens, or for token healing."""
         cache = cache_of(inputs)
+        if is_set("token_healing", self.settings.token_healing):
+            raise ValueError(
+                "`token_healing` rewrites the end of the prompt before the large model reads it, so the small model "
+                "would read another one: leave it out, or set `retention_ratio=1.0` and no `early_exit_threshold` to "
+                "run the large model alone."
+            )
         if inputs.get("input_ids") is None:
             raise ValueError(
                 "The small model's guidance needs visual tokens, which are found by their ids, but there are no "
@@ -129,7 +135,7 @@ class AnswerRules:
                 f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
             )
 
-    def check_exits(self) -> None:
+    def check_exits(self, inputs: Mapping[str, Any]) -> None:
         """Raises `ValueError` if the small model's answer cannot stand for the large one's, with cause and cure."""
         cure = "or pass `early_exit_threshold=None`, which never exits."
         if not self.is_greedy:
@@ -143,6 +149,8 @@ class AnswerRules:
                 f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
             )
         never, foreign = unmet(self.settings, self.arguments, bool(self.vocabularies.shared))
+        if inputs.get("inputs_embeds") is not None:
+            never.append("inputs_embeds")
         if never:
             raise ValueError(
                 f"An early exit cannot obey {_listed(never)}, because the small model's answer would not: leave it "
@@ -249,6 +257,8 @@ class AnswerRules:
             settings.min_new_tokens, settings.min_length, settings.max_length = self.min_new_tokens, None, None
         if settings.max_length is None:
             settings.max_new_tokens = self.max_new_tokens
+        if settings.min_new_tokens is None and settings.min_length is None:
+            settings.min_length = 0
         return settings
 
 

@@ -24,13 +24,19 @@ __all__ = [
 def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same inputs with all padding on the left, where `generate` needs it to continue a prompt.
 
-    Every tensor of the shape of `input_ids`, `(batch, prompt_length)`, counts as one value per token.
+    Every tensor of the shape of `input_ids`, `(batch, prompt_length)`, counts as one value per token, and so do
+    `inputs_embeds`.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape != inputs["input_ids"].shape or bool(mask[:, -1].all()):
         return inputs
     order = torch.argsort(mask.long(), dim=1, stable=True)
-    return {**inputs, **{name: inputs[name].gather(1, order.to(inputs[name].device)) for name in _per_token(inputs)}}
+    row = torch.arange(len(order), device=order.device)[:, None]
+    moved = {}
+    for name in _per_token(inputs):
+        device = inputs[name].device
+        moved[name] = inputs[name][row.to(device), order.to(device)]
+    return {**inputs, **moved}
 
 
 def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -138,4 +144,8 @@ def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_toke
 def _per_token(inputs: dict[str, Any]) -> list[str]:
     """The names of the inputs that hold one value per prompt token."""
     shape = inputs["input_ids"].shape
-    return [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == shape]
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and (value.shape == shape or name == "inputs_embeds")
+    ]

@@ -32,6 +32,8 @@ _CHOICES = {
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }
+# What only sampling reads.
+_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_h", "top_k", "top_p", "typical_p")
 
 
 def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
@@ -185,6 +187,17 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         for each in defaults:
             inherited = {key: value for key, value in each.to_dict().items() if value is not None}
             settings.update(defaults_only=True, allow_custom_entries=True, **inherited)
+        return settings
+
+    def completed_by(self, large: GenerationConfig) -> SGLGenerationConfig:
+        """A pair's settings: what its own file leaves out comes from the `large` model's settings.
+
+        Sampling settings do not where the pair does not sample: transformers refuses to save them then.
+        """
+        settings = self.with_defaults(large)
+        if not settings.do_sample:
+            for name in _SAMPLING:
+                setattr(settings, name, getattr(self, name))
         return settings
 
     def resolved(self, *defaults: GenerationConfig) -> SGLGenerationConfig:

@@ -98,7 +98,7 @@ def generate(
     if processors or earlier is not None:
         rules.check_prunable(large_inputs)
     if rules.may_exit:
-        rules.check_exits()
+        rules.check_exits(large_inputs)
     prompts = large_inputs["input_ids"]
     # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
     prompt = Prompt.of(large.config, large_inputs, as_passed=not processors and earlier is None)

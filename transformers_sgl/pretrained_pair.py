@@ -166,7 +166,7 @@ class PretrainedPair(PreTrainedModel):
             generation_config = generation_config or SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
             own = SGLGenerationConfig.from_generation_config(generation_config)
-            model.generation_config = own.with_defaults(model.large.generation_config)
+            model.generation_config = own.completed_by(model.large.generation_config)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:

@@ -36,9 +36,10 @@ __all__ = ["DraftVerifier"]
 class DraftVerifier:
     """Lets a model check a draft in its prefill and continue after the part that it agrees with.
 
-    Greedy search only: with sampling, beams, a static cache, or where attentions or hidden states are asked for, the
-    model writes as if there were no draft. A batch advances together, up to the first token at which an unfinished
-    sample leaves its draft.
+    Greedy search only: with sampling, beams, a static cache, `inputs_embeds`, classifier-free guidance, or where
+    attentions or hidden states are asked for, the model writes as if there were no draft. A batch advances together,
+    up to the first token at which an unfinished sample leaves its draft; where scores or logits are returned, which
+    tell of ended samples too, any sample.
 
     The output is the model's own, token for token, within the limits of its arithmetic: reading several tokens in one
     pass rounds differently than reading them one by one, which can turn a tie, as in any assisted generation.
@@ -188,6 +189,7 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         and past.get_seq_length() == 0
         and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
         and kwargs.get("logits_to_keep") == 1
+        and kwargs.get("inputs_embeds") is None  # to which tokens cannot be appended
         and not (generation_config.output_attentions or generation_config.output_hidden_states)
         and generation_config.guidance_scale in (None, 1)
         and generation_config.prefill_chunk_size is None
