@@ -12,7 +12,8 @@ from tiny_models import FLASH_STAND_IN, PAD, answers, prompts, state, tiny_inter
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput, SGLGenerationConfig
+from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput
+from transformers_sgl.arguments import read_arguments
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.hooks.conversation import ConversationCache
 from transformers_sgl.tokens.vocabulary import Vocabularies
@@ -140,11 +141,11 @@ KINDS = {
 
 
 def ask_tiny(large: PreTrainedModel, small: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> Any:
-    cache = {name: options.pop(name) for name in [cache_name()] if name in options}
-    settings = SGLGenerationConfig(**{**GREEDY, **DETAILS, "min_new_tokens": 6, **options})
+    options = {**GREEDY, **DETAILS, "min_new_tokens": 6, **inputs, **options}
+    settings, model_inputs, _ = read_arguments(None, None, options, large.generation_config)
     tokenizer = tiny_tokenizer()
     vocabularies = Vocabularies(lambda: (tokenizer, tokenizer), [VOCAB_SIZE] * 2)
-    return generate(large, small, {**inputs, **cache}, settings.resolved(large.generation_config), vocabularies)
+    return generate(large, small, model_inputs, settings, vocabularies)
 
 
 @pytest.mark.parametrize(("name", "prune_layer"), KINDS, ids=str)
