@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import IMAGE, NUM_TEXT_IDS, TINY, VOCAB_SIZE, tiny_batch, tiny_model, tiny_samples
-from tiny_models import FLASH_STAND_IN, PAD, answers, prompts, state, tiny_internvl, tiny_tokenizer
+from tiny_models import FLASH_STAND_IN, PAD, answers, in_threads, prompts, state, tiny_internvl, tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -236,6 +236,30 @@ def test_drafts_are_verified_in_later_turns_too() -> None:
     assert found.num_large_forward_passes == whole.num_large_forward_passes
     undrafted = ask(pair, inputs, **options, verify_draft=False, **{cache_name(): cache_of(first)})
     assert torch.equal(undrafted.sequences, found.sequences)
+
+
+@pytest.mark.parametrize("decoding", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_several_answers_leave_the_earlier_turns_usable(decoding: dict) -> None:
+    pair, inputs = tiny_pair(), prompts()
+    first = ask(pair, inputs)
+    inputs = next_turn(inputs, first.sequences, [3, 4, 5])
+    outputs = []
+    for more in ({}, {cache_name(): cache_of(first)}):
+        torch.manual_seed(0)
+        outputs.append(ask(pair, inputs, **decoding, **more))
+    assert torch.equal(outputs[1].sequences, outputs[0].sequences)
+    assert cache_of(outputs[1]) is cache_of(first)
+    assert_same(ask(pair, inputs, **{cache_name(): cache_of(first)}), ask(pair, inputs))
+
+
+def test_threads_may_continue_one_cache() -> None:
+    pair, inputs = tiny_pair(), prompts()
+    first = ask(pair, inputs)
+    following = [next_turn(inputs, first.sequences, questions) for questions in ([3, 4, 5], [6, 7, 8], [1, 2, 9])]
+    expected = [pair.generate(**each, **GREEDY) for each in following]
+    cache = {cache_name(): cache_of(first)}
+    for number, found in enumerate(in_threads(3, lambda n: pair.generate(**following[n], **GREEDY, **cache))):
+        assert all(torch.equal(sequences, expected[number]) for sequences in found)
 
 
 @pytest.mark.parametrize("number", [1, 3], ids=["some", "all"])
