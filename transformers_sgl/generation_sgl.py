@@ -30,7 +30,7 @@ from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
-from transformers_sgl.tokens.vocabulary import Vocabularies
+from transformers_sgl.tokens.vocabulary import Vocabularies, vocabulary_sizes
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
@@ -187,7 +187,8 @@ def generate(
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
-    stock = passed_on(output, whole_batch, answers.shape[1])
+    vocab_size, _ = vocabulary_sizes(large, small)
+    stock = passed_on(output, whole_batch, answers.shape[1], settings, vocab_size)
     return SGLGenerateOutput(
         **(stock if earlier is None else {**stock, cache_name(): earlier}),
         sequences=sequences,

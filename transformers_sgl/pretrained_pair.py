@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import tempfile
@@ -19,6 +18,7 @@ from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.adapters import check_is_no_adapter, check_no_adapter_is_lost, unwrapped
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
+from transformers_sgl.storage.checks import blaming
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
 from transformers_sgl.storage.processors import PROCESSOR_CONFIG, copy_processors, write_processor_config
 from transformers_sgl.storage.saving import AUTO_MAP, staged, write_remote_code
@@ -83,7 +83,7 @@ class PretrainedPair(PreTrainedModel):
         checkpoints = {
             name: _known(name, Checkpoint.at(model, options[name]))
             for name, model in models.items()
-            if not isinstance(model, PreTrainedModel)
+            if isinstance(model, str | os.PathLike)
         }
         for name, checkpoint in checkpoints.items():
             models[name], _ = load_model(name, checkpoint, options[name])
@@ -127,8 +127,9 @@ class PretrainedPair(PreTrainedModel):
         config = kwargs.pop("config", None)
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
+        saved.read_config()  # checks it
         if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(saved.path, **saved.where)
+            config = SGLConfig.from_pretrained(saved.path, name_or_path=saved.path, **saved.where)
         recipe = config.recipe
         if config.large_config is None and recipe is None:
             path = saved.path
@@ -162,11 +163,13 @@ class PretrainedPair(PreTrainedModel):
         model._remember(checkpoints, options)
 
         # 3. transformers' own `from_pretrained` would restore a plain `GenerationConfig`.
-        with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
-            generation_config = generation_config or SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
+        if generation_config is None and saved.has_generation_config():  # without one, it has its large model's
+            with blaming(f"The pair {saved}", "generation_config.json"):
+                generation_config = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
             own = SGLGenerationConfig.from_generation_config(generation_config)
-            model.generation_config = own.completed_by(model.large.generation_config)
+            by_hand = generation_config.transformers_version is None  # what transformers has saved is complete
+            model.generation_config = own.completed_by(model.large.generation_config) if by_hand else own
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:

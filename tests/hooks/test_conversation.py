@@ -355,6 +355,13 @@ class TestRefusals:
     def test_what_pruning_cannot_do(self, setting: dict, ratio: float) -> None:
         self.refused("does not work together with", **setting, retention_ratio=ratio)
 
+    def test_embeddings(self) -> None:
+        embeddings = self.pair.get_input_embeddings()
+        self.refused("continued by its ids", inputs_embeds=embeddings(self.following["input_ids"]))
+        output = ask(self.pair, self.inputs, prune_layer=2, inputs_embeds=embeddings(self.inputs["input_ids"]))
+        self.cache = {cache_name(): cache_of(output)}
+        self.refused("cannot be continued, because it was read from `inputs_embeds`")
+
     def test_several_answers(self) -> None:
         output = ask(self.pair, self.inputs, num_beams=2, num_return_sequences=2)
         self.cache = {cache_name(): cache_of(output)}

@@ -98,6 +98,8 @@ class ConversationCache(DynamicCache):
                 "The cache of a pruned call is continued with the whole conversation, but only a part of it was "
                 "passed: pass `input_ids` and `attention_mask` of all turns, and the images, as without a cache."
             )
+        if prompt.inputs.get("inputs_embeds") is not None:
+            raise ValueError(f"A conversation is continued by its ids, but `inputs_embeds` were passed: {_CURE}")
         if not uses_cache:
             raise ValueError(
                 "A cache is passed to be continued, but `use_cache=False` forbids it: leave one of them out."
@@ -208,6 +210,8 @@ class _Recorder(HookContext):
         self._obstacle = ""
         if self._architecture.answer_token_type is not None and layer > 0:
             self._obstacle = "the tokens of a prompt attend to those after them, which the next turn changes"
+        if prompt.inputs.get("inputs_embeds") is not None:
+            self._obstacle = "it was read from `inputs_embeds`, which the next turn cannot be compared with"
         self._cache: Cache | None = None
         # Of the forward pass that is running:
         self._past = self._width = 0  # tokens before it, and in it
