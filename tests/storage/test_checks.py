@@ -375,17 +375,10 @@ def test_processors_that_count_pixels_or_have_videos_are_loaded(families: tuple[
 
 
 def test_no_image_processors_own_settings_are_refused(tmp_path: Path) -> None:
-    found = [getattr(transformers, name, None) for name in dir(transformers) if name.endswith("ImageProcessor")]
-    processors = [kind for kind in found if hasattr(kind, "save_pretrained") and type(kind).__name__ != "DummyObject"]
-    for kind in processors:
+    for name in (name for name in dir(transformers) if name.endswith("ImageProcessor")):
         with contextlib.suppress(Exception):  # some are abstract, or need a package that is not here
-            kind().save_pretrained(tmp_path / kind.__name__)
+            getattr(transformers, name)().save_pretrained(tmp_path / name)
     written = sorted(path.parent for path in tmp_path.glob("*/preprocessor_config.json"))
     assert len(written) > 50
-    refusals = []
     for folder in written:
-        try:
-            check_processor_claims(folder.name, str(folder), {})
-        except ValueError as error:
-            refusals.append(str(error))
-    assert not refusals
+        check_processor_claims(folder.name, str(folder), {})

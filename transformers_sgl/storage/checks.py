@@ -275,12 +275,12 @@ def _most_of_a_processor(settings: Mapping[str, Any], keys: tuple[Any, ...]) -> 
     name = str(keys[-1])
     around: Any = settings["image_processor"] if keys[0] == "image_processor" else settings
     kind = getattr(transformers, str(around.get("image_processor_type")), None)
-    counts_patches = "merge_size" in around if kind is None else hasattr(kind, "merge_size")
-    if name == "max_patches":  # else of tiles
-        return None if counts_patches else _MAX_TILES
+    counts_pixels = "merge_size" in around if kind is None else hasattr(kind, "merge_size")
+    if name == "max_patches":  # of tiles, but where there is a size of patches and no tiles
+        return None if hasattr(kind, "patch_size") and not hasattr(kind, "crop_to_patches") else _MAX_TILES
     if re.search(r"(^|_)(seq_length|image_tokens)$", name):
         return _MAX_TOKENS
-    if name in ("shortest_edge", "longest_edge") and counts_patches:  # these are numbers of pixels, then
+    if name in ("shortest_edge", "longest_edge") and counts_pixels:  # these are numbers of pixels, then
         return _MAX_PIXELS if name == "shortest_edge" else None
     return _MAX_EDGE if name in ("height", "width", "shortest_edge", "longest_edge") else None
 
