@@ -163,13 +163,7 @@ class PretrainedPair(PreTrainedModel):
         model._remember(checkpoints, options)
 
         # 3. transformers' own `from_pretrained` would restore a plain `GenerationConfig`.
-        if generation_config is None and saved.has_generation_config():  # without one, it has its large model's
-            with blaming(f"The pair {saved}", "generation_config.json"):
-                generation_config = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
-        if generation_config is not None:
-            own = SGLGenerationConfig.from_generation_config(generation_config)
-            by_hand = generation_config.transformers_version is None  # what transformers has saved is complete
-            model.generation_config = own.completed_by(model.large.generation_config) if by_hand else own
+        model.generation_config = _generation_config(saved, generation_config, model)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:
@@ -295,6 +289,16 @@ class PretrainedPair(PreTrainedModel):
         """Keeps where the models came from, for their tokenizers and for a recipe."""
         for name, checkpoint in checkpoints.items():
             self._checkpoints[name] = recorded(checkpoint, options[name])
+
+
+def _generation_config(saved: SavedPair, given: Any, model: PretrainedPair) -> SGLGenerationConfig:
+    """The user's settings, or else the pair's own; without a file of its own it has its large model's."""
+    if given is None and saved.has_generation_config():
+        with blaming(f"The pair {saved}", "generation_config.json"):
+            given = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
+    if given is None:
+        return model.generation_config
+    return SGLGenerationConfig.from_generation_config(given).completed_by(model.large.generation_config)
 
 
 def _known(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Checkpoint:

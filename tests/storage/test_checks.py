@@ -191,10 +191,8 @@ def test_a_model_of_a_recipe_that_asks_for_a_kernel(recipe: Path) -> None:
     refused(recipe, "The small model .* asks for an attention kernel from the Hub")
 
 
-@pytest.mark.parametrize(
-    "load", [SGLForConditionalGeneration.from_pretrained, AutoModelForImageTextToText.from_pretrained]
-)
-def test_the_user_may_ask_for_a_kernel(load: Callable[..., Any], bundle: Path, recipe: Path) -> None:
+@pytest.mark.parametrize("model_class", [SGLForConditionalGeneration, AutoModelForImageTextToText])
+def test_the_user_may_ask_for_a_kernel(model_class: Any, bundle: Path, recipe: Path) -> None:
     for folder in (bundle, recipe):
         said = ""
         try:
