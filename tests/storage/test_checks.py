@@ -191,15 +191,15 @@ def test_a_model_of_a_recipe_that_asks_for_a_kernel(recipe: Path) -> None:
     refused(recipe, "The small model .* asks for an attention kernel from the Hub")
 
 
-@pytest.mark.parametrize(
-    "load", [SGLForConditionalGeneration.from_pretrained, AutoModelForImageTextToText.from_pretrained]
-)
-def test_the_user_may_ask_for_a_kernel(load: Callable[..., Any], bundle: Path, recipe: Path) -> None:
+@pytest.mark.parametrize("model_class", [SGLForConditionalGeneration, AutoModelForImageTextToText])
+def test_the_user_may_ask_for_a_kernel(model_class: Any, bundle: Path, recipe: Path) -> None:
     for folder in (bundle, recipe):
-        # It reaches transformers, which finds no package `kernels` here.
-        with pytest.raises(Exception, match=r"kernels`? (package|library|is|to be)|kernels") as error:
-            load(folder, attn_implementation=KERNEL)
-        assert "foreign code" not in str(error.value)
+        said = ""
+        try:
+            model_class.from_pretrained(folder, attn_implementation=KERNEL)
+        except Exception as error:  # transformers has no package `kernels` here; some versions then take another
+            said = str(error)
+        assert "foreign code" not in said
 
 
 @pytest.mark.parametrize("value", [{"patch_embeddings": True}, {"use_kernels": True}])
