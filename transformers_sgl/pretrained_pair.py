@@ -297,7 +297,9 @@ def _generation_config(saved: SavedPair, given: Any, model: PretrainedPair) -> S
             given = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
     if given is None:
         return model.generation_config
-    return SGLGenerationConfig.from_generation_config(given).completed_by(model.large.generation_config)
+    own = SGLGenerationConfig.from_generation_config(given)
+    is_complete = given.transformers_version is not None  # transformers has saved it; else it was written by hand
+    return own if is_complete else own.completed_by(model.large.generation_config)
 
 
 def _known(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Checkpoint:
