@@ -131,12 +131,13 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         return importance_transfer(self.large.config, self.small.config)
 
     @with_signature_of_large
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         """Runs the large model, unpruned; arguments and result are its own. `small_*` inputs and boxes are ignored."""
-        if labels is not None:  # named, because `Trainer` looks in the class for what holds labels
-            kwargs["labels"] = labels
+        # These two are named because `Trainer` and others look for them in the class.
+        named = {"input_ids": input_ids, "labels": labels}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         own = {name: kwargs[name] for name in kwargs if not name.startswith("small_") and name not in BOX_INPUTS}
-        return self.large(*args, **with_installed_cache_name(own))
+        return self.large(**with_installed_cache_name(own))
 
     @overload
     def generate(

@@ -126,7 +126,8 @@ class PretrainedPair(PreTrainedModel):
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
         if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(saved.path, **saved.where)
+            attention = {name: kwargs[name] for name in ("attn_implementation",) if kwargs.get(name) is not None}
+            config = SGLConfig.from_pretrained(saved.path, **saved.where, **attention)
         recipe = config.recipe
         if config.large_config is None and recipe is None:
             path = saved.path
