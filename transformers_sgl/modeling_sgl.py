@@ -209,13 +209,15 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         return load_tokenizers(*((place.path, place.where) for place in places))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises `ValueError`: a paged cache cannot hold layers of different lengths."""
+        """Raises `ValueError`: a paged cache cannot hold layers of different lengths; so do all that serve it."""
         raise ValueError(
             "A pair cannot run with continuous batching, whose paged cache holds equally many tokens of every layer: "
             "call `generate` with a batch, or `large.generate_batch` for the large model alone."
         )
 
     generate_batch = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching
+    destroy_cached_continuous_batching_manager = init_continuous_batching
 
 
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):

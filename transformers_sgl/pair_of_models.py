@@ -53,6 +53,7 @@ class PairOfModels(PreTrainedModel):
     get_position_embeddings = _OfLarge()
     resize_position_embeddings = _OfLarge()
     resize_token_embeddings = _OfLarge()
+    vocab_size = _OfLarge()
 
     # What it does with inputs.
     can_record_outputs = _OfLarge()
