@@ -29,7 +29,7 @@ from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
-from transformers_sgl.tokens.vocabulary import Vocabularies
+from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read
 from transformers_sgl.versions import names_versions
 
 __all__ = ["generate"]
@@ -93,6 +93,7 @@ def generate(
     prompts = large_inputs["input_ids"]
     prompt = prompt or Prompt.of(large.config, large_inputs)
     num_visual_tokens = prompt.visual_tokens.counts
+    check_prompts_can_be_read(small_inputs["input_ids"], small)
     small_prompt = Prompt.of(small.config, small_inputs)
     transfer = None
     if processors:

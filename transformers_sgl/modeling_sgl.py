@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, Literal, overload
 
 import torch
@@ -112,6 +111,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         self.small = small
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
         self._checkpoints: dict[str, Checkpoint] = {}
+        self._known_vocabularies: Vocabularies | None = None
         self.training = large.training or small.training
         self.post_init()
         placed = device_map(large=large, small=small)
@@ -200,9 +200,13 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             **generate_kwargs,
         )
 
-    @cached_property  # at the first call, because embeddings may be resized before
+    @property
     def _vocabularies(self) -> Vocabularies:
-        return Vocabularies(self._load_tokenizers, vocabulary_sizes(self.large, self.small))
+        """Those of the models as they are now: embeddings may have been resized since the last call."""
+        sizes = vocabulary_sizes(self.large, self.small)
+        if self._known_vocabularies is None or self._known_vocabularies.sizes != sizes:
+            self._known_vocabularies = Vocabularies(self._load_tokenizers, sizes)
+        return self._known_vocabularies
 
     def _load_tokenizers(self) -> list[Any]:
         places = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
