@@ -34,7 +34,7 @@ from transformers_sgl.architectures import (
 )
 from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.tokens.layouts import LAYOUTS, PLACELESS
-from transformers_sgl.transformers_interface import processor_name, server_model_tables
+from transformers_sgl.transformers_interface import processor_name
 
 # The processors of types that transformers itself names none for; their checkpoints do.
 PROCESSORS = {
@@ -157,7 +157,9 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
             ]
         )
     columns = ["architecture", "guide", "guided", "images", "video", "across families", "transformers", "limits"]
-    types = server_model_tables()[0].keys() - {SGLConfig.model_type}
+    types = {config.model_type for config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING} - {
+        SGLConfig.model_type
+    }
     caption = (
         f"{len(rows)} of the {len(types)} types that answer to `AutoModelForImageTextToText`. "
         "Tiny random models of each architecture's own configuration class. Guide: its importance equals the sum of "

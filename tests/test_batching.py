@@ -3,11 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import IMAGE, find_visual_tokens, prompts, samples
-from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl.batching import (
-    WholeBatchStreamer,
     append_tokens,
     left_padded,
     merge_answers,
@@ -102,24 +99,3 @@ def test_merged_answers_are_each_samples_own(rows: list[tuple[list[int], bool]])
     assert merged.shape == (len(rows), max(len(row) for row, _ in rows))
     for found, (row, _) in zip(merged.tolist(), rows, strict=True):
         assert found == row + [0] * (len(found) - len(row))
-
-
-def test_a_listener_hears_the_whole_batch_in_step() -> None:
-    class Listener(BaseStreamer):
-        def __init__(self) -> None:
-            self.heard: list = []
-
-        def put(self, value: Tensor) -> None:
-            self.heard.append(value.tolist())
-
-        def end(self) -> None:
-            self.heard.append("end")
-
-    listener = Listener()
-    early = torch.tensor([[0, 0, 0], [5, 6, 7], [0, 0, 0]])
-    whole = WholeBatchStreamer(listener, torch.tensor([[1], [2], [3]]), early, torch.tensor([False, True, False]), 9)
-    whole.put(torch.tensor([[1], [3]]))
-    whole.put(torch.tensor([10, 30]))
-    whole.put(torch.tensor([11, 31]))
-    whole.end()
-    assert listener.heard == [[[1], [2], [3]], [10, 5, 30], [11, 6, 31], [9, 7, 9], "end"]

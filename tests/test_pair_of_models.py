@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import prompts, tiny_internvl
+from tiny_models import prompts, state, tiny_internvl
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from transformers_sgl import SGLConfig, SGLForConditionalGeneration
 
@@ -236,3 +236,55 @@ def test_trainer_predicts_with_defaults(pair: SGLForConditionalGeneration, tmp_p
     assert torch.allclose(torch.tensor(predicted.predictions), pair.large(**inputs).logits, atol=1e-5)
     assert predicted.label_ids.shape == (8, inputs["labels"].shape[1])
     assert predicted.metrics["test_loss"] == pytest.approx(pair.large(**inputs).loss.item(), abs=1e-5)
+
+
+# --- tokens that are added later ---
+
+
+def test_added_tokens_are_the_large_models_and_the_small_one_reads_them_as_text(embedded_pair_path: Path) -> None:
+    pair = AutoModelForImageTextToText.from_pretrained(embedded_pair_path)
+    processor = AutoProcessor.from_pretrained(embedded_pair_path)
+    settings = {"max_new_tokens": 16, "retention_ratio": 0.3, "do_sample": False, "return_dict_in_generate": True}
+
+    def inputs(reader: Any, question: str = "describe the <sparkle> red triangle.") -> dict[str, Any]:
+        image = {"type": "image", "path": str(embedded_pair_path / "example.png")}
+        chat = [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return reader.apply_chat_template(chat, **options)
+
+    plain = inputs(processor, "describe the red triangle.")
+    before = pair.generate(**plain, **settings)
+    assert processor.reads_the_same
+    processor.tokenizer.add_tokens(["<sparkle>"])
+    pair.resize_token_embeddings(len(processor.tokenizer))
+    assert not processor.reads_the_same
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (pair, pair.large, pair.small)]
+    assert sizes == [len(processor.tokenizer), len(processor.tokenizer), len(processor.tokenizer) - 1]
+    after = pair.generate(**plain, **settings)  # drafts are still taken token by token
+    assert torch.equal(before.sequences, after.sequences)
+    assert torch.equal(before.num_draft_tokens_accepted, after.num_draft_tokens_accepted)
+
+    mixed = inputs(processor)
+    assert mixed["small_input_ids"].shape[1] > mixed["input_ids"].shape[1]
+    output = pair.generate(**mixed, **settings)
+    answer = processor.decode(output.sequences[0, mixed["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer == "a red triangle labelled B in the bottom left"
+    before = state(pair)
+    with pytest.raises(ValueError, match=r"the token 461, but it knows 461: .* the pair's own `SGLProcessor`, or add"):
+        pair.generate(**inputs(processor.large_processor), **settings)
+    assert state(pair) == before
+
+    processor.small_processor.tokenizer.add_tokens(["<sparkle>"])
+    pair.small.resize_token_embeddings(len(processor.tokenizer))
+    assert processor.reads_the_same
+    both = inputs(processor)
+    assert "small_input_ids" not in both
+    assert pair.generate(**both, **settings).sequences.shape[1] > both["input_ids"].shape[1]
+
+
+def test_resized_embeddings_are_noticed_after_a_call(pair: SGLForConditionalGeneration) -> None:
+    inputs, settings = prompts(), {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    assert pair.generate(**inputs, **settings, verify_draft=True).num_draft_tokens_accepted is not None
+    pair.resize_token_embeddings(70)
+    # Without tokenizers, models of different sizes may not mean the same by a token.
+    assert pair.generate(**inputs, **settings).num_draft_tokens_accepted is None

@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -294,3 +295,40 @@ def test_a_copy_is_a_pair_of_its_own(pair):
 def test_repr_names_both_parts(pair):
     assert repr(pair).startswith("SGLProcessor(large_processor=")
     assert "small_processor=" in repr(pair)
+
+
+# --- two families ---
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(64, 96), (64, 96, 1), (64, 96, 3), (64, 96, 4), (1, 64, 96), (4, 64, 96)], ids=str)
+@pytest.mark.parametrize("is_batch", [False, True], ids=["one", "batch"])
+def test_an_array_is_read_as_the_stock_processors_read_it(
+    regridded_pair_path: Path, shape: tuple[int, ...], as_tensor: bool, is_batch: bool
+):
+    pair = AutoProcessor.from_pretrained(regridded_pair_path)
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    picture = torch.from_numpy(array) if as_tensor else array
+    conversation = chat(picture)
+    if is_batch:
+        conversation = [conversation, chat(image(64, 96))]
+
+    inputs = prepare(pair, conversation, padding=True)
+
+    places = {name: inputs.pop(name) for name in ("visual_token_boxes", "small_visual_token_boxes")}
+    assert_same(large_inputs(inputs), prepare(pair.large_processor, conversation, padding=True))
+    assert_same(small_inputs(inputs), prepare(pair.small_processor, conversation, padding=True))
+    other = [chat(image()), chat(image(64, 96))] if is_batch else chat(image())  # of the same sizes
+    for name, boxes in places.items():
+        torch.testing.assert_close(boxes, prepare(pair, other, padding=True)[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 96, 2), (5, 64, 96)], ids=str)
+def test_what_is_no_image_is_refused_as_by_the_stock_processors(regridded_pair_path: Path, shape: tuple[int, ...]):
+    pair = AutoProcessor.from_pretrained(regridded_pair_path)
+    conversation = chat(np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(ValueError) as of_stock:  # noqa: PT011
+        prepare(pair.large_processor, conversation)
+    with pytest.raises(ValueError) as of_pair:  # noqa: PT011
+        prepare(pair, conversation)
+    assert str(of_pair.value) == str(of_stock.value)

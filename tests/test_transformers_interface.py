@@ -295,6 +295,47 @@ def ExtraSettings() -> None:  # noqa: N802
         assert seen.pop() == wanted, "an unset field does not get its default"
 
 
+class Decided(interface.DecidedSettings, GenerationConfig):
+    pass
+
+
+@check
+def DecidedSettings() -> None:  # noqa: N802
+    model, seen = tiny_internvl(), []
+
+    def loop(_model: Any, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
+        seen.append(generation_config)
+        return input_ids
+
+    settings = Decided(**interface.default_settings(), max_new_tokens=3)
+    settings.eos_token_id = settings.repetition_penalty = None
+    model.generate(**prompts(), generation_config=settings, custom_generate=loop)
+    assert seen[0].eos_token_id is None, "an unset field comes from the model"
+    assert seen[0].repetition_penalty is None, "an unset field gets its default"
+    assert seen[0].max_length == prompts()["input_ids"].shape[1] + 3, "a set field does not stay"
+
+
+@check
+def default_settings() -> None:
+    model, seen = tiny_internvl(), []
+
+    def loop(_model: Any, input_ids: Any, generation_config: Any, **kwargs: Any) -> Any:
+        seen.append(generation_config)
+        return input_ids
+
+    model.generation_config = GenerationConfig()
+    model.generate(**prompts(), custom_generate=loop)
+    defaults = {name: value for name, value in interface.default_settings().items() if name != "max_length"}
+    assert {name: getattr(seen[0], name) for name in defaults} == defaults, "what nobody has set has another value"
+
+
+@check
+def stock_settings() -> None:
+    read = set(inspect.getsource(GenerationConfig.__init__).split('kwargs.pop("')[1:])
+    names = {each.partition('"')[0] for each in read}
+    assert set(interface.stock_settings()) == {name for name in names if name[0] != "_"} - {"transformers_version"}
+
+
 @check
 def extended_inputs() -> None:
     model, inputs = tiny_internvl(), prompts()
@@ -416,32 +457,6 @@ def stock_fault() -> None:
     assert interface.stock_fault("internvl") is None
 
 
-@check
-def server_class() -> None:
-    pytest.importorskip("fastapi")
-    Serve = interface.server_class()  # noqa: N806
-    assert {"force_model", "non_blocking"} <= set(inspect.signature(Serve).parameters)
-    assert callable(Serve.start_server)
-    assert "self.server = uvicorn.Server(" in inspect.getsource(Serve), "`server` is no uvicorn server"
-
-
-@check
-def server_model_tables() -> None:
-    for table in interface.server_model_tables():
-        assert table["internvl"] == "InternVLForConditionalGeneration"
-
-
-@check
-def server_models() -> None:
-    pytest.importorskip("fastapi")
-    source = inspect.getsource(interface.server_class())
-    assert "self._model_manager = ModelManager(" in source
-    from transformers.cli.serving import model_manager, utils
-
-    assert "self.force_model = force_model" in inspect.getsource(model_manager.ModelManager)
-    assert "self.model_manager.load_model_and_processor(" in inspect.getsource(utils.BaseHandler._resolve_model)
-
-
 # ---------------------------------------------------------------------------------------------------------- images
 
 
@@ -547,7 +562,6 @@ PRIVATE = {
     "_from_auto",
     "_get_default_generation_params",
     "_get_num_multimodal_tokens",
-    "_model_manager",
     "_name_or_path",
     "_sample",
     "_supports_attention_backend",
@@ -556,10 +570,10 @@ PRIVATE = {
     "_update_model_kwargs_for_generation",
 }
 UNDOCUMENTED = {
-    "cli.serve.Serve",
     "generation.GenerateDecoderOnlyOutput",
     "image_processing_utils.select_best_resolution",
     "image_utils.get_image_size",
+    "image_utils.infer_channel_dimension_format",
     "image_utils.load_image",
     "image_utils.to_numpy_array",
     "initialization.no_init_weights",
@@ -568,7 +582,6 @@ UNDOCUMENTED = {
     "processing_utils.ImagesKwargs",
     "utils.hub.cached_file",
     "utils.hub.extract_commit_hash",
-    "utils.import_utils.is_serve_available",
     "video_utils.load_video",
 }
 # Modules whose names are documented as importable from there.

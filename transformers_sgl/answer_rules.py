@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from transformers_sgl.batching import pad_rows
-from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.generation_config_sgl import CompleteSettings, SGLGenerationConfig
+from transformers_sgl.generation_settings import carried_settings, is_set, unmet
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
+from transformers_sgl.whole_batch import WholeBatch, copied
 
 __all__ = ["AnswerRules"]
 
@@ -25,10 +27,6 @@ __all__ = ["AnswerRules"]
 _DYNAMIC_CACHES = (None, "dynamic", "offloaded", "hybrid")
 # As in transformers, where no limit is set.
 _DEFAULT_MAX_NEW_TOKENS = 20
-# Settings that shape an answer and so the draft: in any vocabulary, and where both models share one.
-_SHAPING_SETTINGS = ("max_time", "no_repeat_ngram_size", "repetition_penalty")
-_SHAPING_SETTINGS_BY_ID = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
-_SHAPING_ARGUMENTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,9 @@ class AnswerRules:
         """The rules that the resolved settings and `generate`'s other arguments make for the large model's inputs."""
         input_ids = inputs.get("input_ids")
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        at_least = max(settings.min_new_tokens or 0, (settings.min_length or 0) - prompt_length)
+        at_least = settings.min_new_tokens  # wins over `min_length`, as in transformers
+        if at_least is None:
+            at_least = max(0, (settings.min_length or 0) - prompt_length)
         if settings.max_new_tokens is not None:
             at_most = settings.max_new_tokens
         elif settings.max_length is not None:
@@ -108,13 +108,21 @@ class AnswerRules:
             and inputs.get("input_ids") is not None
             and cache_of(inputs) is None
             and self.settings.cache_implementation in _DYNAMIC_CACHES
-            and not any(self.arguments.get(name) for name in ("assistant_model", "custom_generate"))
+            and inputs.get("inputs_embeds") is None
+            and not any(self.arguments.get(name) for name in ("assistant_model", "custom_generate", "synced_gpus"))
+            and not any(is_set(name, getattr(self.settings, name)) for name in ("guidance_scale", "token_healing"))
             and self.vocabularies.shared is not None
         )
 
     def check_guidable(self, inputs: Mapping[str, Any]) -> None:
-        """Raises `ValueError` without `input_ids`, or with a cache that already holds tokens."""
+        """Raises `ValueError` without `input_ids`, with a cache that already holds tokens, or for token healing."""
         cache = cache_of(inputs)
+        if is_set("token_healing", self.settings.token_healing):
+            raise ValueError(
+                "`token_healing` rewrites the end of the prompt before the large model reads it, so the small model "
+                "would read another one: leave it out, or set `retention_ratio=1.0` and no `early_exit_threshold` to "
+                "run the large model alone."
+            )
         if inputs.get("input_ids") is None:
             raise ValueError(
                 "The small model's guidance needs visual tokens, which are found by their ids, but there are no "
@@ -127,7 +135,7 @@ class AnswerRules:
                 f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
             )
 
-    def check_exits(self) -> None:
+    def check_exits(self, inputs: Mapping[str, Any]) -> None:
         """Raises `ValueError` if the small model's answer cannot stand for the large one's, with cause and cure."""
         cure = "or pass `early_exit_threshold=None`, which never exits."
         if not self.is_greedy:
@@ -140,12 +148,18 @@ class AnswerRules:
                 "An early exit returns the small model's tokens, but nothing tells whether they mean the same to the "
                 f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
             )
-        own = [name for name in _SHAPING_ARGUMENTS if self.arguments.get(name) is not None]
-        own += [name for name in _SHAPING_SETTINGS_BY_ID if getattr(self.settings, name) is not None]
-        if own and not self.vocabularies.shared:
+        never, foreign = unmet(self.settings, self.arguments, bool(self.vocabularies.shared))
+        if inputs.get("inputs_embeds") is not None:
+            never.append("inputs_embeds")
+        if never:
             raise ValueError(
-                f"An early exit cannot obey {', '.join(f'`{name}`' for name in own)}, because the small model writes "
-                f"in another vocabulary: leave it out, {cure}"
+                f"An early exit cannot obey {_listed(never)}, because the small model's answer would not: leave it "
+                f"out, {cure}"
+            )
+        if foreign:
+            raise ValueError(
+                f"An early exit cannot obey {_listed(foreign)}, because the small model writes in another vocabulary: "
+                f"leave it out, {cure}"
             )
 
     def check_prunable(self, inputs: Mapping[str, Any]) -> None:
@@ -159,31 +173,39 @@ class AnswerRules:
                 f"{settings.cache_implementation or 'static'} cache cannot do: leave `cache_implementation` unset, "
                 f"{cure}"
             )
-        assisted = self.arguments.get("assistant_model") is not None or settings.prompt_lookup_num_tokens
-        guided = settings.guidance_scale not in (None, 1) or self.arguments.get("negative_prompt_ids") is not None
-        for name, is_set in (
+        assisted = self.arguments.get("assistant_model") is not None or any(
+            (settings.prompt_lookup_num_tokens, settings.assistant_early_exit, settings.use_mtp)
+        )
+        guided = (
+            is_set("guidance_scale", settings.guidance_scale) or self.arguments.get("negative_prompt_ids") is not None
+        )
+        for name, is_wanted in (
             ("assisted decoding", assisted),
             ("prefill_chunk_size", settings.prefill_chunk_size),
             ("classifier-free guidance", guided),
         ):
-            if is_set:
+            if is_wanted:
                 raise ValueError(f"Pruning does not work together with {name}: leave it out, {cure}")
 
-    def draft_settings(self, small: GenerationConfig) -> dict[str, Any]:
-        """Arguments of the small model's `generate` so that its draft obeys these rules; `small` are its own settings.
+    def draft_settings(self, small: GenerationConfig, prompts: Tensor, small_prompts: Tensor) -> dict[str, Any]:
+        """Arguments of the small model's `generate` so that its draft obeys these rules.
 
-        Raises `ValueError` if stop strings are wanted, but there is no tokenizer to find them with.
+        `small` are the small model's own settings, `prompts` the `input_ids` as they were passed and `small_prompts`
+        those that it reads, of shapes `(batch, prompt_length)` and `(batch, small_prompt_length)`. Raises `ValueError`
+        if stop strings are wanted, but there is no tokenizer to find them with, or what cannot be copied.
         """
-        settings, shared = self.settings, self.vocabularies.shared
-        names = [*_SHAPING_SETTINGS, *(_SHAPING_SETTINGS_BY_ID if shared else ())]
-        shaping = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-        shaping["max_new_tokens"] = settings.guidance_max_new_tokens or self.max_new_tokens
-        if self.min_new_tokens > 0:
-            shaping["min_new_tokens"] = min(self.min_new_tokens, shaping["max_new_tokens"])
-        # The small model stops where the large one would, and at its own end of sequence.
+        settings, shared = self.settings, bool(self.vocabularies.shared)
+        draft = carried_settings(settings, shared)
+        limit = settings.guidance_max_new_tokens or self.max_new_tokens
+        draft |= {"max_new_tokens": limit, "min_new_tokens": min(self.min_new_tokens, limit)}
+        draft |= {"max_length": None, "min_length": None, "stop_strings": None}
+        if shared and limit < self.max_new_tokens:
+            draft["forced_eos_token_id"] = None  # forced at the end of an answer, not where a draft is cut off
+        # The small model stops where the large one would, and at its own end of sequence, where there is one to obey.
         eos = [*_ids(small.eos_token_id), *(self.eos_token_ids if shared else ())]
-        if eos:
-            shaping["eos_token_id"] = list(dict.fromkeys(eos))
+        if self.may_exit and not self.eos_token_ids:
+            eos = []
+        draft["eos_token_id"] = list(dict.fromkeys(eos)) or None
 
         criteria = StoppingCriteriaList()
         if settings.stop_strings is not None:
@@ -193,13 +215,11 @@ class AnswerRules:
             if not shared and self.vocabularies.tokenizers is not None:
                 tokenizer = self.vocabularies.tokenizers[1]
             criteria.append(StopStringCriteria(tokenizer, settings.stop_strings))
-        # The user's objects may keep state, so the draft obeys them only where it may become the answer.
-        if self.may_exit:
-            criteria += self.arguments.get("stopping_criteria") or []
-            for name in ("logits_processor", "prefix_allowed_tokens_fn"):
-                if self.arguments.get(name) is not None:
-                    shaping[name] = self.arguments[name]
-        return {**shaping, "stopping_criteria": criteria}
+        # The caller's own objects may keep state, so a draft obeys copies, and only where it may become the answer.
+        own = copied(self.arguments) if self.may_exit else {}
+        if own and not torch.equal(prompts, small_prompts.to(prompts.device)):
+            own = WholeBatch.of_all(prompts).shown(own, small_prompts.shape[1])
+        return {**draft, **own, "stopping_criteria": [*criteria, *own.get("stopping_criteria", ())]}
 
     def in_large_vocabulary(self, draft: Tensor, mask: Tensor, ended_with_eos: Tensor) -> tuple[Tensor, Tensor]:
         """The drafts in the large model's tokens and its own end of sequence, and their mask.
@@ -227,17 +247,24 @@ class AnswerRules:
         fits = torch.where(ended, lengths <= self.max_new_tokens, lengths == self.max_new_tokens)
         return fits & (lengths >= self.min_new_tokens)
 
-    def counting_new_tokens(self, generation_config: SGLGenerationConfig) -> SGLGenerationConfig:
-        """A copy of the settings for prompts of another length: its limits count new tokens, not the prompt."""
-        settings = SGLGenerationConfig.from_generation_config(generation_config)
-        settings.update(
-            min_new_tokens=self.min_new_tokens or None,
-            max_new_tokens=self.max_new_tokens,
-            min_length=None,
-            max_length=None,
-        )
+    def large_settings(self, counts_new_tokens: bool = False) -> CompleteSettings:
+        """The settings of the large model's `generate`.
+
+        For prompts of another length, limits count new tokens, and not the prompt.
+        """
+        settings = CompleteSettings.from_generation_config(self.settings)
+        if counts_new_tokens:
+            settings.min_new_tokens, settings.min_length, settings.max_length = self.min_new_tokens, None, None
+        if settings.max_length is None:
+            settings.max_new_tokens = self.max_new_tokens
+        if settings.min_new_tokens is None and settings.min_length is None:
+            settings.min_length = 0
         return settings
 
 
 def _ids(eos_token_id: int | list[int] | None) -> list[int]:
     return [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

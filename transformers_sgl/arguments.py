@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
-from transformers_sgl.transformers_interface import CACHE_NAMES, with_installed_cache_name
+from transformers_sgl.transformers_interface import CACHE_NAMES, default_settings, with_installed_cache_name
 
 __all__ = ["read_arguments", "split_inputs"]
 
@@ -18,29 +18,34 @@ _SMALL_PREFIX = "small_"
 # Arguments of stock `generate` that are neither settings nor model inputs.
 _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
-# Plain inputs that belong to the large model alone.
-_LARGE_ONLY = CACHE_NAMES
+# Plain inputs that the large model alone understands: what one of its parts has computed.
+_LARGE_ONLY = (*CACHE_NAMES, "inputs_embeds", "mm_encoder_outputs")
 
 
 def read_arguments(
     inputs: Tensor | None,
     generation_config: GenerationConfig | None,
     kwargs: dict[str, Any],
-    *defaults: GenerationConfig,
+    model: GenerationConfig,
 ) -> tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]]:
     """The resolved settings, the model inputs and the remaining arguments of a call that looks like stock `generate`.
 
-    Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; unset fields come
-    from `defaults`, the first one first. `early_exit_threshold=None` among `kwargs` means never to exit.
+    Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; what is `None` in
+    it comes from the `model`'s own settings. As in stock `generate`, a setting that is `None` among `kwargs` is unset;
+    one of this package's own is as if it were not passed, but `early_exit_threshold=None` means never to exit.
     """
-    settings = SGLGenerationConfig.from_generation_config(generation_config)
-    kwargs = dict(kwargs)
+    if kwargs.get("early_exit_threshold", 0) is None:
+        kwargs = {**kwargs, "early_exit_threshold": NEVER_EXIT}
+    own = SGLGenerationConfig.extra_defaults()
+    kwargs = {name: value for name, value in kwargs.items() if not (name in own and value is None)}
     preset = kwargs.pop("preset", None)
     if preset is not None:
         SGLGenerationConfig.from_preset(preset)  # raises if there is none of that name
         kwargs = {**PRESETS[preset], **kwargs}
-    if "early_exit_threshold" in kwargs and kwargs["early_exit_threshold"] is None:
-        kwargs["early_exit_threshold"] = NEVER_EXIT  # in a configuration, None would inherit the pair's threshold
+    settings = SGLGenerationConfig.from_generation_config(generation_config).resolved(model)
+    # Now, so that `None` among `kwargs` unsets; a default length depends on the prompt, and comes later.
+    defaults = {name: value for name, value in default_settings().items() if name not in ("max_length", "min_length")}
+    settings.update(defaults_only=True, **defaults)
     model_inputs = with_installed_cache_name(settings.update(**kwargs))
     generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
     if "tokenizer" in generate_kwargs:
@@ -49,7 +54,7 @@ def read_arguments(
         generate_kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
     if inputs is not None:
         model_inputs["input_ids"] = inputs
-    return settings.resolved(*defaults), model_inputs, generate_kwargs
+    return settings, model_inputs, generate_kwargs
 
 
 def split_inputs(inputs: dict[str, Any], shares_tensors: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The samples of a batch: padded on the left, selected, and put together again. Pure tensors.
 
-Samples that exit early leave the batch before the large model runs; callers and streamers still get the whole batch.
+Samples that exit early leave the batch before the large model runs; what callers see of it is in `whole_batch`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "WholeBatchStreamer",
     "append_tokens",
     "left_padded",
     "merge_answers",
@@ -25,13 +24,19 @@ __all__ = [
 def left_padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same inputs with all padding on the left, where `generate` needs it to continue a prompt.
 
-    Every tensor of the shape of `input_ids`, `(batch, prompt_length)`, counts as one value per token.
+    Every tensor of the shape of `input_ids`, `(batch, prompt_length)`, counts as one value per token, and so do
+    `inputs_embeds`.
     """
     mask = inputs.get("attention_mask")
     if mask is None or mask.shape != inputs["input_ids"].shape or bool(mask[:, -1].all()):
         return inputs
     order = torch.argsort(mask.long(), dim=1, stable=True)
-    return {**inputs, **{name: inputs[name].gather(1, order.to(inputs[name].device)) for name in _per_token(inputs)}}
+    row = torch.arange(len(order), device=order.device)[:, None]
+    moved = {}
+    for name in _per_token(inputs):
+        device = inputs[name].device
+        moved[name] = inputs[name][row.to(device), order.to(device)]
+    return {**inputs, **moved}
 
 
 def row_owners(num_rows: int, weights: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -136,44 +141,11 @@ def merge_answers(early: Tensor, late: Tensor | None, is_early: Tensor, pad_toke
     return answers
 
 
-class WholeBatchStreamer:
-    """Passes the whole batch on to a streamer, though the large model runs only a part of it.
-
-    All `prompts` are put at once; the `early` answers, `(batch, early_length)`, count for the samples that are
-    `is_early`.
-    """
-
-    def __init__(self, streamer: Any, prompts: Tensor, early: Tensor, is_early: Tensor, pad_token_id: int) -> None:
-        self._streamer = streamer
-        self._early = early.cpu()
-        self._is_early = is_early.cpu()
-        self._pad_token_id = pad_token_id
-        self._step = -1  # the large model first puts its prompts
-        streamer.put(prompts.cpu())
-
-    def put(self, value: Tensor) -> None:
-        """Passes on one token of every sample, given those of the samples that the large model runs; `(num_late,)`."""
-        if self._step >= 0:
-            self._streamer.put(self._column(value))
-        self._step += 1
-
-    def end(self) -> None:
-        """Passes on the rest of the early answers, and the end."""
-        nothing = torch.full((int((~self._is_early).sum()),), self._pad_token_id)
-        self._step = max(self._step, 0)
-        while self._step < self._early.shape[1]:
-            self.put(nothing)
-        self._streamer.end()
-
-    def _column(self, late: Tensor) -> Tensor:
-        column = torch.full(self._is_early.shape, self._pad_token_id)
-        column[~self._is_early] = late.cpu()
-        if self._step < self._early.shape[1]:
-            column[self._is_early] = self._early[self._is_early, self._step]
-        return column
-
-
 def _per_token(inputs: dict[str, Any]) -> list[str]:
     """The names of the inputs that hold one value per prompt token."""
     shape = inputs["input_ids"].shape
-    return [name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape == shape]
+    return [
+        name
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and (value.shape == shape or name == "inputs_embeds")
+    ]

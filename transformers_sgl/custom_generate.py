@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers_sgl.arguments import read_arguments
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
+from transformers_sgl.storage.adapters import unwrapped
 from transformers_sgl.tokens.importance_process import ImportanceProcessor
 from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers, vocabulary_sizes
 
@@ -65,6 +66,7 @@ def generate_with_small_model(
 
         ```
     """
+    small_model = unwrapped("small", small_model)
     if not isinstance(small_model, PreTrainedModel):
         raise ValueError(
             f"Guidance needs a small model, but `small_model` is {small_model!r}: load one with `from_pretrained` and "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from transformers_sgl.transformers_interface import ExtraSettings
+from transformers_sgl.transformers_interface import DecidedSettings, ExtraSettings
 
-__all__ = ["PRESETS", "SGLGenerationConfig", "average_retention", "resolve_prune_layer"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PRESETS", "CompleteSettings", "SGLGenerationConfig", "average_retention", "resolve_prune_layer"]
 
 # The paper's three settings on a large VLM of 48 decoder layers (section 4.1), named for what a user wants of them.
 # The layer is a fraction of the depth, so that a preset means the same on every model.
@@ -29,6 +32,8 @@ _CHOICES = {
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }
+# What only sampling reads.
+_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_h", "top_k", "top_p", "typical_p")
 
 
 def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
@@ -145,7 +150,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         return cls(**{**PRESETS[preset], **kwargs})
 
     @classmethod
-    def from_generation_config(cls, generation_config: GenerationConfig | None) -> SGLGenerationConfig:
+    def from_generation_config(cls, generation_config: GenerationConfig | None) -> Self:
         """Extends a stock configuration: a copy with this class's fields, unset unless they were there."""
         fields = {} if generation_config is None else generation_config.to_dict()
         return cls(**{name: value for name, value in fields.items() if value is not None})
@@ -175,17 +180,33 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         """The contents of `generation_config.json`: only fields that are set."""
         return {name: value for name, value in super().to_diff_dict().items() if value is not None}
 
-    def resolved(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
-        """A copy in which no SGL field is unset: they come from `defaults`, the first one first, then from the class.
+    def with_defaults(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
+        """A copy whose unset fields come from `defaults`, the first one first."""
+        settings = self.from_generation_config(self)
+        for each in defaults:
+            inherited = {key: value for key, value in each.to_dict().items() if value is not None}
+            settings.update(defaults_only=True, allow_custom_entries=True, **inherited)
+        return settings
 
-        Stock fields that no default sets stay `None`; stock `generate` fills them.
+    def completed_by(self, large: GenerationConfig) -> SGLGenerationConfig:
+        """A pair's settings: what its own file leaves out comes from the `large` model's settings.
+
+        Sampling settings do not where the pair does not sample: transformers refuses to save them then.
         """
-        resolved = self.from_generation_config(self)
-        for settings in defaults:
-            inherited = {key: value for key, value in settings.to_dict().items() if value is not None}
-            resolved.update(defaults_only=True, allow_custom_entries=True, **inherited)
-        resolved.update(defaults_only=True, **self.extra_defaults())
-        return resolved
+        settings = self.with_defaults(large)
+        if not settings.do_sample:
+            for name in _SAMPLING:
+                setattr(settings, name, getattr(self, name))
+        return settings
+
+    def resolved(self, *defaults: GenerationConfig) -> SGLGenerationConfig:
+        """The same, in which no SGL field is unset: last, they come from the class.
+
+        Stock fields that no default sets stay `None`.
+        """
+        settings = self.with_defaults(*defaults)
+        settings.update(defaults_only=True, **self.extra_defaults())
+        return settings
 
     def average_retention(self, num_layers: int) -> float:
         """The average retention under these settings; see the function [`average_retention`]."""
@@ -231,6 +252,10 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
                 f"`guidance_max_new_tokens` is {self.guidance_max_new_tokens!r}: pass a whole number of 1 or more, or "
                 "None to let the small model write as much as the large one may."
             )
+
+
+class CompleteSettings(DecidedSettings, SGLGenerationConfig):
+    """The settings of one call, which no model's own settings change any more: what is `None` stays so."""
 
 
 def _check_prune_layer(prune_layer: Any) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from transformers_sgl.generation_config_sgl import average_retention
 from transformers_sgl.transformers_interface import CacheUnderBothNames
+from transformers_sgl.whole_batch import WholeBatch
 
-__all__ = ["SGLGenerateOutput", "passed_on", "sequences_of"]
+__all__ = ["SGLGenerateOutput", "output_class", "passed_on", "sequences_of"]
 
 
 @dataclass(repr=False)
@@ -49,9 +50,12 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
         timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
             run) and `total_ms`.
-        scores, logits, attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large
-        model's `generate` returns them, for the samples that it was called for; in pruned layers shorter. The cache
-        can be read under its name before and since transformers 5.24.
+        scores, logits (tuples of `Tensor` of shape `(batch, vocab_size)`, *optional*): As the large model's `generate`
+            returns them, one for each token of the answers; NaN where an answer exited early, and so the large model
+            has none. `None` where all did.
+        attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large model's `generate`
+            returns them, for the samples that it was called for, in their order; in pruned layers shorter. The cache
+            can be read under its name before and since transformers 5.24.
     """
 
     importance: Tensor | None = None
@@ -93,17 +97,38 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
 
 
+@dataclass(repr=False)
+class _OutputOfBeams(SGLGenerateOutput, GenerateBeamDecoderOnlyOutput):
+    """The same from beam search, for which stock `generate` has an output of its own, and in its order."""
+
+
+def output_class(output: ModelOutput | Tensor | None) -> type[SGLGenerateOutput]:
+    """The class of output that stands for what stock `generate` returned."""
+    return _OutputOfBeams if isinstance(output, GenerateBeamDecoderOnlyOutput) else SGLGenerateOutput
+
+
 def sequences_of(output: ModelOutput | Tensor) -> Tensor:
     """The sequences that stock `generate` returned, alone or in an output."""
     return output if isinstance(output, Tensor) else output["sequences"]
 
 
-def passed_on(output: ModelOutput | Tensor | None) -> dict[str, Any]:
-    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps as they are."""
+def passed_on(
+    output: ModelOutput | Tensor | None, batch: WholeBatch | None = None, answer_length: int = 0
+) -> dict[str, Any]:
+    """The fields of the large model's output that an [`SGLGenerateOutput`] keeps.
+
+    Where the large model ran only a part of a `batch`, scores and logits still cover all of it, and all tokens of the
+    answers.
+    """
     if output is None or isinstance(output, Tensor):
         return {}
     names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
-    return {name: output[name] for name in names if name in output}
+    kept = {name: output[name] for name in names if name in output}
+    if batch is not None and not batch.runs.all():
+        for name in kept.keys() & {"scores", "logits"}:
+            steps = [batch.rows(step, others=torch.nan) for step in kept[name]]
+            kept[name] = (*steps, *[torch.full_like(steps[0], torch.nan)] * (answer_length - len(steps)))
+    return kept
 
 
 def _shown(value: Any) -> str:

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers_sgl.answer_rules import AnswerRules
 from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
 from transformers_sgl.arguments import split_inputs
-from transformers_sgl.batching import WholeBatchStreamer, merge_answers
+from transformers_sgl.batching import merge_answers
 from transformers_sgl.clock import Clock
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput, output_class, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
@@ -31,6 +31,7 @@ from transformers_sgl.tokens.importance_process import ImportanceProcessor, Impo
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
 from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read
 from transformers_sgl.versions import names_versions
+from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
 __all__ = ["generate"]
 
@@ -59,7 +60,6 @@ def generate(
     clock = Clock(large.device, small.device)
     inputs, boxes = split_boxes(inputs)
     large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
-    generate_kwargs["generation_config"] = settings
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
@@ -67,6 +67,7 @@ def generate(
         settings.retention_ratio, settings.min_tokens_per_image, importance_processor
     )
     rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
+    generate_kwargs["generation_config"] = rules.large_settings()
     prompt = Prompt.find(large.config, large_inputs)
     num_visual_tokens = None if prompt is None else prompt.visual_tokens.counts
     is_guided = bool(processors) or rules.may_exit or rules.can_use_draft(large_inputs)
@@ -78,7 +79,7 @@ def generate(
         sequences = sequences_of(output)
         if not settings.return_dict_in_generate:
             return sequences
-        return SGLGenerateOutput(
+        return output_class(output)(
             **passed_on(output), sequences=sequences, num_visual_tokens=num_visual_tokens, timings=clock.timings
         )
 
@@ -89,9 +90,10 @@ def generate(
         check_prunable(large.config, prune_layer)
         rules.check_prunable(large_inputs)
     if rules.may_exit:
-        rules.check_exits()
+        rules.check_exits(large_inputs)
     prompts = large_inputs["input_ids"]
-    prompt = prompt or Prompt.of(large.config, large_inputs)
+    # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
+    prompt = Prompt.of(large.config, large_inputs, as_passed=not processors)
     num_visual_tokens = prompt.visual_tokens.counts
     check_prompts_can_be_read(small_inputs["input_ids"], small)
     small_prompt = Prompt.of(small.config, small_inputs)
@@ -102,7 +104,7 @@ def generate(
         )
 
     # 3. The small model answers first: a draft, how far to trust it, and where it looked.
-    draft_settings = rules.draft_settings(small.generation_config)
+    draft_settings = rules.draft_settings(small.generation_config, prompts, small_prompt.inputs["input_ids"])
     with one_at_a_time(small):
         guidance = guide(
             small,
@@ -126,21 +128,27 @@ def generate(
     if rules.may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
     early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
+    whole_batch = WholeBatch(prompts, ~exits, early, rules.pad_token_id)
     streamer = generate_kwargs.get("streamer")
     if streamer is not None and exits.any():
-        streamer = WholeBatchStreamer(streamer, prompts, early, exits, rules.pad_token_id)
+        streamer = WholeBatchStreamer(streamer, whole_batch)
         generate_kwargs["streamer"] = streamer
 
     # 5. The other samples go on as a smaller batch. The ranking becomes a choice of tokens, and the large model reads
     # the prompt and the draft, keeps what matters, and writes.
-    rest, output, late, whole_keep_mask = ~exits, None, None, None
+    rest, output, late, whole_keep_mask, num_accepted = ~exits, None, None, None, None
     verifier = DraftVerifier(large)
     if rest.any():
         if exits.any():
             prompt = prompt.select(rest)
-            generate_kwargs["generation_config"] = rules.counting_new_tokens(settings)
-        if settings.verify_draft is not False and vocabularies.shared is not None:
-            verifier = DraftVerifier(large, draft[rest], draft_mask[rest])
+            generate_kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
+        verifies = settings.verify_draft is not False and vocabularies.shared is not None
+        verifier = DraftVerifier(
+            large,
+            draft[rest] if verifies else None,
+            draft_mask[rest] if verifies else None,
+            batch=None if prompt.inputs["input_ids"] is prompts else whole_batch,
+        )
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
             visual_tokens = prompt.visual_tokens
@@ -155,7 +163,6 @@ def generate(
         clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
-    num_accepted = None
     if verifier.num_accepted is not None:
         num_accepted = torch.zeros_like(rest, dtype=torch.long)
         num_accepted[rest] = verifier.num_accepted.to(rest.device)
@@ -166,8 +173,8 @@ def generate(
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
-    return SGLGenerateOutput(
-        **passed_on(output),
+    return output_class(output)(
+        **passed_on(output, whole_batch, answers.shape[1]),
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,

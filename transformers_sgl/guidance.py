@@ -6,7 +6,7 @@ more pass, which reads the prompt again with most visual tokens dropped; the vis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -84,8 +84,8 @@ def guide(
     generation_config: SGLGenerationConfig,
     ranks: bool = True,
     scores: bool = False,
-    logits_processor: LogitsProcessorList | None = None,
-    stopping_criteria: StoppingCriteriaList | None = None,
+    logits_processor: Iterable[LogitsProcessor] = (),
+    stopping_criteria: Iterable[StoppingCriteria] = (),
     **settings: Any,
 ) -> Guidance:
     """Lets the small model answer first, greedily, and records its attention (paper, section 3.2).
@@ -98,7 +98,7 @@ def guide(
         ValueError: If a sample has no token whose attention could rank its visual tokens.
     """
     inputs, visual_tokens = _beside(small, inputs, visual_tokens)
-    settings = {**_GREEDY, **settings, **inputs, "return_dict_in_generate": False}
+    settings = {**settings, **_GREEDY, **inputs, "return_dict_in_generate": False}
     with ExitStack() as stack:
         recorder = None
         if ranks or scores:
@@ -109,7 +109,7 @@ def guide(
         sequences = type(small).generate(
             small,
             **settings,
-            logits_processor=LogitsProcessorList([*(logits_processor or ()), *([draft] if draft else ())]),
+            logits_processor=LogitsProcessorList([*logits_processor, *([draft] if draft else ())]),
             stopping_criteria=StoppingCriteriaList([watch]),
         )
     draft_sequences = sequences[:, visual_tokens.prompt_length :]
@@ -228,6 +228,8 @@ class _FeatureMemo(HookContext):
     def _remembering(self, name: str, encode: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(encode)  # `generate` reads the signature
         def remembered(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_around():
+                return encode(*args, **kwargs)
             if name not in self._features:
                 self._features[name] = encode(*args, **kwargs)
             return self._features[name]
@@ -259,8 +261,8 @@ class _DraftRecorder(HookContext, LogitsProcessor):
 
     def _register(self, stack: ExitStack) -> None:
         stack.enter_context(self.features)
-        stack.callback(self._small.register_forward_pre_hook(self._note_prompt, with_kwargs=True).remove)
-        stack.callback(self._small.register_forward_hook(self._note_logits).remove)
+        self._add_hook(stack, self._small.register_forward_pre_hook, self._note_prompt, with_kwargs=True)
+        self._add_hook(stack, self._small.register_forward_hook, self._note_logits)
 
     def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._has_prompt:
@@ -294,9 +296,9 @@ class _EndWatch(StoppingCriteria):
     ended_with_eos: Tensor
     recorder: AttentionRecorder | None = None
 
-    def __init__(self, eos_token_id: int | list[int] | None, criteria: StoppingCriteriaList | None) -> None:
+    def __init__(self, eos_token_id: int | list[int] | None, criteria: Iterable[StoppingCriteria]) -> None:
         self._eos = torch.tensor([] if eos_token_id is None else eos_token_id).reshape(-1)
-        self._criteria = StoppingCriteriaList(criteria or ())
+        self._criteria = StoppingCriteriaList(criteria)
         self._lengths: Tensor | None = None  # (batch,)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

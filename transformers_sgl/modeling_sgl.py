@@ -24,6 +24,7 @@ from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.pair_of_models import PairOfModels, device_map, with_signature_of_large
 from transformers_sgl.pretrained_pair import PretrainedPair
+from transformers_sgl.storage.adapters import unwrapped
 from transformers_sgl.storage.checkpoints import PARTS, Checkpoint
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import BOX_INPUTS, importance_transfer
@@ -89,6 +90,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
     ) -> None:
         if (large is None) != (small is None):
             raise ValueError("A pair needs two models: pass both `large` and `small`, or a configuration alone.")
+        large, small = unwrapped("large", large), unwrapped("small", small)
         if large is None or small is None:
             if config is None or config.large_config is None:
                 raise ValueError("Pass an `SGLConfig` with two models' configurations, or two models.")
@@ -188,7 +190,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             ValueError: If a setting or an input cannot be used, with cause and cure.
         """
         settings, model_inputs, generate_kwargs = read_arguments(
-            inputs, generation_config, kwargs, self.generation_config, self.large.generation_config
+            inputs, generation_config, kwargs, self.generation_config
         )
         return generate(
             self.large,

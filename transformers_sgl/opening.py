@@ -20,7 +20,7 @@ __all__ = ["chat_inputs", "check_device", "find_pair", "naming_pair", "open_pair
 
 
 def open_pair(
-    name: str | Path, *, dtype: str = "auto", device: str = "auto"
+    name: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, **options: Any
 ) -> tuple[SGLForConditionalGeneration, SGLProcessor]:
     """Loads a saved pair and its processor.
 
@@ -28,6 +28,8 @@ def open_pair(
         name (`str` or `Path`): A folder, or a Hub repository such as `org/name`.
         dtype (`str`, defaults to `"auto"`): The type of the weights; `"auto"` is the type they were saved in.
         device (`str`, defaults to `"auto"`): Such as `"cpu"` or `"cuda:0"`; `"auto"` uses what the machine has.
+        revision (`str`, *optional*): The branch, tag or commit of a repository.
+        **options: Further arguments of `from_pretrained` for the models.
 
     Returns:
         The model and its processor.
@@ -40,10 +42,11 @@ def open_pair(
         check_device(device)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    source = find_pair(name)
+    where = {} if revision is None else {"revision": revision}
+    source = find_pair(name, **where)
     with naming_pair(source):
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device)
+        processor = AutoProcessor.from_pretrained(source, **where)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, device_map=device, **where, **options)
     return model, processor
 
 

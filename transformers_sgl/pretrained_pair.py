@@ -17,6 +17,7 @@ from transformers.utils import logging
 from transformers_sgl.architectures import check_supported
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+from transformers_sgl.storage.adapters import check_is_no_adapter, check_no_adapter_is_lost, unwrapped
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
 from transformers_sgl.storage.processors import PROCESSOR_CONFIG, copy_processors, write_processor_config
@@ -54,8 +55,9 @@ class PretrainedPair(PreTrainedModel):
         """Pairs two models.
 
         Args:
-            large (`str`, `os.PathLike` or `PreTrainedModel`): The large model, or where to load it from.
-            small (`str`, `os.PathLike` or `PreTrainedModel`): The small model, or where to load it from.
+            large (`str`, `os.PathLike` or `PreTrainedModel`): The large model, or where to load it from. A `PeftModel`
+                is taken for the model in it, with its adapter.
+            small (`str`, `os.PathLike` or `PreTrainedModel`): The small model; likewise.
             **kwargs: Arguments of `from_pretrained`: plain ones for both models, `large_*` and `small_*` for one
                 (`device_map="auto"`, `small_attn_implementation="sdpa"`, `large_quantization_config=...`).
 
@@ -77,7 +79,7 @@ class PretrainedPair(PreTrainedModel):
             ```
         """
         options = split_kwargs(kwargs)
-        models: dict[str, Any] = {"large": large, "small": small}
+        models: dict[str, Any] = {"large": unwrapped("large", large), "small": unwrapped("small", small)}
         checkpoints = {
             name: _known(name, Checkpoint.at(model, options[name]))
             for name, model in models.items()
@@ -145,6 +147,7 @@ class PretrainedPair(PreTrainedModel):
             if recipe is not None:
                 checkpoints[name] = _known(name, checkpoint, saved.path)
             else:
+                check_is_no_adapter(name, checkpoint)
                 # The pair's configuration wins over the part's own, so that changes to it reach the model, such as the
                 # `attn_implementation` that the Auto classes write there.
                 checkpoints[name] = replace(checkpoint, options={"config": getattr(config, f"{name}_config")})
@@ -163,7 +166,8 @@ class PretrainedPair(PreTrainedModel):
         with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
             generation_config = generation_config or SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
-            model.generation_config = SGLGenerationConfig.from_generation_config(generation_config)
+            own = SGLGenerationConfig.from_generation_config(generation_config)
+            model.generation_config = own.completed_by(model.large.generation_config)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:
@@ -195,7 +199,8 @@ class PretrainedPair(PreTrainedModel):
 
         Raises:
             OSError: If the folder cannot be written.
-            ValueError: If a model's weights cannot be written as they are, or a state dict does not fit.
+            ValueError: If a model's weights cannot be written as they are, a model has an adapter, or a state dict
+                does not fit.
         """
         folder = Path(save_directory)
         if kwargs.get("distributed_checkpoint"):
@@ -217,6 +222,7 @@ class PretrainedPair(PreTrainedModel):
             return
         for name in PARTS:
             check_weights_can_be_saved(name, getattr(self, name))
+            check_no_adapter_is_lost(name, getattr(self, name))
             if state_dict is not None:
                 check_state_dict(name, getattr(self, name), weights[name]["state_dict"])
         if push_to_hub:
@@ -242,7 +248,7 @@ class PretrainedPair(PreTrainedModel):
 
         Raises:
             OSError: If the folder cannot be written.
-            ValueError: If a model was not loaded from a named checkpoint.
+            ValueError: If a model was not loaded from a named checkpoint, or has an adapter.
 
         Example:
             ```python
@@ -265,6 +271,7 @@ class PretrainedPair(PreTrainedModel):
                     f"A recipe names the checkpoints that its models were loaded from, but the {name} model was "
                     "passed as an object: load it by name, or save the weights with `save_pretrained`."
                 )
+            check_no_adapter_is_lost(name, getattr(self, name))
         recipe = {name: as_recipe(self._checkpoints[name]) for name in PARTS}
         with staged(Path(save_directory), _MARKER_OF_A_FINISHED_SAVE) as staging:
             write_processor_config(staging)

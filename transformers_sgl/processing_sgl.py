@@ -157,6 +157,12 @@ class SGLProcessor(ProcessorMixin):
             processor = load_processor(name, part, options[name])
             check_image_token(name, processor, described)
             parts.append(processor)
+        marker = os.path.join(saved.path, PROCESSOR_CONFIG)
+        if recipe is None and os.path.isdir(saved.path) and not os.path.isfile(marker):
+            raise OSError(  # one of them may be new and the other old
+                f"A save of the processors in {saved.path!r} was cut off: `{PROCESSOR_CONFIG}` is missing; save "
+                "them again."
+            )
         return cls(*parts)
 
     def save_pretrained(

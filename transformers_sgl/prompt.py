@@ -17,7 +17,7 @@ __all__ = ["Prompt"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A batch of prompts, padded on the left.
+    """A batch of prompts.
 
     Attributes:
         config (`PreTrainedConfig`): The configuration of the model that reads them.
@@ -30,9 +30,9 @@ class Prompt:
     visual_tokens: VisualTokens
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, inputs: dict[str, Any]) -> Prompt:
-        """The prompts in a model's inputs, whatever their padding side; raises `ValueError` as its parts do."""
-        inputs = left_padded(inputs)
+    def of(cls, config: PreTrainedConfig, inputs: dict[str, Any], as_passed: bool = False) -> Prompt:
+        """The prompts in a model's inputs, padded on the left, or `as_passed`; raises `ValueError` as its parts do."""
+        inputs = inputs if as_passed else left_padded(inputs)
         return cls(config, inputs, visual_tokens_of(config, inputs))
 
     @classmethod
@@ -45,7 +45,7 @@ class Prompt:
 
     def select(self, chosen: Tensor) -> Prompt:
         """The prompts that are `chosen`, `(batch,)`, without the padding that only the others needed."""
-        return Prompt.of(self.config, select_samples(self.inputs, chosen, self.row_owners()))
+        return Prompt.of(self.config, select_samples(self.inputs, chosen, self.row_owners()), as_passed=True)
 
     def row_owners(self) -> dict[str, Tensor]:
         """The prompt to which each row of an image input belongs, by input name; tensors of shape `(num_rows,)`.

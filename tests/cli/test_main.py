@@ -71,7 +71,7 @@ def test_a_fault_of_ours_keeps_its_traceback(example, monkeypatch):
         (("calibrate", "pair", "--out", "out"), "Missing option '--data'"),
         (("evaluate", "pair", "--data", "scenes"), "Missing option '--out'"),
         (("serve",), "Missing argument 'MODEL'"),
-        (("serve", "--port", "8000", "pair"), "No such option: --port"),
+        (("serve", "--port", "0", "pair"), "Invalid value for '--port'"),
         (("publish", "pair"), "Missing option '--repo'"),
         (("publish", "pair", "--repo", "me/pair", "--recipe", "--bundle"), "exclude each other"),
     ],

@@ -127,12 +127,20 @@ def test_a_second_load_needs_no_hub(pushed: HubStub, tmp_path: Path, embedded_pa
         load()
 
 
+def downloaded(folder: Path) -> list[Path]:
+    """What is in the default cache.
+
+    Where peft is installed, the Auto classes note there that the named repository has no adapter, whatever the cache.
+    """
+    return [path for path in folder.glob("hub/models--*/*/**/*") if path.is_file() and ".no_exist" not in path.parts]
+
+
 def test_the_caller_says_which_cache(pushed: HubStub, tmp_path: Path) -> None:
     with pushed.connected(tmp_path / "default"):
         AutoModel.from_pretrained("me/pair", cache_dir=tmp_path / "own")
         AutoProcessor.from_pretrained("me/pair", cache_dir=tmp_path / "own")
     assert list((tmp_path / "own").glob("models--me--pair/snapshots/*/large/*.safetensors"))
-    assert not (tmp_path / "default" / "hub").exists()
+    assert downloaded(tmp_path / "default") == []
 
 
 def test_a_branch_is_pushed_to_and_read_from(
@@ -268,7 +276,8 @@ def test_a_recipe_finds_its_checkpoints_at_their_revisions(
             assert (model.large.dtype, model.small.dtype) == (torch.float64, torch.float32)
             assert model.generation_config.retention_ratio == 0.4
         processor = AutoProcessor.from_pretrained("me/recipe", revision="v7", cache_dir=tmp_path / "own")
-        assert not (tmp_path / "reader" / "hub").exists()
+        assert downloaded(tmp_path / "reader") == []
+        assert not list((tmp_path / "reader").glob("hub/models--org--*"))
         assert answer(model.to(torch.float32), processor, embedded_pair_path) == ANSWER
         assert type(AutoConfig.from_pretrained("me/recipe", revision="v7").recipe["large"]) is dict
     checkpoints.requests.clear()

@@ -400,6 +400,18 @@ class TestPublish:
                 publish(recipe, REPO, private=True, revision=revision)
         assert hub.commits == []
 
+    def test_a_folder_that_another_process_writes_to_is_not_published(self, hub, bundle):
+        def save_again(publication) -> None:
+            config = json.loads((bundle / "generation_config.json").read_text())
+            write(bundle / "generation_config.json", {**config, "retention_ratio": 0.5})
+
+        with pytest.raises(OSError, match="was written to while it was read, and nothing was published: publish"):
+            publish(bundle, REPO, announce=save_again)
+        assert hub.commits == []
+        assert REPO not in hub.repos
+        publish(bundle, REPO)
+        assert json.loads(hub.repos[REPO].files["generation_config.json"])["retention_ratio"] == 0.5
+
     def test_a_branch_is_made_and_the_main_one_left(self, hub, recipe):
         hub.add_repo(REPO, {"notes.txt": b"main"})
         publish(recipe, REPO, revision="draft")

@@ -93,13 +93,11 @@ _METHODS = (
     "sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%. Under `accelerate launch` or `torchrun` "
     "processes share the work."
 )
-_SERVER = "`transformers-sgl serve MODEL --help` lists the options, which are those of `transformers serve`."
 _LOGIN = "Log in before, with `hf auth login` or the environment variable HF_TOKEN."
 
 app.command(rich_help_panel=_ANSWER)(run)
 app.command(rich_help_panel=_ANSWER)(visualize)
 app.command(rich_help_panel=_MEASURE, epilog=f"{_DATA} {_GOES_ON}")(calibrate)
 app.command(rich_help_panel=_MEASURE, epilog=f"{_METHODS} {_GOES_ON}")(evaluate)
-# What follows MODEL is the server's.
-app.command(rich_help_panel=_OFFER, epilog=_SERVER, context_settings={"allow_interspersed_args": False})(serve)
+app.command(rich_help_panel=_OFFER)(serve)
 app.command(rich_help_panel=_OFFER, epilog=_LOGIN)(publish)

@@ -18,7 +18,15 @@ from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Method, Pair,
 from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import as_markdown, summarise, write_report
-from transformers_sgl.evaluation.run import Run, all_processes, measure_costs, open_in_process, plan, run_methods
+from transformers_sgl.evaluation.run import (
+    Run,
+    all_processes,
+    alone_in,
+    measure_costs,
+    open_in_process,
+    plan,
+    run_methods,
+)
 from transformers_sgl.evaluation.run_folder import check_claim, pair_facts
 from transformers_sgl.storage.files import check_writable_folder
 
@@ -107,7 +115,7 @@ def evaluate(
         device (`str`, defaults to `"auto"`): As for [`open_pair`].
 
     Raises:
-        OSError: If a file cannot be read or written, or a package is missing.
+        OSError: If a file cannot be read or written, a package is missing, or another process writes into `out`.
         ValueError: If an argument is not allowed, or `out` holds another run.
     """
     # 1. What can be wrong is checked before the models are loaded.
@@ -126,11 +134,12 @@ def evaluate(
         check_enough(calibration, keep_accuracy)
 
     # 2. Every method answers everything, and the answers are compared.
-    model, processor = open_in_process(pair, dtype, device)
-    of_pair = pair_facts(model, pair if isinstance(pair, (str, Path)) else None)
-    known = {**of_pair, "data": data, "metric_name": metric, **settings, "device": model.device.type}
-    opened = Pair(model, processor, max_new_tokens, seed)
-    return _compare(opened, samples, calibration, chosen, retentions, out, known, keep_accuracy)
+    with alone_in(out, device):
+        model, processor = open_in_process(pair, dtype, device)
+        of_pair = pair_facts(model, pair if isinstance(pair, (str, Path)) else None)
+        known = {**of_pair, "data": data, "metric_name": metric, **settings, "device": model.device.type}
+        opened = Pair(model, processor, max_new_tokens, seed)
+        return _compare(opened, samples, calibration, chosen, retentions, out, known, keep_accuracy)
 
 
 def _compare(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_figure", "new_figure"]
+from transformers_sgl.storage.files import write_atomically
+
+__all__ = ["draw_figure", "new_figure", "save_figure"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and markers that tell without colour.
 _STYLES = {
@@ -31,6 +34,13 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    write_atomically(path, picture.getvalue())
 
 
 def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> Any:
@@ -72,5 +82,5 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> A
         axes.grid(alpha=0.25)
     in_time.set_title(f"{summary['data']}, {summary['num_samples']:,} questions; bars: 95 % intervals", fontsize=10)
     figure.legend(*in_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path, dpi=160)
     return figure

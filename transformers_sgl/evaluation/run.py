@@ -8,8 +8,8 @@ processes (`accelerate launch`) write the same records as one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -28,9 +28,10 @@ from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.run_folder import claim, not_a_record, read_lines
-from transformers_sgl.storage.files import write_atomically
+from transformers_sgl.storage.files import append, locked, write_atomically
 
-__all__ = ["Result", "Run", "RunKey", "all_processes", "measure_costs", "open_in_process", "plan", "run_methods"]
+__all__ = ["Result", "Run", "RunKey", "all_processes", "alone_in", "measure_costs", "open_in_process", "plan"]
+__all__ += ["run_methods"]
 
 RunKey = tuple[str, float | None]  # a method's name and its average retention
 _NUM_COST_BATCHES = 4
@@ -100,6 +101,17 @@ def all_processes(device: str = "auto") -> PartialState:
     return PartialState(cpu=on_cpu, timeout=_PATIENCE)
 
 
+@contextmanager
+def alone_in(folder: Path, device: str = "auto") -> Iterator[None]:
+    """Keeps a run's folder for these processes; raises `OSError` where another run is writing into it."""
+    if not all_processes(device).is_main_process:
+        yield  # nothing is written before all processes have met the one that has the folder
+        return
+    busy = f"Another process is writing into {str(folder)!r}: wait until it is done, or give another `out`."
+    with locked(folder, busy=busy):
+        yield
+
+
 def open_in_process(pair: str | Path | tuple[Any, Any], dtype: str, device: str) -> tuple[Any, Any]:
     """The model and its processor; each of several processes has a device of its own."""
     processes = all_processes(device)
@@ -142,22 +154,19 @@ def run_methods(
             run.method.answer(pair, batch, run.setting)
 
     file = folder / f"samples-{processes.process_index}.jsonl"
+    append(file, "")
     done = len(batches) - len(waiting)
     try:
-        with (
-            file.open("a", encoding="utf-8") as lines,
-            tqdm(
-                total=len(runs) * (len(mine) + done),
-                initial=len(runs) * done,
-                desc=title,
-                unit="batch",
-                disable=None if processes.is_main_process else True,
-            ) as progress,
-        ):
+        with tqdm(
+            total=len(runs) * (len(mine) + done),
+            initial=len(runs) * done,
+            desc=title,
+            unit="batch",
+            disable=None if processes.is_main_process else True,
+        ) as progress:
             for indices in mine:
                 found = _run_batch(pair, samples, indices, runs, score, progress)
-                lines.write("".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in found))
-                lines.flush()
+                append(file, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in found))
                 done += 1
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -193,8 +202,7 @@ def measure_costs(
             peaks = [cost.peak_memory_bytes for cost in found if cost.peak_memory_bytes is not None]
             cost = Cost(sum(cost.flops for cost in found) // number, max(peaks, default=None))
             fields = {"method": run.name, "average_retention": run.average_retention, **asdict(cost)}
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(fields) + "\n")
+            append(file, json.dumps(fields) + "\n")
             costs[run.key] = cost
     return costs
 

@@ -23,7 +23,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
 from transformers_sgl.transformers_interface import newest_commit
 
-__all__ = ["check_claim", "claim", "measurement_record", "not_a_record", "pair_facts", "read_lines"]
+__all__ = ["check_claim", "claim", "fingerprint", "measurement_record", "not_a_record", "pair_facts", "read_lines"]
 
 _FINGERPRINT_BYTES = 2**20
 _FINGERPRINT_VALUES = 256
@@ -111,7 +111,7 @@ def pair_facts(model: Any, source: str | Path | None, *, without_threshold: bool
         name: str = model.name_or_path
         weights: str | None = _fingerprint_in_memory(model)
     elif Path(source).is_dir():
-        name, weights = str(Path(source).resolve()), _fingerprint(Path(source))
+        name, weights = str(Path(source).resolve()), fingerprint(Path(source))
     else:
         name, weights = str(source), newest_commit(str(source))
     return {
@@ -133,7 +133,7 @@ def _fingerprint_in_memory(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):

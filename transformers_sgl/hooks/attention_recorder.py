@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -164,9 +166,9 @@ class AttentionRecorder(HookContext):
     def _register(self, stack: ExitStack) -> None:
         stack.callback(self._restore_attention)  # runs last, after the listeners are gone
         stack.callback(self._waiting.clear)
-        stack.callback(self.model.register_forward_pre_hook(self._note_ends, with_kwargs=True).remove)
-        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
-        stack.callback(self._decoder.register_forward_hook(self._finish_pass).remove)
+        self._add_hook(stack, self.model.register_forward_pre_hook, self._note_ends, with_kwargs=True)
+        self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
+        self._add_hook(stack, self._decoder.register_forward_hook, self._finish_pass)
         for module in self._patterns:
             stack.callback(_listen(module, self))
         config = self._decoder.config
@@ -174,7 +176,7 @@ class AttentionRecorder(HookContext):
 
     def _restore_attention(self) -> None:
         """Restores the model's own attention function, unless another recorder still needs the recording one."""
-        if not any(_LISTENERS.get(module) for module in self._patterns):
+        if not any(_LISTENERS.get(module) for module in attention_modules(self.model).values()):
             config = self._decoder.config
             set_attention_name(config, attention_name(config).removeprefix(_PREFIX))
 
@@ -192,6 +194,8 @@ class AttentionRecorder(HookContext):
             inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             raise ValueError("Attention cannot be recorded of a decoder that is called without its inputs.")
+        if vars(self).setdefault("_thread", get_ident()) != get_ident():
+            raise ValueError("Another thread runs the call that is being recorded: use a new recorder for each call.")
         self._cache = cache_of(kwargs)
         self._first = 0 if self._cache is None else int(self._cache.get_seq_length())
         self._end = self._first + inputs.shape[1]
@@ -204,8 +208,8 @@ class AttentionRecorder(HookContext):
         self._num_seen = self._end
 
     def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Decoder hook: raises if no layer was recorded, which would look like no importance."""
-        if self._num_layers == 0:
+        """Decoder hook: raises if a layer was not recorded, which would look like less importance."""
+        if self._num_layers < len(self._patterns):
             raise ValueError(
                 "The model's attention implementation was changed while it was being recorded, or is not one of "
                 "transformers' attention functions: change it before, and give each model a configuration object of "
@@ -371,7 +375,7 @@ def _recording_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function `implementation` of transformers, which also calls the recorders."""
     forward = attention_function(implementation, module)
-    listeners = _LISTENERS.get(module, ())
+    listeners = [recorder for recorder in _LISTENERS.get(module, ()) if recorder.is_around()]
     if listeners:
         if kwargs.get("position_bias") is not None:
             raise ValueError(
@@ -383,11 +387,8 @@ def _recording_attention(
             recorder.record(module, query, key, scores)
     if implementation in ("sdpa", "eager"):
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
-    # Flash attention looks its kernel up by the name on the configuration, so that must be its own.
-    config: Any = module.config
-    recording_implementation = attention_name(config)
-    set_attention_name(config, implementation)
-    try:
-        return forward(module, query, key, value, attention_mask, *args, **kwargs)
-    finally:
-        set_attention_name(config, recording_implementation)
+    # Flash attention looks its kernel up by the name on the configuration; the real one belongs to all threads.
+    module = copy(module)
+    module.config = copy(module.config)
+    set_attention_name(module.config, implementation)
+    return forward(module, query, key, value, attention_mask, *args, **kwargs)

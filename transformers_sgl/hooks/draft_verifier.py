@@ -17,11 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.batching import append_tokens
 from transformers_sgl.transformers_interface import cache_of, can_be_cut_back, next_token_output, view_of
+from transformers_sgl.whole_batch import WholeBatch
 
 __all__ = ["DraftVerifier"]
 
@@ -29,9 +36,10 @@ __all__ = ["DraftVerifier"]
 class DraftVerifier:
     """Lets a model check a draft in its prefill and continue after the part that it agrees with.
 
-    Greedy search only: with sampling, beams, a static cache, or where attentions or hidden states are asked for, the
-    model writes as if there were no draft. A batch advances together, up to the first token at which an unfinished
-    sample leaves its draft.
+    Greedy search only: with sampling, beams, a static cache, `inputs_embeds`, classifier-free guidance, or where
+    attentions or hidden states are asked for, the model writes as if there were no draft. A batch advances together,
+    up to the first token at which an unfinished sample leaves its draft; where scores or logits are returned, which
+    tell of ended samples too, any sample.
 
     The output is the model's own, token for token, within the limits of its arithmetic: reading several tokens in one
     pass rounds differently than reading them one by one, which can turn a tie, as in any assisted generation.
@@ -41,6 +49,8 @@ class DraftVerifier:
         draft (`Tensor` of shape `(batch, draft_length)`): Drafts in the model's vocabulary, without the prompts.
         draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for the tokens of a draft, its end of sequence
             included, `False` for padding.
+        batch (`WholeBatch`, *optional*): What the caller's own logits processors and stopping criteria see, where it
+            is more than the model runs.
 
     Attributes:
         num_forward_passes (`int`): How often the model has run.
@@ -65,7 +75,13 @@ class DraftVerifier:
         ```
     """
 
-    def __init__(self, model: PreTrainedModel, draft: Tensor | None = None, draft_mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draft: Tensor | None = None,
+        draft_mask: Tensor | None = None,
+        batch: WholeBatch | None = None,
+    ) -> None:
         if (draft is None) != (draft_mask is None) or (
             draft is not None and draft_mask is not None and (draft.dim() != 2 or draft.shape != draft_mask.shape)
         ):
@@ -79,10 +95,16 @@ class DraftVerifier:
         self._model = model
         self._draft = draft
         self._draft_mask = draft_mask
+        self._batch = batch
+        self._own: list[Any] = []
         self._run: _Run | None = None
 
     def generate(self, **kwargs: Any) -> Any:
         """Stock `generate` of the model, with the draft; arguments and result are the model's own."""
+        self._own = [*(kwargs.get("logits_processor") or ()), *(kwargs.get("stopping_criteria") or ())]
+        allowed = kwargs.get("prefix_allowed_tokens_fn")
+        if self._batch is not None and allowed is not None:
+            kwargs["prefix_allowed_tokens_fn"] = self._batch.function(allowed, kwargs["input_ids"].shape[1])
         # A repository's `custom_generate` lies on the model itself, bound to it and not to its view.
         return type(self._model).generate(view_of(self._model, self), **kwargs)
 
@@ -92,9 +114,14 @@ class DraftVerifier:
         loop: Callable[..., Any],
         input_ids: Tensor,
         stopping_criteria: StoppingCriteriaList,
+        logits_processor: LogitsProcessorList,
         **kwargs: Any,
     ) -> Any:
         """Runs the model's decoding loop, called in its place by the view; `input_ids` are the prompts."""
+        if self._batch is not None and len(input_ids) == int(self._batch.runs.sum()):
+            stopping_criteria = self._shown(stopping_criteria, self._batch.criterion, input_ids.shape[1])
+            logits_processor = self._shown(logits_processor, self._batch.processor, input_ids.shape[1])
+        kwargs["logits_processor"] = logits_processor
         config, past = kwargs["generation_config"], cache_of(kwargs)
         if past is not None and past.is_compileable:
             # Compiled code stays on the model, so it must be compiled from the model, not from a view of it.
@@ -105,9 +132,17 @@ class DraftVerifier:
         if self._draft is None or self._draft_mask is None or not _can_verify(self._draft, input_ids, **kwargs):
             return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
         eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
-        never_read = [*visual_token_ids(self._model.config), *(int(token) for ids in eos for token in ids.reshape(-1))]
-        max_new_tokens = config.max_length - input_ids.shape[1]
-        self._run = run = _Run(self._draft, self._draft_mask, past, never_read, max_new_tokens)
+        run = _Run(
+            self._draft,
+            self._draft_mask,
+            past,
+            config.max_length - input_ids.shape[1],
+            placeholders=list(visual_token_ids(self._model.config)),
+            ends=[int(token) for ids in eos for token in ids.reshape(-1)],
+            pad_token_id=config.pad_token_id,
+            follows_ended=bool(config.output_scores or config.output_logits),
+        )
+        self._run = run
         try:
             criteria = _WatchedCriteria(stopping_criteria, run.note)
             output = loop(view, input_ids=input_ids, stopping_criteria=criteria, **kwargs)
@@ -116,6 +151,11 @@ class DraftVerifier:
         finally:
             self._run = None
         return output
+
+    def _shown(self, objects: Any, show: Callable[[Any, int], Any], prompt_length: int) -> Any:
+        """A loop's processors or criteria, of which the caller's own see the whole batch."""
+        own = {id(each) for each in self._own}
+        return type(objects)(show(each, prompt_length) if id(each) in own else each for each in objects)
 
     def run_pass(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """Makes a call of the model, or only returns the next token's logits where they are known already.
@@ -149,6 +189,7 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         and past.get_seq_length() == 0
         and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
         and kwargs.get("logits_to_keep") == 1
+        and kwargs.get("inputs_embeds") is None  # to which tokens cannot be appended
         and not (generation_config.output_attentions or generation_config.output_hidden_states)
         and generation_config.guidance_scale in (None, 1)
         and generation_config.prefill_chunk_size is None
@@ -164,21 +205,34 @@ class _Run:
     """
 
     def __init__(
-        self, draft: Tensor, draft_mask: Tensor, past: DynamicCache, never_read: list[int], max_new_tokens: int
+        self,
+        draft: Tensor,
+        draft_mask: Tensor,
+        past: DynamicCache,
+        max_new_tokens: int,
+        placeholders: list[int],
+        ends: list[int],
+        pad_token_id: int | None,
+        follows_ended: bool,
     ) -> None:
         self.num_chosen = 0  # tokens of the answers
         self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
         self._past = past
         # The bookkeeping of single tokens stays on the CPU, where `generate` reads each of them anyway.
         self._draft, self._draft_mask = draft.cpu(), draft_mask.cpu()
-        # The tokens to read: no end of sequence, which nothing follows, and no placeholder, which would stand for an
-        # image.
-        is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor(never_read))
-        harmless = next(token for token in range(len(never_read) + 1) if token not in never_read)
-        self._to_read = self._draft.masked_fill(~is_read, harmless)
+        # What ended answers go on with is padding, where there are ends; its logits count where they are returned.
+        self._pad_token_id = [*ends, 0][0] if pad_token_id is None else pad_token_id
+        self._pads = bool(ends)
+        self._follows_ended = follows_ended or not ends
+        # The tokens to read: no placeholder, which would stand for an image.
+        harmless = next(token for token in range(len(placeholders) + 1) if token not in placeholders)
+        self._to_read = self._draft.masked_fill(~self._draft_mask, self._pad_token_id)
+        self._to_read.masked_fill_(torch.isin(self._to_read, torch.tensor(placeholders)), harmless)
+        # Nothing follows an end of sequence.
+        is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor([*placeholders, *ends]))
         # How far each draft is worth reading; an answer's last token is never read.
-        ends = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
-        self._readable = ends.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
+        last = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
+        self._readable = last.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
         self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
         self._follows = True  # whether every sample's newest token is the one read in its place
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
@@ -198,7 +252,10 @@ class _Run:
             agrees = (tokens == self._draft[:, step]) & self._draft_mask[:, step]
             self.num_accepted += agrees & self._unfinished
         self._unfinished = self._unfinished & ~finished.cpu()
-        self._follows = bool(((tokens == self._to_read[:, step]) | ~self._unfinished).all())
+        if self._pads:
+            self._to_read[~self._unfinished, self.num_chosen :] = self._pad_token_id
+        follows = tokens == self._to_read[:, step]
+        self._follows = bool((follows if self._follows_ended else follows | ~self._unfinished).all())
 
     def knows_next(self) -> bool:
         """Whether the logits of the next step are known already."""

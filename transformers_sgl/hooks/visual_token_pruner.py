@@ -26,6 +26,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
 from inspect import Parameter, signature
+from threading import local
 from typing import Any
 
 import torch
@@ -120,26 +121,19 @@ class VisualTokenPruner(HookContext):
         self._attention_indices = sorted(attention)
         self._choose = keep_mask if callable(keep_mask) else None
         self._kept = None if callable(keep_mask) else KeptTokens.from_mask(keep_mask)
-        # Of the forward pass that is running:
-        self._start_cut: Callable[[KeptTokens], Cut] | None = None
-        self._cuts: dict[torch.device, Cut] = {}  # by device
-        self._added: dict[int, Tensor] = {}  # deepstack features for pruned layers
-        self._positions_given = True
+        self._pass = _Pass()
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(self._cuts.clear)
-        stack.callback(self._added.clear)
-        stack.callback(setattr, self, "_start_cut", None)
+        stack.callback(setattr, self, "_pass", _Pass())
         if self.prune_layer == 0:
-            hook = self._model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
-            stack.callback(hook.remove)
-        stack.callback(self._decoder.register_forward_pre_hook(self._start_pass, with_kwargs=True).remove)
+            self._add_hook(stack, self._model.register_forward_pre_hook, self._note_positions, with_kwargs=True)
+        self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
         for layer in self._patterns:
-            stack.callback(layer.register_forward_pre_hook(self._prune_layer_inputs, with_kwargs=True).remove)
+            self._add_hook(stack, layer.register_forward_pre_hook, self._prune_layer_inputs, with_kwargs=True)
 
     def _note_positions(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: notes whether the model was given its positions, or has to count them."""
-        self._positions_given = kwargs.get("position_ids") is not None
+        self._pass.positions_given = kwargs.get("position_ids") is not None
 
     def _start_pass(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,15 +144,15 @@ class VisualTokenPruner(HookContext):
         if inputs is None:
             inputs = kwargs.get("input_ids", args[0] if args else None)
         past = self._past_length(cache_of(kwargs))
-        self._cuts.clear()
-        self._start_cut = partial(KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
-        if self._kept is not None and self.prune_layer == 0 and past and not self._positions_given:
+        self._pass.cuts = {}
+        self._pass.start_cut = partial(KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
+        if self._kept is not None and self.prune_layer == 0 and past and not self._pass.positions_given:
             # The model counts from the cache of the first layer, which lacks the dropped tokens.
             position_ids = kwargs.get("position_ids")
             kwargs["position_ids"] = (
                 self._cut(inputs.device).positions if position_ids is None else position_ids + self._kept.num_dropped
             )
-        self._added.clear()
+        self._pass.added = {}
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
             places, added = (kwargs[name] for name in self._deepstack)
             # Features are added before the layers that a dict names, or after the first layers. The model still adds
@@ -174,22 +168,23 @@ class VisualTokenPruner(HookContext):
                 if index > self.prune_layer:
                     whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
                     whole[places.reshape(inputs.shape[:2])] = each
-                    self._added[index] = whole
+                    self._pass.added[index] = whole
         if self._choose is None:  # raises before the lower layers have run
             self._cut(inputs.device)
         return args, kwargs
 
     def _cut(self, device: torch.device) -> Cut:
         """The cut of this pass; with a device map each device gets its own copy of the indices, once."""
-        if not self._cuts:
-            assert self._start_cut is not None
+        cuts = self._pass.cuts
+        if not cuts:
+            assert self._pass.start_cut is not None
             if self._kept is None:
                 assert self._choose is not None
                 self._kept = KeptTokens.from_mask(self._choose())
-            self._cuts[device] = self._start_cut(self._kept)
-        cut = self._cuts.get(device) or next(iter(self._cuts.values()))
+            cuts[device] = self._pass.start_cut(self._kept)
+        cut = cuts.get(device) or next(iter(cuts.values()))
         if device != cut.device:
-            cut = self._cuts.setdefault(device, replace(cut, device=device, memo={}))
+            cut = cuts.setdefault(device, replace(cut, device=device, memo={}))
         return cut
 
     def _prune_layer_inputs(
@@ -201,8 +196,8 @@ class VisualTokenPruner(HookContext):
         cut = self._cut(hidden_states.device)
         if self._index[layer] == self.prune_layer:
             hidden_states = cut.rows_of(hidden_states)
-        if self._index[layer] in self._added:
-            hidden_states = hidden_states + cut.rows_of(self._added[self._index[layer]]).to(hidden_states)
+        if self._index[layer] in self._pass.added:
+            hidden_states = hidden_states + cut.rows_of(self._pass.added[self._index[layer]]).to(hidden_states)
 
         num_queries = hidden_states.shape[-2]  # fewer where the model itself continues with the last tokens only
         if "flash" in self._implementation:
@@ -248,6 +243,16 @@ class VisualTokenPruner(HookContext):
         length = int(cache.get_seq_length(source))
         window = (self._patterns[layer] or AttentionPattern()).window
         return length if window is None else min(length, cut.end - cut.past + window - 1)
+
+
+class _Pass(local):
+    """The forward pass that is running; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.start_cut: Callable[[KeptTokens], Cut] | None = None
+        self.cuts: dict[torch.device, Cut] = {}  # by device
+        self.added: dict[int, Tensor] = {}  # deepstack features for pruned layers
+        self.positions_given = True
 
 
 def _map_tensors(function: Any, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def publish(
 
     Raises:
         ValueError: If the folder needs corrections first, or the repository is public and must not be.
-        OSError: If there is no such folder, or the Hub refuses or cannot be reached.
+        OSError: If there is no such folder, another process writes into it, or the Hub refuses or cannot be reached.
 
     Example:
         ```python
@@ -110,6 +110,7 @@ def publish(
         ```
     """
     _check_names(repo_id, token)
+    before = _state(Path(folder))
     found, config, notes = _read(Path(folder), repo_id, kind)
     api = HfApi(token=token)
     repo = head = None
@@ -131,7 +132,16 @@ def publish(
     publication = Publication(repo_id, found, private, dry_run, files, deleted, pinned, tuple(notes))
     if announce:
         announce(publication)
-    return publication if dry_run else _commit(api, publication, contents, repo, head, revision)
+    if dry_run:
+        return publication
+    # What is checked and what is uploaded are the same: weights are told by their sums, all else is in memory by now.
+    operations = _operations(contents, deleted)
+    if _state(Path(folder)) != before:
+        raise OSError(
+            f"{str(folder)!r} was written to while it was read, and nothing was published: publish it again once that "
+            "is done."
+        )
+    return _commit(api, publication, operations, repo, head, revision)
 
 
 def _read(folder: Path, repo_id: str, kind: str | None) -> tuple[str, dict[str, Any], list[str]]:
@@ -152,13 +162,27 @@ def _read(folder: Path, repo_id: str, kind: str | None) -> tuple[str, dict[str, 
     return found, config, [str(finding) for finding in findings]
 
 
+def _state(folder: Path) -> list[tuple[str, int, int, int]]:
+    """What changes when a file in the folder is written or replaced."""
+    files = {path: path.stat() for path in published_files(folder) if path.exists()}
+    return [(str(path), file.st_ino, file.st_size, file.st_mtime_ns) for path, file in files.items()]
+
+
+def _operations(contents: dict[str, Path | bytes], deleted: Iterable[str]) -> list[Any]:
+    """The parts of a commit; weights alone are read again when they are uploaded, and then must have the same sum."""
+    operations: list[Any] = []
+    for path, content in contents.items():
+        if isinstance(content, Path) and content.suffix != ".safetensors":
+            content = content.read_bytes()
+        operations.append(CommitOperationAdd(path, content))
+    return operations + [CommitOperationDelete(path) for path in deleted]
+
+
 def _commit(
-    api: HfApi, publication: Publication, contents: dict[str, Path | bytes], repo: Any, head: Any, revision: str | None
+    api: HfApi, publication: Publication, operations: list[Any], repo: Any, head: Any, revision: str | None
 ) -> Publication:
     """Makes one commit, which the Hub refuses if somebody else has committed since `head` was read."""
     repo_id = publication.repo_id
-    operations: list[Any] = [CommitOperationAdd(path, content) for path, content in contents.items()]
-    operations += [CommitOperationDelete(path) for path in publication.deleted]
     if repo is None:
         with _one_sentence(repo_id):
             api.create_repo(repo_id, private=publication.private)

@@ -1,5 +1,6 @@
-"""A pair behind transformers' own OpenAI-compatible server."""
+"""A pair behind an OpenAI-compatible server."""
 
-from transformers_sgl.serving.server import PairServer, serve
+from transformers_sgl.serving.requests import Limits
+from transformers_sgl.serving.server import PairApp, serve
 
-__all__ = ["PairServer", "serve"]
+__all__ = ["Limits", "PairApp", "serve"]

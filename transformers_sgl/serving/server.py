@@ -1,174 +1,311 @@
-"""`transformers serve`, with its options and endpoints, for a pair.
+"""An OpenAI-compatible server of one pair: an ASGI application, and uvicorn to run it.
 
-Added to it: the pair in the list of models, a field `sgl` in each answer with what was kept for it, and one sentence
-instead of an internal error where a request cannot be answered.
+A request takes a place, or is told to come back; its body is read up to a limit and checked; its answer waits for its
+turn. Whatever takes time runs in a thread, so that the server itself always answers. Who leaves gives up the place.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any
 
-import typer
-import wrapt
+import torch
+from starlette.middleware.cors import CORSMiddleware
+from uvicorn import Config, Server
 
-from transformers_sgl.architectures import decoder_layers
-from transformers_sgl.configuration_sgl import SGLConfig
-from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
-from transformers_sgl.serving.requests import PATHS, check_request
-from transformers_sgl.transformers_interface import server_class, server_model_tables, server_models
+from transformers_sgl.processing_sgl import SGLProcessor
+from transformers_sgl.serving.answering import Answer, Answering
+from transformers_sgl.serving.formats import FORMATS, Format, error_content, event
+from transformers_sgl.serving.images import fetch, open_image
+from transformers_sgl.serving.requests import Limits, Question, read_json
 
-if TYPE_CHECKING:
-    from fastapi import Request, Response
+__all__ = ["PairApp", "serve"]
 
-__all__ = ["PairServer", "serve"]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-Serve: Any = server_class()
+logger = logging.getLogger("uvicorn.error")  # what uvicorn itself reports to
 
-# What was kept for the request that is being answered; the thread that generates completes it.
-_REPORT: ContextVar[Future[dict[str, Any]]] = ContextVar("report")
+# Seconds for which a client may keep the server waiting with its body, or with reading one piece of an answer.
+_PATIENCE_S = 30.0
 
 
-def serve(model: str, arguments: Sequence[str] = ()) -> None:
-    """Runs transformers' server with a pair until it is stopped.
+class _RefusedError(Exception):
+    """A request that is answered with a status other than 400, and a sentence."""
+
+    def __init__(self, status: int, sentence: str, **headers: str) -> None:
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+
+
+class _LeftError(Exception):
+    """The client has left."""
+
+
+class PairApp:
+    """The server's ASGI application.
 
     Args:
-        model (`str`): The pair: a folder, or a Hub repository, optionally followed by `@revision`. Clients call the
-            model by this name.
-        arguments (`Sequence[str]`, *optional*): Options of `transformers serve`, such as `["--port", "8000"]`.
+        name (`str`): What clients call the pair.
+        pair ([`SGLForConditionalGeneration`]): The pair.
+        processor ([`SGLProcessor`]): Its processor.
+        limits (`Limits`, *optional*): What one request may ask for.
+        max_queue (`int`, defaults to 64): How many requests may wait or be answered at a time.
+        api_key (`str`, *optional*): What clients have to present as `Authorization: Bearer KEY`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pair: SGLForConditionalGeneration,
+        processor: SGLProcessor,
+        limits: Limits | None = None,
+        max_queue: int = 64,
+        api_key: str | None = None,
+    ) -> None:
+        self._name = name
+        self._limits = limits or Limits()
+        self._own_new_tokens = pair.generation_config.max_new_tokens
+        self._answering = Answering(pair, processor, self._limits.max_prompt_tokens)
+        self._checking = ThreadPoolExecutor(1, "checking")
+        self._places = max_queue
+        self._seconds = 1.0  # that the last answer took
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            return
+        send = _patient(send)
+        try:
+            await self._route(scope, receive, send)
+        except _LeftError:
+            pass
+        except Exception as error:
+            status, content, headers = _refusal(error)
+            with suppress(_LeftError):
+                await _send_json(send, status, content, headers)
+
+    async def _route(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if path == "/health":
+            _check_method(scope, "GET", "HEAD")
+            return await _send_json(send, 200, {"status": "ok"})
+        self._check_key(headers)
+        if path == "/v1/models":
+            _check_method(scope, "GET", "HEAD")
+            models = [{"id": self._name, "object": "model", "created": 0, "owned_by": "user"}]
+            return await _send_json(send, 200, {"object": "list", "data": models})
+        if path not in FORMATS:
+            raise _RefusedError(
+                404, f"There is nothing at {path!r}: there are /health, /v1/models, {', '.join(FORMATS)}."
+            )
+        _check_method(scope, "POST")
+        with ExitStack() as place:
+            self._take_a_place()
+            place.callback(self._leave_a_place)
+            body = await self._read_body(headers, receive)
+            return await _unless_left(receive, self._respond(FORMATS[path](self._name), body, send, place))
+
+    def _check_key(self, headers: Mapping[bytes, bytes]) -> None:
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if self._key is not None and not (hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"):
+            raise _RefusedError(
+                401, "Pass the server's key as `Authorization: Bearer KEY`.", WWW_Authenticate="Bearer"
+            )
+
+    def _take_a_place(self) -> None:
+        if self._places == 0:
+            seconds = min(max(math.ceil(self._seconds), 1), 60)
+            raise _RefusedError(429, "Too many requests wait already: ask again later.", Retry_After=str(seconds))
+        self._places -= 1
+
+    def _leave_a_place(self) -> None:
+        self._places += 1
+
+    async def _read_body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+        if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+            raise _RefusedError(415, "Pass the request as JSON, with the header `Content-Type: application/json`.")
+        length = headers.get(b"content-length", b"0")
+        most = self._limits.max_body_bytes
+        body, is_whole = bytearray(), False
+        until = time.monotonic() + _PATIENCE_S
+        while not is_whole:
+            if len(body) > most or (length.isdigit() and len(length) < 20 and int(length) > most):
+                raise _RefusedError(413, f"The request is longer than the {most} bytes that this server takes.")
+            try:
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
+            except asyncio.TimeoutError:
+                raise _RefusedError(408, f"The request took longer than {_PATIENCE_S:g} s to arrive.") from None
+            if message["type"] == "http.disconnect":
+                raise _LeftError
+            body += message.get("body", b"")
+            is_whole = not message.get("more_body", False)
+        if len(body) > most:
+            raise _RefusedError(413, f"The request is longer than the {most} bytes that this server takes.")
+        return bytes(body)
+
+    async def _respond(self, form: Format, body: bytes, send: Send, place: ExitStack) -> None:
+        question = await self._in_thread(
+            lambda: form.read(read_json(body), self._name, self._limits, self._own_new_tokens)
+        )
+        question = await self._with_fetched_images(question)
+        start = time.monotonic()
+        if question.is_stream:
+            await self._stream(form, question, send, place)
+        else:
+            answer = await self._answering.answer(question)
+            place.close()
+            await _send_json(send, 200, form.whole(answer))
+        self._seconds = time.monotonic() - start
+
+    async def _stream(self, form: Format, question: Question, send: Send, place: ExitStack) -> None:
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def finish(answering: asyncio.Task[Answer]) -> None:
+            place.close()  # whoever reads slowly does not keep the place
+            pieces.put_nowait(None)
+
+        answering = asyncio.create_task(
+            self._answering.answer(question, lambda piece: _call_soon(loop, pieces.put_nowait, piece))
+        )
+        answering.add_done_callback(finish)
+        try:
+            piece = await pieces.get()
+            if piece is None:
+                answering.result()  # what is refused before the first piece has a status of its own
+            headers = {"content-type": "text/event-stream", "cache-control": "no-cache"}
+            await _start(send, 200, headers)
+            for part in form.start():
+                await _continue(send, part)
+            while piece is not None:
+                await _continue(send, form.piece(piece))
+                piece = await pieces.get()
+            try:
+                last = list(form.end(answering.result()))
+            except Exception as error:
+                last = [event(_refusal(error)[1])]
+            await _continue(send, b"".join(last), is_last=True)
+        finally:
+            answering.cancel()
+
+    async def _with_fetched_images(self, question: Question) -> Question:
+        images, left = [], self._limits.max_body_bytes
+        for number, image in enumerate(question.images, start=1):
+            if isinstance(image, str):
+                name = f"image {number}"
+                data = await fetch(name, image, self._limits.image_hosts, left)
+                left -= len(data)
+                image = await self._in_thread(open_image, name, data, self._limits.max_image_pixels)
+            images.append(image)
+        return replace(question, images=images)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._checking, function, *args)
+
+
+def serve(
+    app: PairApp,
+    host: str = "localhost",
+    port: int = 8000,
+    cors_origins: Sequence[str] = (),
+    log_level: str = "info",
+) -> None:
+    """Runs a server until it is stopped; requests that are being answered then get their answers.
+
+    Args:
+        app ([`PairApp`]): The application.
+        host (`str`, defaults to `"localhost"`): The address to listen on.
+        port (`int`, defaults to 8000): The port to listen on.
+        cors_origins (`Sequence[str]`, *optional*): Web sites, such as `https://example.org`, whose pages may ask.
+        log_level (`str`, defaults to `"info"`): uvicorn's.
 
     Raises:
-        OSError: If the pair cannot be loaded.
-        ValueError or TyperException: If an option cannot be used or read.
-        KeyboardInterrupt: If it is stopped.
+        KeyboardInterrupt: If it is stopped by Ctrl-C.
     """
-    command = typer.Typer(add_completion=False)
-    command.command(name="serve", help=Serve.__doc__)(PairServer)
-    with _pairs_in_its_tables():
-        # `--non-blocking` makes the server call `start_server`, which here blocks.
-        arguments = ["--non-blocking", model, *arguments]
-        code = command(arguments, prog_name="transformers-sgl serve", standalone_mode=False)
-    if code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
-        raise KeyboardInterrupt
+    wrapped: Any = app
+    if cors_origins:
+        methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
+        wrapped = CORSMiddleware(app, allow_origins=cors_origins, allow_methods=methods, allow_headers=headers)
+    Server(Config(wrapped, host=host, port=port, log_level=log_level, lifespan="off", ws="none")).run()
 
 
-class PairServer(Serve):
-    """`transformers serve`, with its arguments, for a pair."""
-
-    def start_server(self) -> None:
-        """Runs the server in this thread, until it is stopped."""
-        from fastapi.routing import APIRoute
-
-        models, app = server_models(self), self.server.config.app
-        load, name = models.load_model_and_processor, models.force_model
-
-        def load_to_answer(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            pair, processor = load(*args, **kwargs)
-            report = _REPORT.get(None)
-            return (pair if report is None else _Answering(pair, report)), processor
-
-        def list_models() -> dict[str, Any]:
-            return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "user"}]}
-
-        models.load_model_and_processor = load_to_answer
-        # Before the server's own, which lists the cache and, in older versions, needs one.
-        app.router.routes.insert(0, APIRoute("/v1/models", list_models))
-        app.middleware("http")(_check_and_report)
-        for error in (OSError, ValueError):
-            app.add_exception_handler(error, _refuse)
-        self.server.run()
+def _check_method(scope: Mapping[str, Any], *allowed: str) -> None:
+    if scope["method"] not in allowed:
+        raise _RefusedError(405, f"Use the method {allowed[0]}.", Allow=", ".join(allowed))
 
 
-class _Answering(wrapt.ObjectProxy):
-    """The pair, while it answers one request."""
-
-    def __init__(self, pair: SGLForConditionalGeneration, report: Future[dict[str, Any]]) -> None:
-        super().__init__(pair)
-        self._self_report = report
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Reports what was kept and returns the text's tokens, which is what the server expects."""
-        self._self_report.set_running_or_notify_cancel()
-        output = self.__wrapped__.generate(*args, **kwargs, return_dict_in_generate=True)
-        self._self_report.set_result(_report(self.__wrapped__, output))
-        return output.sequences
+def _refusal(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, content and headers of the answer to a request that was not carried out."""
+    if isinstance(error, _RefusedError):
+        return error.status, error_content(str(error)), error.headers
+    if isinstance(error, (OSError, ValueError)):
+        return 400, error_content(str(error)), {}
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        logger.error("There is too little memory for a request: lower the limits.")
+        return 503, error_content("The server has too little memory for this request.", "server_error"), {}
+    logger.error("A request failed.", exc_info=error)
+    return 500, error_content("The server failed at this request; its log says why.", "server_error"), {}
 
 
-def _report(pair: SGLForConditionalGeneration, output: SGLGenerateOutput) -> dict[str, Any]:
-    """What was kept for the one prompt of a request, and whether the small model's answer was returned."""
-    total = 0 if output.num_visual_tokens is None else int(output.num_visual_tokens[0])
-    kept = total if output.keep_mask is None else int(output.keep_mask[0].sum())
-    retention = float(output.average_retention(len(decoder_layers(pair.large)))[0])
-    exited_early = output.exited_early is not None and bool(output.exited_early[0])
-    accepted = output.num_draft_tokens_accepted
-    return {
-        "num_visual_tokens": total,
-        "num_visual_tokens_kept": None if exited_early else kept,
-        "average_retention": None if exited_early else round(retention, 4),
-        "exited_early": exited_early,
-        "num_draft_tokens_accepted": None if accepted is None else int(accepted[0]),
-    }
+async def _unless_left(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Does the work while the client waits for it; raises `_LeftError` and cancels the work when it no longer does."""
 
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
-@contextmanager
-def _pairs_in_its_tables() -> Iterator[None]:
-    """Adds pairs to the tables in which the server looks for a model's class and for what it can see."""
-    tables = server_model_tables()
-    for table in tables:
-        table[SGLConfig.model_type] = SGLForConditionalGeneration.__name__
+    working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
     try:
-        yield
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _LeftError
+        working.result()
     finally:
-        for table in tables:
-            table.pop(SGLConfig.model_type, None)
+        working.cancel()
+        leaving.cancel()
 
 
-async def _check_and_report(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Response:
-    """Checks a request before the server reads it, and adds the field `sgl` to its answer."""
-    from fastapi.responses import JSONResponse
-    from starlette.concurrency import run_in_threadpool
+def _patient(send: Send) -> Send:
+    async def send_in_time(message: MutableMapping[str, Any]) -> None:
+        try:
+            await asyncio.wait_for(send(message), _PATIENCE_S)
+        except (OSError, asyncio.TimeoutError):
+            raise _LeftError from None
 
-    if request.url.path not in PATHS or request.method != "POST":
-        return await call_next(request)
-    try:
-        body = json.loads(await request.body())
-        await run_in_threadpool(check_request, request.url.path, body)
-    except ValueError as error:
-        return await _refuse(request, error)
-    report: Future[dict[str, Any]] = Future()
-    _REPORT.set(report)
-    response = await call_next(request)
-    if response.headers.get("content-type", "").startswith("text/event-stream"):
-        response.body_iterator = _reported(response.body_iterator, report)
-        return response
-    if response.status_code != 200 or not report.done():
-        return response
-    content = json.loads(b"".join([part async for part in response.body_iterator]))
-    headers = {name: value for name, value in response.headers.items() if name != "content-length"}
-    return JSONResponse({**content, "sgl": report.result()}, headers=headers)
+    return send_in_time
 
 
-async def _reported(parts: AsyncIterator[bytes], report: Future[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """The parts of a streamed chat, the last of which, and it alone, has a `finish_reason`."""
-    async for part in parts:
-        if b'"finish_reason":"' in part:
-            chunk = json.loads(part.removeprefix(b"data: "))
-            # A stream's last token comes a moment before `generate` returns.
-            chunk["sgl"] = await asyncio.wrap_future(report)
-            part = f"data: {json.dumps(chunk)}\n\n".encode()
-        yield part
+async def _start(send: Send, status: int, headers: Mapping[str, str]) -> None:
+    pairs = [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    """The answer to a request that cannot be carried out, in OpenAI's form."""
-    from fastapi.responses import JSONResponse
+async def _continue(send: Send, data: bytes, is_last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
-    message = " ".join(str(error).split())
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=400)
+
+async def _send_json(
+    send: Send, status: int, content: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> None:
+    data = json.dumps(content).encode()
+    own = {"content-type": "application/json", "content-length": str(len(data))}
+    await _start(send, status, {**own, **(headers or {})})
+    await _continue(send, data, is_last=True)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
+    """Calls something in the thread of a loop, unless the loop has ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)

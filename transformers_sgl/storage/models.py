@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from transformers_sgl.storage.adapters import check_is_no_adapter
 from transformers_sgl.storage.checkpoints import Checkpoint, first_sentence, pinned, read_config
 
 __all__ = ["as_recipe", "check_weights_can_be_saved", "checked", "load_model", "recorded"]
@@ -26,13 +27,14 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
 
     Raises:
         OSError: If it cannot be found.
-        ValueError: If transformers has no code for it, or its weights are pickled.
+        ValueError: If transformers has no code for it, its weights are pickled, or it is an adapter.
     """
     try:
         where = pinned(checkpoint.path, checkpoint.where)
     except OSError as error:
         raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
     checkpoint = replace(checkpoint, where=where)
+    check_is_no_adapter(name, checkpoint)
     config = read_config(name, checkpoint, recipe)
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
@@ -51,6 +53,8 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
         raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
     arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options), **checkpoint.where}
     arguments |= {"use_safetensors": True, "output_loading_info": True}
+    # Where transformers looks for an adapter, too, once peft is installed; otherwise in another revision and cache.
+    arguments["adapter_kwargs"] = checkpoint.where
     try:
         return AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
     except OSError as error:

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers_sgl.storage.files import TEMPORARY, locked, writing
+
 __all__ = ["AUTO_MAP", "PROCESSOR_AUTO_MAP", "REMOTE_CODE", "REMOTE_CODE_FILE", "staged", "write_remote_code"]
 
 REMOTE_CODE_FILE = "modeling_sgl.py"
@@ -52,28 +54,22 @@ def write_remote_code(folder: Path) -> None:
 def staged(folder: Path, last: str) -> Iterator[Path]:
     """A folder to write into, whose files are moved to their place together at the end.
 
-    Where the body raises, the folder is what it was before. A process that is killed while it writes leaves it
-    unchanged too, except for a hidden folder; killed while the files are moved, it leaves the folder without the file
-    that comes last, which does not pass for a finished save. Raises `OSError` if the folder cannot be made or written.
+    Another process that saves into the folder waits until this one is done. Where the body raises, the folder is what
+    it was before. A process that is killed while it writes leaves it unchanged too, except for what is hidden, which
+    the next save removes; killed while the files are moved, it leaves the folder without the file that comes last,
+    which does not pass for a finished save. Raises `OSError` if the folder cannot be made or written.
 
     Args:
         folder (`Path`): Where the files belong; made if it does not exist.
         last (`str`): The file that makes the save complete: removed first and put in place last.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    with locked(folder), writing(folder):
+        staging = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
         try:
             yield staging
             _move_into_place(staging, folder, last)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except BaseException:
-        for path in made:
-            with contextlib.suppress(OSError):  # another process may have put something there
-                path.rmdir()
-        raise
 
 
 def _move_into_place(staging: Path, folder: Path, last: str) -> None:
@@ -81,7 +77,8 @@ def _move_into_place(staging: Path, folder: Path, last: str) -> None:
     (folder / last).unlink(missing_ok=True)
     for stale in _stale_weights(names, folder):
         stale.unlink()
-    for name in sorted(names, key=lambda name: name == Path(last)):
+    # A folder's own files follow those of its parts: they tell that the parts are there.
+    for name in sorted(names, key=lambda name: (name == Path(last), len(name.parts) == 1)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, folder / name)
 

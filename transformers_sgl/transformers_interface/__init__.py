@@ -7,7 +7,7 @@ it says since when, it holds in every supported version. `tests/test_transformer
     caches        the cache, which 5.24 renamed, and what can be cut off from it
     attention     attention functions and the arguments of decoder layers
     generation    decoding loops, inputs that grow, defaults of generation settings
-    loading       Auto classes, commits, configurations, and the server, which finds models by name
+    loading       Auto classes, commits and configurations
     images        what processors tell about images
 
 Nothing is imported from transformers before it is asked for, so importing this package costs nothing; what is missing

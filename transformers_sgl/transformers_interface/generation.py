@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["ExtraSettings", "extended_inputs", "view_of"]
+__all__ = ["DecidedSettings", "ExtraSettings", "default_settings", "extended_inputs", "stock_settings", "view_of"]
 
 
 class ExtraSettings:
@@ -29,6 +29,45 @@ class ExtraSettings:
     @classmethod
     def _get_default_generation_params(cls) -> dict[str, Any]:
         return {**super()._get_default_generation_params(), **cls.extra_defaults()}  # type: ignore[misc]
+
+
+class DecidedSettings:
+    """Mixin for a generation configuration that is complete: what is unset stays unset.
+
+    Assumes that `generate` fills unset fields of the configuration that it is given, from the model's own and from
+    defaults, by its `update(defaults_only=True, ...)`. Without it, a field that was set to `None` is filled again.
+    """
+
+    def update(self, defaults_only: bool = False, **kwargs: Any) -> Any:
+        """As in `GenerationConfig`, but nothing is a default that could be replaced."""
+        return kwargs if defaults_only else super().update(**kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def default_settings() -> dict[str, Any]:
+    """The values that `generate` gives to settings that nobody has set; those that are not in it stay `None`.
+
+    Assumes `GenerationConfig._get_default_generation_params()`. Without it, a setting that equals its default is taken
+    for one that asks for something.
+    """
+    from transformers import GenerationConfig
+
+    defaults = getattr(GenerationConfig, "_get_default_generation_params", None)
+    if defaults is None:
+        raise changed("`GenerationConfig._get_default_generation_params`")
+    return dict(defaults())
+
+
+@functools.cache
+def stock_settings() -> tuple[str, ...]:
+    """The names of all settings that the installed version knows, without what tells where a file comes from.
+
+    Assumes that an empty `GenerationConfig` has an attribute for each. Without it, a setting is taken for an entry of
+    the user's own, which `generate` does not read.
+    """
+    from transformers import GenerationConfig
+
+    return tuple(name for name in GenerationConfig().to_dict() if name[0] != "_" and name != "transformers_version")
 
 
 def extended_inputs(model: PreTrainedModel, inputs: dict[str, Any], num_new_tokens: int = 1) -> dict[str, Any]:

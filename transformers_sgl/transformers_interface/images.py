@@ -62,10 +62,15 @@ def best_resolution(size_px: tuple[int, int], choices_px: Sequence[tuple[int, in
 def image_size(image: Any) -> tuple[int, int]:
     """The height and width, in pixels, of an image in any form that processors take.
 
-    Assumes `get_image_size` and `to_numpy_array`. Without it, pairs of two families take PIL images only.
+    Assumes `infer_channel_dimension_format`, `get_image_size` and `to_numpy_array`. Without it, pairs of two families
+    take PIL images only.
     """
     array = from_module("image_utils", "to_numpy_array")(image)
-    height, width = from_module("image_utils", "get_image_size")(array)
+    if array.ndim == 2:  # grey
+        height, width = array.shape
+    else:  # as image processors read it
+        channels = from_module("image_utils", "infer_channel_dimension_format")(array, num_channels=(1, 3, 4))
+        height, width = from_module("image_utils", "get_image_size")(array, channel_dim=channels)
     return int(height), int(width)
 
 

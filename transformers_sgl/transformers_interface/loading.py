@@ -1,4 +1,4 @@
-"""Auto classes, commits, configurations, and the server, which finds models by name."""
+"""Auto classes, commits and configurations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ __all__ = [
     "loaded_prequantized",
     "newest_commit",
     "processor_name",
-    "server_class",
-    "server_model_tables",
-    "server_models",
     "stock_fault",
     "uninitialized",
 ]
@@ -110,32 +107,3 @@ def stock_fault(model_type: str) -> str | None:
 
     fault = _FAULTS.get((model_type, transformers.__version__))
     return None if fault is None else f"transformers {transformers.__version__} cannot run them ({fault})"
-
-
-def server_class() -> Any:
-    """The class behind `transformers serve`; raises `OSError` if packages that the server needs are missing.
-
-    Assumes that typer reads its arguments, that it calls `start_server()` with `--non-blocking`, and that
-    `server.config.app` is a FastAPI application. Without it, a pair cannot be served.
-    """
-    if not from_module("utils.import_utils", "is_serve_available")():
-        raise OSError('The server needs packages that are missing: pip install "transformers_sgl[serve]".')
-    return from_module("cli.serve", "Serve")
-
-
-def server_model_tables() -> list[dict[str, str]]:
-    """The tables of names in which the server looks for a model's class, and for what it can see.
-
-    Assumes that it reads them when a model is loaded. Without it, the server does not find a pair's class.
-    """
-    names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
-    return [from_module("models.auto.modeling_auto", name) for name in names]
-
-
-def server_models(server: Any) -> Any:
-    """The server's store of models.
-
-    Assumes that its `force_model` is the name of the model it was started with, and that each request calls
-    `load_model_and_processor` in its own context. Without it, answers do not say what was kept.
-    """
-    return server._model_manager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from transformers_sgl.evaluation.calibration.threshold import check_feasible, ch
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import read_samples
 from transformers_sgl.evaluation.methods import Pair
-from transformers_sgl.evaluation.run import open_in_process
-from transformers_sgl.evaluation.run_folder import measurement_record, pair_facts
-from transformers_sgl.storage.files import check_writable_folder
+from transformers_sgl.evaluation.run import alone_in, open_in_process
+from transformers_sgl.evaluation.run_folder import fingerprint, measurement_record, pair_facts
+from transformers_sgl.storage.files import check_writable_folder, locked
 
 __all__ = ["calibrate"]
 
@@ -58,7 +60,7 @@ def calibrate(
 
     Raises:
         KeyboardInterrupt: If it is stopped; the message says how far it came.
-        OSError: If a file cannot be read or written.
+        OSError: If a file cannot be read or written, or another process writes into `out`.
         ValueError: If an argument is not allowed, there are too few questions, or `out` holds another run.
     """
     # 1. What can be wrong is checked before the models are loaded.
@@ -71,24 +73,41 @@ def calibrate(
     samples = read_samples(data)
     images = [sample.image_id for sample in samples]
     check_feasible(promise, images, confidence=confidence, held_out=held_out, seed=seed)
-    model, processor = open_in_process(pair, dtype, device)
+    with alone_in(out, device):
+        model, processor = open_in_process(pair, dtype, device)
 
-    # 2. Both models answer everything; what an earlier call has done is not done again.
-    facts = run_facts(model, source, data, max_new_tokens)
-    records = run_samples(Pair(model, processor, max_new_tokens), samples, out, facts, batch_size=batch_size)
+        # 2. Both models answer everything; what an earlier call has done is not done again.
+        facts = run_facts(model, source, data, max_new_tokens)
+        records = run_samples(Pair(model, processor, max_new_tokens), samples, out, facts, batch_size=batch_size)
 
-    # 3. The threshold, and what it gives. A threshold that breaks the promise is reported, but not put into the pair.
-    report = choose_threshold(
-        records,
-        images,
-        promise,
-        confidence=confidence,
-        held_out=held_out,
-        seed=seed,
-        measurement=measurement_record(seed, model.device),
-    )
-    written = write_results(report, out, model.generation_config, folder if report.promise_held else None)
+        # 3. The threshold, and what it gives. One that breaks the promise is reported, but not put into the pair.
+        report = choose_threshold(
+            records,
+            images,
+            promise,
+            confidence=confidence,
+            held_out=held_out,
+            seed=seed,
+            measurement=measurement_record(seed, model.device),
+        )
+        target = folder if report.promise_held else None
+        with _still_the_pair(target, facts, out):
+            written = write_results(report, out, model.generation_config, target)
     return replace(report, written=tuple(written))
+
+
+@contextmanager
+def _still_the_pair(folder: Path | None, facts: dict[str, Any], out: Path) -> Iterator[None]:
+    """Keeps others from saving into the pair's folder; raises `OSError` if it holds other weights by now."""
+    if folder is None:
+        yield
+        return
+    with nullcontext() if folder.resolve() == out.resolve() else locked(folder):
+        if fingerprint(folder) != facts["weights"]:
+            raise OSError(
+                f"Another pair was saved into {str(folder)!r} while this one was calibrated: calibrate again."
+            )
+        yield
 
 
 def run_facts(model: Any, source: str | Path | None, data: str | Path, max_new_tokens: int) -> dict[str, Any]:

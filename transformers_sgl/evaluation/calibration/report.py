@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers_sgl.evaluation.figure import new_figure
+from transformers_sgl.evaluation.figure import new_figure, save_figure
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
 
@@ -139,4 +139,4 @@ def _draw(report: CalibrationReport, path: Path) -> None:
     axes.set_title(f"Early exit on {report.large_call_rate.total:,} held-out questions")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from transformers_sgl.architectures import decoder, visual_tokens_of
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, average_retention
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
+from transformers_sgl.hooks.context import HookContext
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens.importance_process import ImportanceProcessorList
 from transformers_sgl.tokens.visual_tokens import VisualTokens
@@ -142,20 +144,29 @@ class DivPrune(Guide):
     def rank(
         self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens, setting: Setting
     ) -> Iterator[Callable[[], Tensor]]:
-        ranked: list[Tensor] = []
+        with _FeatureRanker(pair.model.large, tokens, setting.retention_ratio) as ranker:
+            yield lambda: ranker.ranking
 
-        def read(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            embeddings = kwargs.get("inputs_embeds")
-            if embeddings is not None and not ranked:  # the prefill: answers are read later, token by token
-                places = tokens.positions[..., None].to(embeddings.device)
-                features = embeddings.take_along_dim(places.expand(-1, -1, embeddings.shape[-1]), dim=1)
-                ranked.append(max_min_diversity(features, tokens.valid, setting.retention_ratio))
 
-        hook = decoder(pair.model.large).register_forward_pre_hook(read, with_kwargs=True)
-        try:
-            yield lambda: ranked[0]
-        finally:
-            hook.remove()
+class _FeatureRanker(HookContext):
+    """Ranks visual tokens by the features that enter the decoder; `ranking` is `(batch, num_visual_tokens)`."""
+
+    ranking: Tensor
+
+    def __init__(self, model: PreTrainedModel, tokens: VisualTokens, retention_ratio: float) -> None:
+        self._decoder = decoder(model)
+        self._tokens = tokens
+        self._retention_ratio = retention_ratio
+
+    def _register(self, stack: ExitStack) -> None:
+        self._add_hook(stack, self._decoder.register_forward_pre_hook, self._read, with_kwargs=True)
+
+    def _read(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is not None and not hasattr(self, "ranking"):  # the prefill: answers are read token by token
+            places = self._tokens.positions[..., None].to(embeddings.device)
+            features = embeddings.take_along_dim(places.expand(-1, -1, embeddings.shape[-1]), dim=1)
+            self.ranking = max_min_diversity(features, self._tokens.valid, self._retention_ratio)
 
 
 def max_min_diversity(features: Tensor, valid: Tensor, retention_ratio: float = 1.0) -> Tensor:
