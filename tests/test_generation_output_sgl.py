@@ -45,9 +45,8 @@ def through_torch(output: Any) -> Any:
 def test_it_is_an_output_of_stock_generate(case: str, pair: SGLForConditionalGeneration) -> None:
     settings = CASES[case]
     output = pair.generate(**prompts(), **STOCK, **settings)
-    stock = pair.large.generate(
-        **prompts(), **STOCK, **{name: settings[name] for name in settings if "beam" in name or "num" in name}
-    )
+    own = {name: settings[name] for name in settings if name in ("num_beams", "num_return_sequences", "output_scores")}
+    stock = pair.large.generate(**prompts(), **STOCK, **own)
     assert isinstance(output, SGLGenerateOutput)
     assert isinstance(output, GenerateDecoderOnlyOutput)
     assert isinstance(output, type(stock))
