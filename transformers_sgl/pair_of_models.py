@@ -149,9 +149,12 @@ def _with_signature(function: Callable[..., Any], other: Callable[..., Any]) -> 
 
     @wraps(function)
     def same(pair: Any, *args: Any, **kwargs: Any) -> Any:
-        _, *names = others.bind_partial(pair, *args).arguments
-        return function(pair, **dict(zip(names, args, strict=True)), **kwargs)
+        if args:
+            _, *names = others.bind_partial(pair, *args).arguments
+            return function(pair, **dict(zip(names, args, strict=True)), **kwargs)
+        return function(pair, **kwargs)
 
+    del same.__wrapped__  # accelerate takes what is wrapped for the original, to which it goes back
     same.__signature__ = others  # type: ignore[attr-defined]
     return same
 
