@@ -36,6 +36,10 @@ DEFAULT_PRESET = "balanced"
 METHOD = "https://arxiv.org/abs/2412.03324"
 # The paper's results for InternVL2-2B and 26B: percent of the unpruned 26B's score, mean of 11 benchmarks.
 PAPER_SCORES = {"quality": 100.14, "balanced": 98.36, "fast": 89.58}
+FORGOTTEN_IMPORT = (
+    "If transformers says that this repository contains custom code, `import transformers_sgl` is missing: "
+    "`pip install transformers_sgl`, import it before loading, and no code of this repository is run."
+)
 
 NF4 = {
     "quant_method": "bitsandbytes",
@@ -226,6 +230,8 @@ question = {{"type": "text", "text": "What is shown here?"}}
 answer = pipe(text=[{{"role": "user", "content": [image, question]}}], max_new_tokens=64, return_full_text=False)
 print(answer[0]["generated_text"])
 ```
+
+{FORGOTTEN_IMPORT}
 
 {where}"""
 

@@ -40,6 +40,7 @@ PLACE = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<
 SOURCES = re.compile(r"(?P<start><!-- sources -->\n)(?P<body>.*?)(?P<end><!-- end sources -->)", re.DOTALL)
 NOT_MEASURED = "*Not measured yet.*\n"
 PAPER_NUM_LAYERS = 48  # decoder layers of the paper's large model, InternVL2-26B
+EMBEDDED_NUM_LAYERS = 10  # of the embedded pair's large model
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
     caption = (
         "Score in the paper: InternVL2 2B guides 26B, mean of 11 benchmarks in % of the unpruned 26B model, as "
         "published and not reproduced by us. Accuracy: exact match in % of the embedded pair, two tiny models trained "
-        f"on drawn shapes; unpruned, its large model reaches {unpruned}. Time: a whole answer relative to the large "
-        "model alone, on random weights of the proportions of InternVL 2B and 26B. Brackets: 95 % intervals of "
-        "accuracies; least and greatest of times, where there were enough rounds."
+        f"on drawn shapes; unpruned, its large model reaches {unpruned}. It was pruned to each row's average "
+        f"retention; the presets themselves come to {_of_embedded_layers()} on its {EMBEDDED_NUM_LAYERS} layers. "
+        "Time: a whole answer relative to the large model alone, on random weights of the proportions of InternVL 2B "
+        "and 26B. Brackets: 95 % intervals of accuracies; least and greatest of times, where there were enough rounds."
     )
     used = [tables[name] for name in (*sets.values(), "speed-end-to-end") if name in tables]
     measured = "; ".join(dict.fromkeys(table.measured for table in used))
@@ -196,8 +198,14 @@ def _pages(root: Path) -> list[Path]:
     return [root / "README.md", *sorted(root.glob("docs/**/*.md")), *sorted(root.glob("model_cards/*/README.md"))]
 
 
-def _average_retention(preset: str) -> str:
-    return f"{SGLGenerationConfig.from_preset(preset).average_retention(PAPER_NUM_LAYERS):.0%}"
+def _average_retention(preset: str, num_layers: int = PAPER_NUM_LAYERS) -> str:
+    return f"{SGLGenerationConfig.from_preset(preset).average_retention(num_layers):.0%}"
+
+
+def _of_embedded_layers() -> str:
+    """What the presets are on the embedded pair, in words."""
+    *shares, last = (_average_retention(preset, EMBEDDED_NUM_LAYERS) for preset in PRESETS)
+    return f"{', '.join(shares)} and {last}"
 
 
 def _line(cells: Any) -> str:

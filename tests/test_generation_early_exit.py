@@ -462,6 +462,50 @@ def test_verify_draft_alone_leaves_the_small_model_out_where_it_is_no_use(
     )
 
 
+@pytest.mark.parametrize("images", [[[1], [2], [1, 1]], [[], [], []]], ids=["with images", "text alone"])
+def test_padding_on_the_right_is_read_as_the_stock_model_reads_it(images: list) -> None:
+    large = tiny_internvl(num_layers=4)
+    pair = SGLForConditionalGeneration(large=large, small=near_copy(large, 0.05)).eval()
+    inputs = prompts(images, padding_side="right")
+    expected = large.generate(**inputs, **GREEDY)
+    assert not torch.equal(expected[:, -3:], large.generate(**prompts(images), **GREEDY)[:, -3:])
+    options = {**inputs, **GREEDY, "retention_ratio": 1.0, "return_dict_in_generate": True}
+    for own in ({}, {"verify_draft": True}, {"verify_draft": False, "early_exit_threshold": 1.0}):
+        assert torch.equal(pair.generate(**options, **own).sequences, expected)
+    output = pair.generate(**options, early_exit_threshold=1.0)
+    assert torch.equal(output.sequences, expected)
+    if output.decision_score is None:
+        return
+    threshold = float(output.decision_score.sort().values[1:].mean())
+    output = pair.generate(**options, early_exit_threshold=threshold)
+    assert output.exited_early.sum() == 1
+    late, width = ~output.exited_early, min(output.sequences.shape[1], expected.shape[1])
+    assert torch.equal(output.sequences[late, :width], expected[late, :width])
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_classifier_free_guidance_runs_the_large_model_alone_or_is_refused(
+    pair: SGLForConditionalGeneration, negative: bool
+) -> None:
+    inputs, options = prompts(), {**GREEDY, "guidance_scale": 1.5}
+    if negative:
+        options["negative_prompt_ids"] = inputs["input_ids"]
+        options["negative_prompt_attention_mask"] = inputs["attention_mask"]
+    expected = pair.large.generate(**inputs, **options)
+    for own in ({}, {"verify_draft": True}):
+        assert torch.equal(pair.generate(**inputs, **options, **own, retention_ratio=1.0), expected)
+    refused = TestRefusals().refused
+    message = "cannot obey .*`guidance_scale`, because the small model's answer would not"
+    refused(pair, message, **options, retention_ratio=1.0)
+    refused(pair, "Pruning does not work together with classifier-free", **options, early_exit_threshold=None)
+
+
+def test_token_healing_is_refused(pair: SGLForConditionalGeneration) -> None:
+    TestRefusals().refused(
+        pair, "`token_healing` rewrites the end of the prompt", token_healing=True, early_exit_threshold=None
+    )
+
+
 def test_a_text_only_prompt_never_exits(pair: SGLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair.small, "forward", None)
     inputs = prompts(images=[[], []], text=[4, 7])

@@ -1,76 +1,61 @@
-"""The output of guided generation is one of stock `generate`, wherever a client looks."""
-
-from __future__ import annotations
-
-import copy
-import io
-import pickle
-from collections.abc import Callable
-from typing import Any
+"""What the output tells about a batch of which the large model ran a part, or nothing."""
 
 import pytest
 import torch
-from tiny_models import prompts, tiny_internvl
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from tiny_models import PAD, prompts, tiny_internvl
 
-from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput
+from transformers_sgl import SGLForConditionalGeneration
 
 pytestmark = pytest.mark.mechanics
 
-STOCK = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-CASES: dict[str, dict[str, Any]] = {
-    "pruned": {"verify_draft": False},
-    "draft": {"verify_draft": True},
-    "unpruned": {"retention_ratio": 1.0, "verify_draft": True},
-    "exits": {"early_exit_threshold": 0.0},
-    "large alone": {"retention_ratio": 1.0, "verify_draft": False},
-    "beams": {"verify_draft": False, "num_beams": 2, "output_scores": True},
-    "beams, large alone": {"retention_ratio": 1.0, "verify_draft": False, "num_beams": 3, "num_return_sequences": 2},
+INPUTS = prompts()
+LENGTH = INPUTS["input_ids"].shape[1]
+OPTIONS = {
+    "max_new_tokens": 8,
+    "output_scores": True,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "retention_ratio": 1.0,
 }
 
 
 @pytest.fixture(scope="module")
 def pair() -> SGLForConditionalGeneration:
-    return SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(2, seed=1, hidden_size=16)).eval()
+    return SGLForConditionalGeneration(large=tiny_internvl(seed=1), small=tiny_internvl(num_layers=2, seed=2)).eval()
 
 
-def through_torch(output: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(output, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
+@pytest.mark.parametrize("exits", ["none", "some", "all"])
+def test_scores_cover_the_whole_batch(pair: SGLForConditionalGeneration, exits: str) -> None:
+    scores = pair.generate(**INPUTS, **OPTIONS, early_exit_threshold=1.0).decision_score
+    threshold = {"none": 1.0, "some": float((scores.min() + scores.max()) / 2), "all": 0.0}[exits]
+    output = pair.generate(**INPUTS, **OPTIONS, early_exit_threshold=threshold)
+    early = output.exited_early
+    assert {"none": not early.any(), "some": bool(early.any() and not early.all()), "all": early.all()}[exits]
+    stock = pair.large.generate(**INPUTS, **{**OPTIONS, "retention_ratio": None})
+    steps = output.sequences.shape[1] - LENGTH
+    for name in ("scores", "logits"):
+        assert len(output[name]) == steps
+        for one, other in zip(output[name], stock[name], strict=False):
+            assert one.shape == other.shape
+            assert one[early].isnan().all()
+            assert torch.allclose(one[~early], other[~early], atol=1e-4)
+    for model in (pair, pair.large):
+        transition = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+        expected = model.compute_transition_scores(stock.sequences, stock.scores, normalize_logits=True)
+        assert transition.shape == (3, steps)
+        assert transition[early].isnan().all()
+        width = min(steps, expected.shape[1])
+        written = (output.sequences[:, LENGTH:] != PAD)[~early, :width]
+        assert torch.allclose(transition[~early, :width][written], expected[~early, :width][written], atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_it_is_an_output_of_stock_generate(case: str, pair: SGLForConditionalGeneration) -> None:
-    settings = CASES[case]
-    output = pair.generate(**prompts(), **STOCK, **settings)
-    own = {name: settings[name] for name in settings if name in ("num_beams", "num_return_sequences", "output_scores")}
-    stock = pair.large.generate(**prompts(), **STOCK, **own)
-    assert isinstance(output, SGLGenerateOutput)
-    assert isinstance(output, GenerateDecoderOnlyOutput)
-    assert isinstance(output, type(stock))
-    assert isinstance(output, GenerateBeamDecoderOnlyOutput) == ("beams" in case)
-    shared = [name for name in stock if name in output]
-    if not case.startswith("exits"):  # nothing of the large model's where it was not called
-        assert set(stock) <= set(output)
-        assert list(output)[: len(stock)] == [name for name in output if name in stock]
-    assert shared[0] == "sequences"
-    assert output[0] is output["sequences"] is output.sequences is output.to_tuple()[0]
-    assert len(output.to_tuple()) == len(list(output.keys())) == len(output[:])
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output)), through_torch])
-@pytest.mark.parametrize("case", CASES)
-def test_a_copy_has_all_of_it(copied: Callable[[Any], Any], case: str, pair: SGLForConditionalGeneration) -> None:
-    output = pair.generate(**prompts(), **STOCK, **CASES[case])
-    other = copied(output)
-    assert type(other) is type(output)
-    assert list(other) == list(output)
-    assert other is not output
-    assert repr(other) == repr(output)
-    for name, value in output.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(other[name], value)
-            assert getattr(other, name) is other[name]
-    assert other.timings == output.timings
+def test_early_answers_longer_than_the_others_have_no_scores_at_their_end(pair: SGLForConditionalGeneration) -> None:
+    plain = pair.generate(**INPUTS, **OPTIONS, early_exit_threshold=1.0)
+    late = int(plain.decision_score.argmin())
+    threshold = float(plain.decision_score.sort().values[:2].mean())
+    ends = [61, int(plain.sequences[late, LENGTH + 1])]
+    output = pair.generate(**INPUTS, **OPTIONS, early_exit_threshold=threshold, eos_token_id=ends)
+    assert output.exited_early.tolist() == [number != late for number in range(3)]
+    assert len(output.scores) == output.sequences.shape[1] - LENGTH
+    assert all(step.isnan().all() for step in output.scores[2:])
+    assert not any(step[late].isnan().any() for step in output.scores[:2])

@@ -8,7 +8,14 @@ import pytest
 import torch
 from tiny_models import EOS, IMAGE, PAD, prompts, state, tiny_internvl
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    WatermarkingConfig,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_sgl import SGLForConditionalGeneration
@@ -168,7 +175,9 @@ def test_what_an_early_answer_cannot_obey_is_refused(twins: SGLForConditionalGen
     options = {"max_new_tokens": 3, "early_exit_threshold": 0.0, "retention_ratio": 1.0, name: REFUSED[name]}
     if name == "num_return_sequences":
         options["do_sample"] = True
-    with pytest.raises(ValueError, match=r"pass `early_exit_threshold=None`, which never exits\."):
+    with pytest.raises(
+        ValueError, match=r"(pass|no) `early_exit_threshold(=None`, which never exits|` to run the large .*)\."
+    ):
         twins.generate(**INPUTS, **options)
     assert (state(twins.large), state(twins.small)) == before
 
@@ -206,6 +215,24 @@ def test_an_end_forced_on_a_draft_that_is_cut_off_is_no_end(twins: SGLForConditi
     )
     assert not output.exited_early.any()
     assert torch.equal(output.sequences, twins.large.generate(**INPUTS, max_new_tokens=6, forced_eos_token_id=EOS))
+
+
+@pytest.mark.parametrize("length", [3, 9], ids=["shorter", "longer"])
+def test_a_length_criterion_of_the_caller_takes_the_place_of_the_limit(
+    twins: SGLForConditionalGeneration, length: int
+) -> None:
+    own = {"max_new_tokens": 6, "stopping_criteria": [MaxLengthCriteria(LENGTH + length)], "eos_token_id": None}
+    output = twins.generate(**INPUTS, **own, early_exit_threshold=0.0, return_dict_in_generate=True)
+    assert output.exited_early.all()
+    assert torch.equal(output.sequences, twins.large.generate(**INPUTS, **own))
+    assert output.sequences.shape[1] == LENGTH + length
+
+
+def test_an_end_may_be_given_as_a_tensor(twins: SGLForConditionalGeneration, plain: Tensor) -> None:
+    own = {"max_new_tokens": 8, "eos_token_id": torch.tensor([EOS, int(plain[0, LENGTH + 1])])}
+    assert torch.equal(
+        twins.generate(**INPUTS, **own, early_exit_threshold=0.0), twins.large.generate(**INPUTS, **own)
+    )
 
 
 @pytest.mark.parametrize(

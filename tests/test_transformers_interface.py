@@ -421,6 +421,19 @@ def newest_commit() -> None:
 
 
 @check
+def files_in() -> None:
+    def read() -> Any:
+        return [interface.files_in("org/name", names) for names in (["config.json"], ["absent.json"])]
+
+    ([file], absent), _ = from_hub(read, TMP[0] / "files")
+    assert Path(file).name == "config.json"
+    assert absent is None, "a file that is not there is found"
+    folder = str(embedded_pair() / "large")
+    assert interface.files_in(folder, ["config.json"]) == [str(Path(folder, "config.json"))]
+    assert interface.files_in(folder, ["config.json", "absent.json"]) is None
+
+
+@check
 def changed_settings() -> None:
     config = AutoConfig.from_pretrained(embedded_pair() / "large")
     found = interface.changed_settings(config)
@@ -581,6 +594,7 @@ UNDOCUMENTED = {
     "models.auto.processing_auto.PROCESSOR_MAPPING_NAMES",
     "processing_utils.ImagesKwargs",
     "utils.hub.cached_file",
+    "utils.hub.cached_files",
     "utils.hub.extract_commit_hash",
     "video_utils.load_video",
 }

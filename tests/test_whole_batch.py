@@ -165,17 +165,20 @@ def test_a_draft_does_not_use_up_the_callers_own_objects(
     assert own.calls == (0 if threshold == 0 else 3)
 
 
-def test_models_and_tokenizers_that_they_hold_are_not_copied(pair: SGLForConditionalGeneration) -> None:
-    class Holds(RowOfItsOwn):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
+def test_models_and_events_that_they_hold_are_not_copied(pair: SGLForConditionalGeneration) -> None:
+    class Cancels(StoppingCriteria):
+        def __init__(self) -> None:
+            self.model, self.event = pair.large, threading.Event()
 
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             assert self.model is pair.large
-            return super().__call__(input_ids, scores)
+            return torch.full(input_ids.shape[:1], self.event.is_set())
 
-    pair.generate(**INPUTS, **GREEDY, logits_processor=[Holds(pair.large)], early_exit_threshold=0.0)
+    own = Cancels()
+    own.event.set()
+    output = pair.generate(**INPUTS, **GREEDY, stopping_criteria=[own], early_exit_threshold=0.0)
+    assert output.exited_early.all()
+    assert output.sequences.shape[1] == LENGTH + 1
 
 
 def test_what_cannot_be_copied_is_refused_with_exits_alone(pair: SGLForConditionalGeneration) -> None:

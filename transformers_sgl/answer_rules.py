@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from transformers_sgl.batching import pad_rows
 from transformers_sgl.generation_config_sgl import CompleteSettings, SGLGenerationConfig
@@ -67,6 +67,9 @@ class AnswerRules:
             at_most = max(1, settings.max_length - prompt_length)
         else:
             at_most = _DEFAULT_MAX_NEW_TOKENS
+        for criterion in arguments.get("stopping_criteria") or ():
+            if type(criterion) is MaxLengthCriteria:  # the caller's own wins, as in transformers
+                at_most = max(1, criterion.max_length - prompt_length)
         return cls(settings, arguments, vocabularies, at_least, at_most)
 
     @property
@@ -262,8 +265,8 @@ class AnswerRules:
         return settings
 
 
-def _ids(eos_token_id: int | list[int] | None) -> list[int]:
-    return [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+def _ids(eos_token_id: int | list[int] | Tensor | None) -> list[int]:
+    return [] if eos_token_id is None else torch.as_tensor(eos_token_id).reshape(-1).tolist()
 
 
 def _listed(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_sgl.storage.checkpoints import PARTS, attention_of, check_recipe
+from transformers_sgl.storage.checks import blaming, check_claims
 from transformers_sgl.transformers_interface import CACHE_NAMES, changed_settings, keep_attention_names
 
 __all__ = ["PARTS", "SGLConfig"]
@@ -108,6 +109,18 @@ class SGLConfig(PreTrainedConfig):
         return getattr(self.large_config, name)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that a `config.json` holds; see `PreTrainedConfig.from_dict`.
+
+        Raises:
+            ValueError: If a setting has a wrong type, or claims sizes that no model has.
+        """
+        owner = f"The pair {str(kwargs.get('name_or_path', ''))!r}"
+        with blaming(owner, "config.json", kwargs):
+            check_claims(owner, config_dict)
+            return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Does nothing: `auto_map` already leads to this package, so saving copies none of its files."""
 
@@ -131,7 +144,7 @@ def _as_config(name: str, config: dict[str, Any] | PreTrainedConfig) -> PreTrain
     """A sub-configuration as an object of its own class."""
     if isinstance(config, PreTrainedConfig):
         return config
-    if "model_type" not in config:
+    if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"`{name}` names no `model_type`: pass the configuration of a transformers model.")
     options = dict(config)
     return AutoConfig.for_model(options.pop("model_type"), **options)

@@ -189,7 +189,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         return settings
 
     def completed_by(self, large: GenerationConfig) -> SGLGenerationConfig:
-        """A pair's settings: what its own file leaves out comes from the `large` model's settings.
+        """A pair's settings: what a file written by hand leaves out comes from the `large` model's settings.
 
         Sampling settings do not where the pair does not sample: transformers refuses to save them then.
         """

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -51,8 +52,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
             run) and `total_ms`.
         scores, logits (tuples of `Tensor` of shape `(batch, vocab_size)`, *optional*): As the large model's `generate`
-            returns them, one for each token of the answers; NaN where an answer exited early, and so the large model
-            has none. `None` where all did.
+            returns them, one for each token of the answers; NaN where an answer exited early, because then the
+            large model has none.
         attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large model's `generate`
             returns them, for the samples that it was called for, in their order; in pruned layers shorter. The cache
             can be read under its name before and since transformers 5.24.
@@ -113,21 +114,27 @@ def sequences_of(output: ModelOutput | Tensor) -> Tensor:
 
 
 def passed_on(
-    output: ModelOutput | Tensor | None, batch: WholeBatch | None = None, answer_length: int = 0
+    output: ModelOutput | Tensor | None,
+    batch: WholeBatch | None = None,
+    answer_length: int = 0,
+    settings: GenerationConfig | None = None,
+    vocab_size: int = 0,
 ) -> dict[str, Any]:
     """The fields of the large model's output that an [`SGLGenerateOutput`] keeps.
 
-    Where the large model ran only a part of a `batch`, scores and logits still cover all of it, and all tokens of the
-    answers.
+    Where it ran only a part of a `batch`, or nothing of it, the scores and logits that the `settings` ask for cover
+    all of it: one of shape `(batch, vocab_size)` for each token of the answers, NaN where the large model did not run.
     """
-    if output is None or isinstance(output, Tensor):
-        return {}
-    names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
-    kept = {name: output[name] for name in names if name in output}
+    kept = {}
+    if output is not None and not isinstance(output, Tensor):
+        names = [field.name for field in fields(SGLGenerateOutput) if field.name != "sequences"]
+        kept = {name: output[name] for name in names if name in output}
     if batch is not None and not batch.runs.all():
-        for name in kept.keys() & {"scores", "logits"}:
-            steps = [batch.rows(step, others=torch.nan) for step in kept[name]]
-            kept[name] = (*steps, *[torch.full_like(steps[0], torch.nan)] * (answer_length - len(steps)))
+        for name in ("scores", "logits"):
+            if getattr(settings, f"output_{name}", False):
+                steps = [batch.rows(step, others=torch.nan) for step in kept.get(name, ())]
+                nothing = torch.full((len(batch.runs), 1), torch.nan, device=batch.runs.device).expand(-1, vocab_size)
+                kept[name] = (*steps, *[nothing] * (answer_length - len(steps)))
     return kept
 
 

@@ -56,6 +56,7 @@ SETTINGS: dict[str, Meaning] = {
     **_each("irrelevant", "prompt_lookup_num_tokens speculation_type target_lookbehind use_mtp"),
     # Where a prompt begins that has no tokens.
     **_each("irrelevant", "bos_token_id decoder_start_token_id"),
+    # Another search, another prompt, or a passage through the model that guidance would take for the draft's.
     **_each("refused", "assistant_ensemble_weight constraints dola_layers force_words_ids guidance_scale"),
     **_each("refused", "is_assistant num_beam_groups penalty_alpha token_healing watermarking_config"),
 }
@@ -68,8 +69,6 @@ ARGUMENTS: dict[str, Meaning] = {
 }
 
 _NEUTRAL = {"guidance_scale": 1, "is_assistant": False, "token_healing": False, "synced_gpus": False}
-
-
 # What the small model's own settings say of its draft.
 _SMALL_OWN = ("bos_token_id", "compile_config", "decoder_start_token_id", "disable_compile")
 

@@ -29,7 +29,7 @@ from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
-from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read
+from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
 from transformers_sgl.versions import names_versions
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
@@ -173,8 +173,9 @@ def generate(
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
+    vocab_size, _ = vocabulary_sizes(large, small)
     return output_class(output)(
-        **passed_on(output, whole_batch, answers.shape[1]),
+        **passed_on(output, whole_batch, answers.shape[1], settings, vocab_size),
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,

@@ -171,7 +171,8 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         Args:
             inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
             generation_config (`GenerationConfig`, *optional*): Settings; [`SGLGenerationConfig`] has those of the
-                method too. As in transformers, fields that are `None` come from `model.generation_config`.
+                method too. As in transformers, fields that are `None` come from `model.generation_config`; a stock
+                setting that is `None` in `kwargs` is unset.
             importance_processor ([`ImportanceProcessor`] or several, *optional*): Your own steps between the small
                 model's attention and the choice of tokens; they run before those of the settings.
             small_tokenizer (`PreTrainedTokenizerBase`, *optional*): The small model's tokenizer, as `tokenizer` is the

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.processing_sgl import SGLProcessor
-from transformers_sgl.storage.checkpoints import first_sentence
+from transformers_sgl.storage.checks import first_sentence
 
 __all__ = ["chat_inputs", "check_device", "find_pair", "naming_pair", "open_pair", "user_turn"]
 

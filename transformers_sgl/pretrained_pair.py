@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import tempfile
@@ -19,6 +18,7 @@ from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.adapters import check_is_no_adapter, check_no_adapter_is_lost, unwrapped
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
+from transformers_sgl.storage.checks import blaming
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
 from transformers_sgl.storage.processors import PROCESSOR_CONFIG, copy_processors, write_processor_config
 from transformers_sgl.storage.saving import AUTO_MAP, staged, write_remote_code
@@ -83,7 +83,7 @@ class PretrainedPair(PreTrainedModel):
         checkpoints = {
             name: _known(name, Checkpoint.at(model, options[name]))
             for name, model in models.items()
-            if not isinstance(model, PreTrainedModel)
+            if isinstance(model, str | os.PathLike)
         }
         for name, checkpoint in checkpoints.items():
             models[name], _ = load_model(name, checkpoint, options[name])
@@ -157,11 +157,13 @@ class PretrainedPair(PreTrainedModel):
         model._remember(checkpoints, options)
 
         # 3. transformers' own `from_pretrained` would restore a plain `GenerationConfig`.
-        with contextlib.suppress(OSError):  # without a file of its own, a pair has its large model's settings
-            generation_config = generation_config or SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
+        if generation_config is None and saved.has_generation_config():  # without one, it has its large model's
+            with blaming(f"The pair {saved}", "generation_config.json"):
+                generation_config = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
         if generation_config is not None:
             own = SGLGenerationConfig.from_generation_config(generation_config)
-            model.generation_config = own.completed_by(model.large.generation_config)
+            by_hand = generation_config.transformers_version is None  # what transformers has saved is complete
+            model.generation_config = own.completed_by(model.large.generation_config) if by_hand else own
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:
@@ -291,8 +293,11 @@ class PretrainedPair(PreTrainedModel):
 
 def _configuration(saved: SavedPair, given: Any, attention: Any) -> SGLConfig:
     """The pair's configuration, unless it is given; raises `OSError` where there is no pair."""
-    options = {} if attention is None else {"attn_implementation": attention}
-    config = given if isinstance(given, SGLConfig) else SGLConfig.from_pretrained(saved.path, **saved.where, **options)
+    saved.read_config()  # checks it
+    options = {"name_or_path": saved.path, **saved.where}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    config = given if isinstance(given, SGLConfig) else SGLConfig.from_pretrained(saved.path, **options)
     if config.large_config is None and config.recipe is None:
         path = saved.path
         raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, PreTrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, read_config, split_kwargs
+from transformers_sgl.storage.checks import blaming
 from transformers_sgl.storage.processors import (
     PROCESSOR_CONFIG,
     load_processor,
@@ -144,7 +145,7 @@ class SGLProcessor(ProcessorMixin):
         saved = SavedPair.find(pretrained_model_name_or_path, kwargs)
         dropped = (*HUB_KWARGS, "subfolder", AUTO_MARKER)
         kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
-        config = PreTrainedConfig.get_config_dict(saved.path, **saved.where)[0] or {}
+        config = saved.read_config()
         recipe = {name: config[name] for name in PARTS if config.get(name) is not None} or None
         if recipe is not None:
             kwargs["trust_remote_code"] = False  # trust in a recipe is not trust in what it names
@@ -163,7 +164,8 @@ class SGLProcessor(ProcessorMixin):
                 f"A save of the processors in {saved.path!r} was cut off: `{PROCESSOR_CONFIG}` is missing; save "
                 "them again."
             )
-        return cls(*parts)
+        with blaming(f"The processor of the pair {saved}", "processors' files"):  # they are tried out on images
+            return cls(*parts)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ __all__ = ["WholeBatch", "WholeBatchStreamer", "copied"]
 
 # The arguments of `generate` that hold the caller's own objects.
 _OWN_OBJECTS = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
+# What such an object may hold that is not its own state.
+_SHARED = (nn.Module, PreTrainedTokenizerBase, Event)
 
 
 def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Copies of the caller's own objects among the arguments of `generate`, so that a draft does not use them up.
 
-    Models and tokenizers that they hold are not copied. Raises `ValueError` if one cannot be copied.
+    Models, tokenizers and events that they hold are not copied. Raises `ValueError` if one cannot be copied.
     """
     copies = {}
     for name in _OWN_OBJECTS:
@@ -34,7 +37,7 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
             continue
         objects = own if isinstance(own, list) else [own]
         held = [part for each in objects for part in getattr(each, "__dict__", {}).values()]
-        memo = {id(part): part for part in held if isinstance(part, (nn.Module, PreTrainedTokenizerBase))}
+        memo = {id(part): part for part in held if isinstance(part, _SHARED)}
         try:
             copies[name] = deepcopy(own, memo)
         except Exception as error:  # whatever stands in the way of a copy

@@ -117,7 +117,7 @@ class TestASecondProcess:
         monkeypatch.setattr(module, "choose_threshold", save_another)
         before = (folder / "generation_config.json").read_bytes()
         settings: dict[str, Any] = {"confidence": 0.6, "max_new_tokens": 4, "device": "cpu"}
-        with pytest.raises(OSError, match="Another pair was saved into '.*pair' during the calibration: calibrate"):
+        with pytest.raises(OSError, match="Another pair was saved into '.*pair' while this one was calibrated"):
             calibrate(folder, data, LargeCallBudget(0.8), out=tmp_path / "out", **settings)
         assert (folder / "generation_config.json").read_bytes() == before
 

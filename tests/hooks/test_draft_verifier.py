@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from tiny_models import (
     EOS,
     FLASH_STAND_IN,
     IMAGE,
+    PAD,
     Banned,
     SumIsRound,
     answers,
@@ -322,6 +325,45 @@ def test_scores_and_the_cache_are_those_of_stock_generate() -> None:
     assert cache_of(found) is own
     for one, other in zip(own.layers, cache_of(expected).layers, strict=True):
         assert torch.allclose(one.keys, other.keys, atol=1e-4)
+
+
+@pytest.mark.parametrize("draft_is", ["right", "wrong in all", "wrong in one", "longer than the answers"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_scores_of_samples_that_have_ended_are_those_of_stock_generate(draft_is: str, padding_side: str) -> None:
+    inputs = prompts(padding_side=padding_side)
+    length = inputs["input_ids"].shape[1]
+    plain = LARGE.generate(**inputs, max_new_tokens=10, do_sample=False)[:, length:]
+    options = {"max_new_tokens": 10, "eos_token_id": [EOS, int(plain[0, 3]), int(plain[1, 5])]}
+    options |= {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    expected = LARGE.generate(**inputs, do_sample=False, **options)
+    draft = expected.sequences[:, length:].clone()
+    mask = draft != PAD
+    assert not mask.all(), "none has ended before the others"
+    if draft_is == "wrong in all":
+        draft[:, 2] = (draft[:, 2] + 1) % 50
+    elif draft_is == "wrong in one":
+        draft[0, 2] = (draft[0, 2] + 1) % 50
+    elif draft_is == "longer than the answers":
+        draft, mask = draft.masked_fill(draft == PAD, 3).repeat(1, 2), torch.ones_like(mask).repeat(1, 2)
+    verifier = DraftVerifier(LARGE, draft, mask)
+    found = verifier.generate(**inputs, do_sample=False, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert verifier.num_forward_passes < len(expected.scores)
+    for name in ("scores", "logits"):
+        for one, other in zip(found[name], expected[name], strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_batch_whose_answers_end_without_an_end_of_sequence_goes_on_as_stock_generate() -> None:
+    inputs = prompts()
+    options = {"max_new_tokens": 10, "eos_token_id": None, "stopping_criteria": StoppingCriteriaList([SumIsRound()])}
+    stock = copy.deepcopy(LARGE)
+    stock.generation_config.eos_token_id = None
+    expected = stock.generate(**inputs, do_sample=False, **options)
+    draft = expected[:, inputs["input_ids"].shape[1] :].clone()
+    draft[1, 2] = 5
+    found, _ = verified(inputs, draft, **options)
+    assert torch.equal(found, expected)
 
 
 def test_processors_criteria_and_streamers_are_asked_as_often() -> None:

@@ -26,7 +26,7 @@ from transformers_sgl.serving import Limits, PairApp, requests
 
 pytestmark = pytest.mark.mechanics
 
-NUMBER = int(os.environ.get("FUZZED_REQUESTS", "250"))
+NUMBER = int(os.environ.get("FUZZED_REQUESTS", "200"))
 LIMITS = Limits(max_body_bytes=100_000, max_prompt_tokens=400, max_new_tokens=3, max_image_pixels=64 * 64)
 REFUSED = {400, 413}
 

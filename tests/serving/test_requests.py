@@ -137,6 +137,8 @@ class TestAChat:
         ({"stop": "x" * 101}, "`stop` has a text of 101 characters: pass 1 to 100."),
         ({"stop": list("abcde")}, "`stop` has 5 texts: pass up to 4."),
         ({"stop": "\ud800"}, "`stop` has half a character"),
+        ({"generation_config": "[" + "[]," * 10**6}, "`generation_config` is '[[]"),
+        ({"generation_config": "{}" + " " * 10_000}, "`generation_config` is '{}"),
         # conversations
         ({"messages": [{"role": "tool", "content": "x"}]}, "`messages[0]` has the role 'tool'"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "has a field 'tool_calls'"),
@@ -209,8 +211,17 @@ def test_a_large_value_is_not_read_to_the_end_for_a_sentence():
 )
 def test_what_is_no_json_object_is_refused(body):
     with pytest.raises(ValueError, match="^The request is not") as refused:
-        read_json(body)
+        read_json(body, LIMITS)
     assert len(str(refused.value)) < 200
+
+
+def test_a_body_of_very_many_values_is_refused_before_it_is_read():
+    started = time.perf_counter()
+    for values in (b"[]," * 3_000_000, b'"",' * 3_000_000, b'{"":0},' * 1_000_000):
+        with pytest.raises(ValueError, match="shorten it"):
+            read_json(b'{"messages": [' + values + b"0]}", Limits())
+    assert time.perf_counter() - started < 1
+    read_json(json.dumps({"messages": user(*[{"type": "text", "text": "[{,"}] * 16384)}).encode(), Limits())
 
 
 class TestAResponse:

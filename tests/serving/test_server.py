@@ -10,6 +10,8 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from PIL import Image
 from tiny_models import state
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from transformers_sgl.cli.serve import serve as cli_serve
 from transformers_sgl.serving import Limits, PairApp, images, server
 
 pytestmark = pytest.mark.mechanics
@@ -120,6 +123,28 @@ class TestWhatIsThere:
 @pytest.fixture(scope="module")
 def locked(pair: Any, processor: Any) -> InProcess:
     return InProcess(PairApp("pair", pair, processor, LIMITS, api_key="secret"))
+
+
+def test_sites_that_are_named_may_ask(pair, processor, monkeypatch):
+    served = []
+    monkeypatch.setattr(server, "Server", lambda config: served.append(config) or config)
+    monkeypatch.setattr(server.Config, "run", lambda config: None, raising=False)
+    server.serve(PairApp("pair", pair, processor), cors_origins=["https://page.test"])
+    (config,) = served
+    assert config.host == "localhost"
+    running = InProcess(config.app)
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    for origin, status in (("https://page.test", 200), ("https://other.test", 400)):
+        reply = running.ask("/v1/chat/completions", method="OPTIONS", headers={"origin": origin, **asking})
+        assert reply.status == status
+        assert reply.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+
+
+def test_options_have_the_defaults_of_the_limits():
+    options = signature(cli_serve).parameters
+    names = {field.name: "allow_image_urls" if field.name == "image_hosts" else field.name for field in fields(Limits)}
+    assert {name: options[option].default or () for name, option in names.items()} == vars(Limits())
+    assert options["max_queue"].default == signature(PairApp).parameters["max_queue"].default
 
 
 class TestKey:

@@ -88,9 +88,16 @@ class TestAPeftModel:
         with pytest.raises(ValueError, match="The small model has an adapter that puts tokens of its own"):
             generate_with_small_model(tiny_internvl(), tuned, **prompts())
 
-    def test_another_module_is_refused(self, paired: Callable[..., SGLForConditionalGeneration]) -> None:
-        with pytest.raises(ValueError, match="The large model is a Linear, not a model of transformers: load one"):
-            paired(torch.nn.Linear(1, 1), small())
+    @pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), 3], ids=["module", "number"])
+    def test_what_is_no_model_is_refused(
+        self, paired: Callable[..., SGLForConditionalGeneration], model: object
+    ) -> None:
+        with pytest.raises(ValueError, match="The large model is of the type .*, which is no model of"):
+            paired(model, small())
+
+    def test_a_compiled_model_stays_as_it_is(self, paired: Callable[..., SGLForConditionalGeneration]) -> None:
+        compiled = torch.compile(tiny_internvl(), backend="eager")
+        assert paired(compiled, small()).large is compiled
 
 
 def loaded_into(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

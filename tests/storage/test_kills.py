@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm.auto
 from hub_stub import HubStub
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
@@ -46,6 +49,8 @@ class Killer:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, 1)
                 os.dup2(nowhere, 2)
+                for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # their own would stay locked in all copies
+                    bar.set_lock(threading.RLock())
                 work(place)
                 code = 0
             finally:
@@ -193,6 +198,30 @@ def test_an_evaluation(pair: tuple[Any, Any], data: Path, tmp_path: Path) -> Non
         assert (out / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
         assert records(out) == records(undisturbed)
         assert names(out) == names(undisturbed)
+
+
+def test_an_evaluation_on_a_full_disk(pair: tuple[Any, Any], data: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file stops the same writes as a full disk; where there is room again, it goes on."""
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    options: dict[str, Any] = {"methods": ["large"], "batch_size": 2, "max_new_tokens": 2, "device": "cpu"}
+    evaluate(pair, str(data), out=undisturbed, **options)
+
+    def run_into(limit: int) -> None:
+        message = ""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            evaluate(pair, str(data), out=out, **options)
+        except OSError as error:
+            message = str(error)
+        assert "cannot be written: File too large. To go on, make room there" in message
+
+    for limit, file in ((0, "run.json"), (1_000, "samples-0.jsonl"), (10_000, "figure.png")):
+        Killer(seed=0).seconds(run_into, limit)
+        assert visible(out).get(file, b"").count(b"\n") < 6
+    evaluate(pair, str(data), out=out, **options)
+    assert (out / "summary.json").read_bytes() == (undisturbed / "summary.json").read_bytes()
+    assert records(out) == records(undisturbed)
+    assert names(out) == names(undisturbed)
 
 
 def test_a_calibration(data: Path, embedded_pair_path: Path, tmp_path: Path) -> None:

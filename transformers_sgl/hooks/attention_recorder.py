@@ -58,7 +58,8 @@ class AttentionRecorder(HookContext):
 
     It works on any supported transformers model, alone, and does not slow its attention kernel down. Padding queries
     do not count, nor do those after a sample's end of sequence. Until the end of the `with`, the keys in the model's
-    cache are kept.
+    cache are kept. Other threads may use the model meanwhile, unheard; a thread that is to be heard runs in a copy of
+    the context: `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
 
     Args:
         model (`PreTrainedModel`): The model to record.
@@ -136,6 +137,7 @@ class AttentionRecorder(HookContext):
         self._first = self._end = 0  # positions of the current pass's tokens
         self._num_layers = 0  # layers of the current pass that have been recorded
         self._cache: Cache | None = None  # of the current pass
+        self._threads: list[int] = []  # the first is the one that runs the call
 
     @property
     def generated_importance(self) -> Tensor:
@@ -194,7 +196,9 @@ class AttentionRecorder(HookContext):
             inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             raise ValueError("Attention cannot be recorded of a decoder that is called without its inputs.")
-        if vars(self).setdefault("_thread", get_ident()) != get_ident():
+        if not self._threads:
+            self._threads.append(get_ident())
+        if self._threads[0] != get_ident():
             raise ValueError("Another thread runs the call that is being recorded: use a new recorder for each call.")
         self._cache = cache_of(kwargs)
         self._first = 0 if self._cache is None else int(self._cache.get_seq_length())

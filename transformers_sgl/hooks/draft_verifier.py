@@ -252,8 +252,6 @@ class _Run:
             agrees = (tokens == self._draft[:, step]) & self._draft_mask[:, step]
             self.num_accepted += agrees & self._unfinished
         self._unfinished = self._unfinished & ~finished.cpu()
-        if self._pads:
-            self._to_read[~self._unfinished, self.num_chosen :] = self._pad_token_id
         follows = tokens == self._to_read[:, step]
         self._follows = bool((follows if self._follows_ended else follows | ~self._unfinished).all())
 
@@ -276,6 +274,8 @@ class _Run:
         """
         fits = self._follows or self.num_chosen - self._first_step > 1
         end = int(self._readable[self._unfinished].max()) if fits else 0
+        if self._pads:
+            self._to_read[~self._unfinished, self.num_chosen :] = self._pad_token_id
         return self._to_read[:, self.num_chosen : end]
 
     def learn(self, logits: Tensor, num_draft_tokens: int) -> None:

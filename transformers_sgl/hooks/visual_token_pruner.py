@@ -59,6 +59,9 @@ class VisualTokenPruner(HookContext):
     the logits are those of the kept tokens), with greedy search, sampling and beams, with a dynamic cache or none, and
     with padding on either side. Inside the `with`, the model takes exactly the prompts that `keep_mask` describes.
 
+    Other threads may use the model meanwhile; their calls are not pruned. A thread that is to be inside runs in a copy
+    of the context: `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
+
     Args:
         model (`PreTrainedModel`): The model to prune.
         keep_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens to keep, `False` for dropped

@@ -165,6 +165,9 @@ def check_base_models(folder: Path, names: set[str]) -> Iterator[Finding]:
 
 def check_code(folder: Path, name: str, config: dict[str, Any]) -> Iterator[Finding]:
     """Checks that the code that a configuration names is in the folder and is Python."""
+    if not isinstance(config.get("auto_map") or {}, dict):
+        yield Finding(name, "has an `auto_map` that is no JSON object: save the pair again.")
+        return
     values = (config.get("auto_map") or {}).values()
     entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
     for reference in sorted({entry for entry in entries if isinstance(entry, str)}):
@@ -203,6 +206,6 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
         return {}, "is missing: save the pair again."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         return {}, f"is not JSON ({error}): save the pair again."
     return (content, "") if isinstance(content, dict) else ({}, "is not a JSON object: save the pair again.")

@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.configuration_sgl import PARTS
 from transformers_sgl.hub.validation import is_function, kind_of, named_folder, published_files, validate
-from transformers_sgl.storage.checkpoints import first_sentence
+from transformers_sgl.storage.checks import first_sentence
 
 __all__ = ["Publication", "PublishedFile", "publish"]
 
@@ -134,13 +134,8 @@ def publish(
         announce(publication)
     if dry_run:
         return publication
-    # What is checked and what is uploaded are the same: weights are told by their sums, all else is in memory by now.
     operations = _operations(contents, deleted)
-    if _state(Path(folder)) != before:
-        raise OSError(
-            f"{str(folder)!r} was written to while it was read, and nothing was published: publish it again once that "
-            "is done."
-        )
+    _check_unchanged(Path(folder), before)
     return _commit(api, publication, operations, repo, head, revision)
 
 
@@ -166,6 +161,15 @@ def _state(folder: Path) -> list[tuple[str, int, int, int]]:
     """What changes when a file in the folder is written or replaced."""
     files = {path: path.stat() for path in published_files(folder) if path.exists()}
     return [(str(path), file.st_ino, file.st_size, file.st_mtime_ns) for path, file in files.items()]
+
+
+def _check_unchanged(folder: Path, before: list[tuple[str, int, int, int]]) -> None:
+    """Raises unless what was checked is what was read for the upload."""
+    if _state(folder) != before:
+        raise OSError(
+            f"{str(folder)!r} was written to while it was read, and nothing was published: publish it again once that "
+            "is done."
+        )
 
 
 def _operations(contents: dict[str, Path | bytes], deleted: Iterable[str]) -> list[Any]:

@@ -17,7 +17,14 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hub import contents
 from transformers_sgl.hub.contents import Finding, published_files, read_json, relative
 from transformers_sgl.processing_sgl import SGLProcessor
-from transformers_sgl.storage.checkpoints import first_sentence
+from transformers_sgl.storage.checks import (
+    blaming,
+    check_claims,
+    check_index,
+    check_no_foreign_code,
+    first_sentence,
+    read_generation_config,
+)
 
 __all__ = ["is_function", "kind_of", "named_folder", "validate"]
 
@@ -80,8 +87,10 @@ def _generation_config(folder: Path) -> Iterator[Finding]:
         yield Finding("generation_config.json", "is missing: save the pair's settings with it.")
         return
     try:
-        SGLGenerationConfig.from_pretrained(str(folder)).validate()
-    except (OSError, TypeError, ValueError) as error:
+        with blaming("The pair", "generation_config.json"):
+            read_generation_config("The pair", str(folder), {})
+            SGLGenerationConfig.from_pretrained(str(folder)).validate()
+    except (OSError, ValueError) as error:
         yield Finding("generation_config.json", f"cannot be used: {first_sentence(error)}.")
 
 
@@ -98,8 +107,9 @@ def _pair(folder: Path, repo_id: str | None) -> Iterator[Finding]:
         return
     yield from contents.check_code(folder, "config.json", config)
     try:
+        check_no_foreign_code("The pair", config)
         pair = SGLConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         yield Finding("config.json", f"cannot be loaded: {first_sentence(error)}.")
         return
     configs: dict[str, PreTrainedConfig] = {}
@@ -168,16 +178,20 @@ def _recipe(
 
 
 def _weights(folder: Path, part: str) -> Iterator[Finding]:
-    index = folder / part / "model.safetensors.index.json"
-    if index.is_file():
+    indices = sorted((folder / part).glob("model.safetensors.index*.json"))
+    for index in indices:
         content, problem = read_json(index)
-        if problem or not isinstance(content.get("weight_map"), dict):
-            yield Finding(relative(folder, index), problem or "lists no weights: save the pair again.")
+        try:
+            shards = [] if problem else check_index(f"The {part} model", index.name, content)
+        except ValueError as error:
+            problem = f"cannot be used: {first_sentence(error)}."
+        if problem:
+            yield Finding(relative(folder, index), problem)
             return
-        for shard in sorted(set(content["weight_map"].values())):
+        for shard in shards:
             if not (folder / part / shard).is_file():
                 yield Finding(f"{part}/{shard}", "is missing, though the index lists it: save the pair again.")
-    elif not (folder / part / "model.safetensors").is_file():
+    if not indices and not any((folder / part).glob("model*.safetensors")):
         yield Finding(f"{part}/model.safetensors", f"is missing: the {part} model has no weights, so save it again.")
 
 
@@ -186,7 +200,11 @@ def _model_config(
 ) -> Iterator[Finding]:
     """Reads one model's configuration into `configs`, if the model can be in a pair."""
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **where)
+        with blaming(f"The {part} model", "config.json"):
+            described, _ = PreTrainedConfig.get_config_dict(name, local_files_only=True, **where)
+            check_claims(f"The {part} model", described)
+            check_no_foreign_code(f"The {part} model", described)
+            config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False, **where)
         if config.model_type == "sgl":
             yield Finding(path, f"has a pair ({name!r}) as its {part} model: name one of that pair's models.")
             return
@@ -195,7 +213,7 @@ def _model_config(
         is_here = os.path.isdir(name)
         absent = f"names {name!r} as the {part} model, which is not on this machine, so it was not checked."
         yield Finding(path, f"cannot be read: {first_sentence(error)}." if is_here else absent, stops=is_here)
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         yield Finding(path, f"names a {part} model that no pair can have: {first_sentence(error)}.")
     else:
         configs[part] = config
@@ -216,7 +234,7 @@ def _processors(folder: Path, config: dict[str, Any], configs: dict[str, PreTrai
         return  # already reported
     try:
         processor = SGLProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (KeyError, OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         stops = not isinstance(error, OSError) or kind_of(config) == "bundle"
         yield Finding(path, f"cannot be used: {first_sentence(error)}.", stops)
         return

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers.generation import BaseStreamer
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
+from transformers_sgl.hooks.context import HookContext
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.opening import chat_inputs
 from transformers_sgl.processing_sgl import SGLProcessor
@@ -81,8 +81,12 @@ class Answering:
         ]
         try:
             inputs = chat_inputs(self._pair, self._processor, [messages])
-        except (LookupError, StopIteration, TemplateError, TypeError) as error:
-            raise ValueError(f"The pair's processor cannot read this conversation: {error}.") from error
+        except (MemoryError, OSError, ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # templates and processors fail in many ways at what they do not expect
+            raise ValueError(
+                f"The pair's processor cannot read this conversation ({type(error).__name__}: {error})."
+            ) from error
         length = inputs["input_ids"].shape[1]
         if length > self._max_prompt_tokens:
             raise ValueError(
@@ -97,7 +101,7 @@ class Answering:
         if question.seed is not None:
             torch.manual_seed(question.seed)
         pieces = None if on_text is None else _Pieces(self._tokenizer, on_text)
-        with _stopping_at(is_left, self._pair.large, self._pair.small):
+        with _StoppingAt(is_left, self._pair.large, self._pair.small):
             output = self._pair.generate(
                 **inputs,
                 generation_config=question.settings,
@@ -122,20 +126,20 @@ class _LeftError(Exception):
     """Nobody waits for the answer."""
 
 
-@contextmanager
-def _stopping_at(is_left: threading.Event, *models: nn.Module) -> Iterator[None]:
+class _StoppingAt(HookContext):
     """Ends the call of `generate` inside it at a forward pass of either model, once the event is set."""
 
-    def stop(module: nn.Module, arguments: Any) -> None:
-        if is_left.is_set():
-            raise _LeftError
+    def __init__(self, is_left: threading.Event, *models: nn.Module) -> None:
+        self._is_left = is_left
+        self._models = models
 
-    hooks = [model.register_forward_pre_hook(stop) for model in models]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _register(self, stack: ExitStack) -> None:
+        for model in self._models:
+            self._add_hook(stack, model.register_forward_pre_hook, self._stop)
+
+    def _stop(self, module: nn.Module, arguments: Any) -> None:
+        if self._is_left.is_set():
+            raise _LeftError
 
 
 class _Pieces(BaseStreamer):

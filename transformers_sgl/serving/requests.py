@@ -17,6 +17,8 @@ __all__ = ["Limits", "Question", "read_chat", "read_json", "read_response"]
 
 # More characters than any prompt of so many tokens has: it saves the work of counting the tokens.
 _CHARACTERS_PER_TOKEN = 16
+_VALUES_PER_TOKEN = 8  # JSON values beside the texts
+_SETTINGS_LENGTH = 10_000
 _STOP_STRING_LENGTH = 100
 # As in `transformers serve`, where neither the client nor the pair wants more.
 _DEFAULT_NEW_TOKENS = 1024
@@ -134,8 +136,12 @@ class Question:
     is_stream: bool
 
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """Reads the body of a request; raises `ValueError` if it is no JSON object."""
+def read_json(body: bytes, limits: Limits) -> dict[str, Any]:
+    """Reads the body of a request; raises `ValueError` if it is no JSON object, or one of too many values."""
+    # To read millions of empty lists takes seconds, in which nothing else runs. Texts may have such signs, too.
+    most = limits.max_prompt_tokens * (_CHARACTERS_PER_TOKEN + _VALUES_PER_TOKEN)
+    if sum(map(body.count, (b"[", b"{", b","))) > most:
+        raise ValueError(f"The request is not for a prompt of {limits.max_prompt_tokens} tokens: shorten it.")
     try:
         request = json.loads(body, parse_constant=_no_number)
     except (RecursionError, ValueError) as error:
@@ -312,8 +318,9 @@ def _settings(
 
 
 def _generation_config(text: Any, limits: Limits) -> dict[str, Any]:
+    is_text = isinstance(text, str) and len(text) <= _SETTINGS_LENGTH
     try:
-        settings = json.loads(text, parse_constant=_no_number) if isinstance(text, str) else None
+        settings = json.loads(text, parse_constant=_no_number) if is_text else None
     except (RecursionError, ValueError):
         settings = None
     if not isinstance(settings, dict):

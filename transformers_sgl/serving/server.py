@@ -62,6 +62,17 @@ class PairApp:
         limits (`Limits`, *optional*): What one request may ask for.
         max_queue (`int`, defaults to 64): How many requests may wait or be answered at a time.
         api_key (`str`, *optional*): What clients have to present as `Authorization: Bearer KEY`.
+
+    Example:
+        ```python
+        >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.opening import open_pair
+        >>> from transformers_sgl.serving import Limits, PairApp, serve
+
+        >>> app = PairApp("tiny", *open_pair(embedded_pair()), Limits(max_new_tokens=64))
+        >>> serve(app, port=8000)  # doctest: +SKIP
+
+        ```
     """
 
     def __init__(
@@ -137,13 +148,14 @@ class PairApp:
     async def _read_body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
             raise _RefusedError(415, "Pass the request as JSON, with the header `Content-Type: application/json`.")
-        length = headers.get(b"content-length", b"0")
         most = self._limits.max_body_bytes
+        too_long = _RefusedError(413, f"The request is longer than the {most} bytes that this server takes.")
+        announced = headers.get(b"content-length", b"")
+        if announced.isdigit() and int(announced[:19]) > most:
+            raise too_long
         body, is_whole = bytearray(), False
         until = time.monotonic() + _PATIENCE_S
         while not is_whole:
-            if len(body) > most or (length.isdigit() and len(length) < 20 and int(length) > most):
-                raise _RefusedError(413, f"The request is longer than the {most} bytes that this server takes.")
             try:
                 message = await asyncio.wait_for(receive(), until - time.monotonic())
             except asyncio.TimeoutError:
@@ -152,13 +164,13 @@ class PairApp:
                 raise _LeftError
             body += message.get("body", b"")
             is_whole = not message.get("more_body", False)
-        if len(body) > most:
-            raise _RefusedError(413, f"The request is longer than the {most} bytes that this server takes.")
+            if len(body) > most:
+                raise too_long
         return bytes(body)
 
     async def _respond(self, form: Format, body: bytes, send: Send, place: ExitStack) -> None:
         question = await self._in_thread(
-            lambda: form.read(read_json(body), self._name, self._limits, self._own_new_tokens)
+            lambda: form.read(read_json(body, self._limits), self._name, self._limits, self._own_new_tokens)
         )
         question = await self._with_fetched_images(question)
         start = time.monotonic()
@@ -175,6 +187,8 @@ class PairApp:
 
         def finish(answering: asyncio.Task[Answer]) -> None:
             place.close()  # whoever reads slowly does not keep the place
+            if not answering.cancelled():
+                answering.exception()  # seen, also where the client has left
             pieces.put_nowait(None)
 
         answering = asyncio.create_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -16,21 +17,21 @@ _MERGE = "merge it, `PeftModel.from_pretrained(model, adapter).merge_and_unload(
 
 
 def unwrapped(name: str, model: Any) -> Any:
-    """The transformers model inside a `PeftModel`, with the adapter's layers in it; everything else is returned.
+    """The model inside a `PeftModel`, with the adapter's layers in it; other models and names are returned.
 
     Raises:
         ValueError: If the model is no transformers model, or its adapter is not in its layers.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
+    if model is None or isinstance(model, str | os.PathLike | PreTrainedModel):
         return model
-    base = model.get_base_model() if _is_of_peft(model) and hasattr(model, "get_base_model") else None
-    configs = getattr(model, "peft_config", {}).values()
-    if not isinstance(base, PreTrainedModel):
+    is_adapted = _is_of_peft(model) and hasattr(model, "get_base_model")
+    base = model.get_base_model() if is_adapted else model  # such as what `torch.compile` makes of a model
+    if not isinstance(base, PreTrainedModel) and (is_adapted or not hasattr(base, "config")):
         raise ValueError(
-            f"The {name} model is a {type(model).__name__}, not a model of transformers: load one with "
-            "`from_pretrained`, or pass what `merge_and_unload()` makes of a model with an adapter."
+            f"The {name} model is of the type {type(model).__name__}, which is no model of transformers: load one "
+            "with `from_pretrained`, or pass what `merge_and_unload()` makes of a model with an adapter."
         )
-    if any(config.is_prompt_learning for config in configs):
+    if is_adapted and any(config.is_prompt_learning for config in model.peft_config.values()):
         raise ValueError(
             f"The {name} model has an adapter that puts tokens of its own before the prompt, which a pair would lose: "
             "train one that changes weights, such as LoRA, or pass the model without it, `get_base_model()`."
@@ -59,5 +60,5 @@ def check_is_no_adapter(name: str, checkpoint: Checkpoint) -> None:
         )
 
 
-def _is_of_peft(module: nn.Module) -> bool:
+def _is_of_peft(module: Any) -> bool:
     return type(module).__module__.partition(".")[0] == "peft"

@@ -13,6 +13,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from transformers_sgl.storage.checks import (
+    blaming,
+    check_claims,
+    check_no_foreign_code,
+    read_generation_config,
+    read_json,
+)
 from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = [
@@ -23,7 +30,6 @@ __all__ = [
     "SavedPair",
     "attention_of",
     "check_recipe",
-    "first_sentence",
     "hub_kwargs",
     "locate",
     "pinned",
@@ -100,6 +106,22 @@ class SavedPair:
         root = kwargs.get("subfolder")
         path, subfolder = locate(name, root)
         return cls(os.fspath(name), root, path, pinned(path, {**hub_kwargs(kwargs), **subfolder}))
+
+    def __str__(self) -> str:
+        return str(Checkpoint(self.path, self.where))
+
+    def read_config(self) -> dict[str, Any]:
+        """The pair's own `config.json`, empty if there is none.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it asks for foreign code or for sizes that no model has.
+        """
+        return _checked_config(f"The pair {self}", self.path, self.where)
+
+    def has_generation_config(self) -> bool:
+        """Whether the pair has settings of its own; raises `OSError` if they cannot be read."""
+        return read_generation_config(f"The pair {self}", self.path, self.where) is not None
 
     def parts(
         self, recipe: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]]
@@ -231,22 +253,15 @@ def attention_of(name: str, wanted: str | Mapping[str, Any]) -> str | dict[str, 
     return own if isinstance(own, str) else {**both, **own}
 
 
-def first_sentence(error: Exception) -> str:
-    """The first line of an error, without a full stop and without the advice that follows it."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(". ")
-
-
 def read_config(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> dict[str, Any]:
     """The `config.json` of one of a pair's models, read without running any code.
 
     Raises:
         OSError: If there is none.
-        ValueError: If it is that of a pair, perhaps of the `recipe` itself, which cannot be half of another.
+        ValueError: If it is that of a pair, perhaps of the `recipe` itself, which cannot be half of another, or asks
+            for foreign code or for sizes that no model has.
     """
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(checkpoint.path, **checkpoint.where)
-    except OSError as error:
-        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+    config = _checked_config(f"The {name} model {checkpoint}", checkpoint.path, checkpoint.where)
     if not config:
         raise OSError(f"The {name} model cannot be loaded: there is no `config.json` in {checkpoint}.")
     if config.get("model_type") == "sgl":
@@ -256,6 +271,17 @@ def read_config(name: str, checkpoint: Checkpoint, recipe: str | None = None) ->
             f"The {name} model {checkpoint} is itself a pair, and pairs do not nest: name a single model, such as one "
             "of that pair's two."
         )
+    return config
+
+
+def _checked_config(owner: str, path: str, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` at a place, empty if there is none."""
+    with blaming(owner, "config.json"):
+        if read_json(owner, path, "config.json", where) is None:
+            return {}
+        config, _ = PreTrainedConfig.get_config_dict(path, **where)
+        check_claims(owner, config)
+        check_no_foreign_code(owner, config)
     return config
 
 

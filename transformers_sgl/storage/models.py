@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +12,17 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.storage.adapters import check_is_no_adapter
-from transformers_sgl.storage.checkpoints import Checkpoint, first_sentence, pinned, read_config
+from transformers_sgl.storage.checkpoints import Checkpoint, pinned, read_config
+from transformers_sgl.storage.checks import (
+    Weights,
+    blaming,
+    check_loaded,
+    first_sentence,
+    limited_to,
+    read_generation_config,
+    read_json,
+    read_weights,
+)
 
 __all__ = ["as_recipe", "check_weights_can_be_saved", "checked", "load_model", "recorded"]
 
@@ -27,7 +39,7 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
 
     Raises:
         OSError: If it cannot be found.
-        ValueError: If transformers has no code for it, its weights are pickled, or it is an adapter.
+        ValueError: If transformers has no code for it, it asks for foreign code, or it is an adapter.
     """
     try:
         where = pinned(checkpoint.path, checkpoint.where)
@@ -41,26 +53,44 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
             f"The {name} model {checkpoint} is of the type {config.get('model_type')!r}, for which transformers has "
             "no code of its own: name one of the types in `transformers_sgl.architectures.ARCHITECTURES`."
         )
-    described = AutoConfig.for_model(**config)
-    if not str(config.get("transformers_weights") or ".safetensors").endswith((".safetensors", ".index.json")):
-        raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
-    return checkpoint, described
+    with blaming(f"The {name} model {checkpoint}", "config.json"):
+        return checkpoint, AutoConfig.for_model(**config)
 
 
 def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
     """One of the two models with transformers' loading info; `options` are the user's."""
     if options.get("use_safetensors") is False:
         raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
-    arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options), **checkpoint.where}
-    arguments |= {"use_safetensors": True, "output_loading_info": True}
+    owner = f"The {name} model {checkpoint}"
+    arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options)}
+    limits: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    where = checkpoint.where
+    if not options.get("gguf_file"):
+        # What is read here is in the cache afterwards, so nothing is downloaded twice.
+        where = {key: value for key, value in where.items() if key != "force_download"}
+        limits = limited_to(_checked_files(name, checkpoint, arguments), owner)
+    arguments = {"trust_remote_code": False, **arguments, **where}
     # Where transformers looks for an adapter, too, once peft is installed; otherwise in another revision and cache.
-    arguments["adapter_kwargs"] = checkpoint.where
-    try:
-        return AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
-    except OSError as error:
-        if "safetensors" in str(error):
-            raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint)) from error
-        raise OSError(f"The {name} model {checkpoint} cannot be loaded: {first_sentence(error)}.") from error
+    arguments["adapter_kwargs"] = where
+    # transformers' own message about shapes that differ names no weight; `check_loaded` does.
+    arguments |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with blaming(owner, "config.json, generation_config.json", options), limits:
+        model, info = AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
+    check_loaded(owner, info, allow_mismatched=bool(options.get("ignore_mismatched_sizes")))
+    return model, info
+
+
+def _checked_files(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Weights:
+    """What a checkpoint's weights hold, if all its files are such as may be loaded."""
+    owner, place = f"The {name} model {checkpoint}", (checkpoint.path, checkpoint.where)
+    config = arguments.get("config") or read_config(name, checkpoint)
+    config = config if isinstance(config, Mapping) else vars(config)
+    read_json(owner, checkpoint.path, "config.json", checkpoint.where)
+    read_generation_config(owner, *place)  # transformers ignores a broken one
+    weights = read_weights(owner, *place, arguments.get("variant"), config.get("transformers_weights"))
+    if weights is None:
+        raise OSError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    return weights
 
 
 def recorded(checkpoint: Checkpoint, options: dict[str, Any]) -> Checkpoint:

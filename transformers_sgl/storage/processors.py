@@ -11,30 +11,41 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, first_sentence
+from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint
+from transformers_sgl.storage.checks import blaming, check_no_audio_tokenizer, check_processor_claims, check_vocabulary
 from transformers_sgl.storage.saving import PROCESSOR_AUTO_MAP
 
 __all__ = ["PROCESSOR_CONFIG", "copy_processors", "load_processor", "processor_config", "write_processor_config"]
 
 PROCESSOR_CONFIG = "processor_config.json"
+_FILES = "processor_config.json, preprocessor_config.json or tokenizer files"
 
 
 def load_processor(name: str, checkpoint: Checkpoint, options: Mapping[str, Any]) -> ProcessorMixin:
     """One of the two processors; an error says how to save what is missing."""
     options = {option: value for option, value in options.items() if option not in (*HUB_KWARGS, "subfolder")}
+    owner = f"The {name} model's processor {checkpoint}"
     try:
-        return AutoProcessor.from_pretrained(checkpoint.path, **{**options, **checkpoint.where})
-    except (OSError, ValueError) as error:
+        with blaming(owner, _FILES, options):
+            for check in (check_no_audio_tokenizer, check_processor_claims, check_vocabulary):
+                check(owner, checkpoint.path, checkpoint.where)
+            processor = AutoProcessor.from_pretrained(
+                checkpoint.path, **{"trust_remote_code": False, **options, **checkpoint.where}
+            )
+    except OSError as error:
         if os.path.isdir(checkpoint.path) and not _has_processor(Path(checkpoint.path)):
-            raise OSError(
-                f"There is no processor in {checkpoint}: save both with "
-                "`SGLProcessor.from_large_small_pretrained(large, small).save_pretrained(pair)`."
-            ) from error
-        if isinstance(error, ValueError):
-            raise
-        raise OSError(
-            f"The {name} model's processor {checkpoint} cannot be loaded: {first_sentence(error)}."
-        ) from error
+            raise _missing(checkpoint) from error
+        raise
+    if not isinstance(processor, ProcessorMixin):  # a tokenizer, where there is nothing else
+        raise _missing(checkpoint)
+    return processor
+
+
+def _missing(checkpoint: Checkpoint) -> OSError:
+    return OSError(
+        f"There is no processor in {checkpoint}: save both with "
+        "`SGLProcessor.from_large_small_pretrained(large, small).save_pretrained(pair)`."
+    )
 
 
 def copy_processors(checkpoints: Mapping[str, Checkpoint], folder: Path) -> None:

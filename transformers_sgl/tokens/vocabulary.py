@@ -22,8 +22,9 @@ def vocabulary_sizes(*models: Any) -> tuple[int, ...]:
 
 def check_prompts_can_be_read(prompts: Tensor, small: Any) -> None:
     """Raises if prompts of shape `(batch, prompt_length)` have tokens that were added to the large model alone."""
-    (size,), token = vocabulary_sizes(small), int(prompts.max())
-    if token >= size:
+    weight = getattr(small.get_input_embeddings(), "weight", None)
+    size, token = None if weight is None else weight.shape[0], int(prompts.max())
+    if size is not None and token >= size:
         raise ValueError(
             f"The small model's prompt has the token {token}, but it knows {size}: where tokens were added, prepare "
             "prompts with the pair's own `SGLProcessor`, or add them to the small model, too, as with "

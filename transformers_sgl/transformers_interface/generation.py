@@ -90,8 +90,8 @@ def view_of(model: PreTrainedModel, owner: Any) -> Any:
     which are called instead of the decoding loop and of the model.
 
     Assumes that greedy search and sampling run in `_sample`, which takes the prompts and `stopping_criteria`, and by
-    keyword `generation_config`, a cache and the model's inputs; and which calls the model as `self(**inputs)`. Without
-    it, drafts are not checked.
+    keyword `logits_processor`, `generation_config`, a cache and the model's inputs; and which calls the model as
+    `self(**inputs)`. Without it, drafts are not checked.
     """
     model_class: Any = type(model)
     view: Any = object.__new__(_view_class(model_class))

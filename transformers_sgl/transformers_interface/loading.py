@@ -14,6 +14,7 @@ __all__ = [
     "AUTO_MODULES",
     "auto_mappings",
     "changed_settings",
+    "files_in",
     "loaded_prequantized",
     "newest_commit",
     "processor_name",
@@ -65,6 +66,16 @@ def newest_commit(path: str, **where: Any) -> str | None:
     file = from_module("utils.hub", "cached_file")(path, "config.json", **where)
     commit: str | None = from_module("utils.hub", "extract_commit_hash")(file, None)
     return commit
+
+
+def files_in(path: str, names: list[str], **where: Any) -> list[str] | None:
+    """Files of a checkpoint, on this machine; downloaded if need be, and `None` if one of them is not there.
+
+    Assumes `cached_files` and its `_raise_exceptions_for_missing_entries`. Without it, files cannot be checked before
+    transformers reads them.
+    """
+    found = from_module("utils.hub", "cached_files")(path, names, _raise_exceptions_for_missing_entries=False, **where)
+    return found if found is not None and len(found) == len(names) and all(found) else None
 
 
 def changed_settings(config: PreTrainedConfig) -> dict[str, Any]:

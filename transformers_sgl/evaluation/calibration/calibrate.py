@@ -75,7 +75,6 @@ def calibrate(
     check_feasible(promise, images, confidence=confidence, held_out=held_out, seed=seed)
     with alone_in(out, device):
         model, processor = open_in_process(pair, dtype, device)
-
         # 2. Both models answer everything; what an earlier call has done is not done again.
         facts = run_facts(model, source, data, max_new_tokens)
         records = run_samples(Pair(model, processor, max_new_tokens), samples, out, facts, batch_size=batch_size)
