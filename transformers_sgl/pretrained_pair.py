@@ -16,7 +16,7 @@ from transformers.utils import logging
 from transformers_sgl.architectures import check_supported
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.storage.adapters import check_is_no_adapter, check_no_adapter_is_lost, unwrapped
+from transformers_sgl.storage.adapters import check_no_adapter_is_lost, unwrapped
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
 from transformers_sgl.storage.checks import blaming
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
@@ -141,7 +141,6 @@ class PretrainedPair(PreTrainedModel):
             if recipe is not None:
                 checkpoints[name] = _known(name, checkpoint, saved.path)
             else:
-                check_is_no_adapter(name, checkpoint)
                 # The pair's configuration wins over the part's own, so that changes to it reach the model, such as the
                 # `attn_implementation` that the Auto classes write there.
                 checkpoints[name] = replace(checkpoint, options={"config": getattr(config, f"{name}_config")})
@@ -157,13 +156,7 @@ class PretrainedPair(PreTrainedModel):
         model._remember(checkpoints, options)
 
         # 3. transformers' own `from_pretrained` would restore a plain `GenerationConfig`.
-        if generation_config is None and saved.has_generation_config():  # without one, it has its large model's
-            with blaming(f"The pair {saved}", "generation_config.json"):
-                generation_config = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
-        if generation_config is not None:
-            own = SGLGenerationConfig.from_generation_config(generation_config)
-            by_hand = generation_config.transformers_version is None  # what transformers has saved is complete
-            model.generation_config = own.completed_by(model.large.generation_config) if by_hand else own
+        model.generation_config = _generation_config(saved, generation_config, model)
         model.name_or_path = model.config.name_or_path = os.fspath(pretrained_model_name_or_path)
         model.eval()
         if with_loading_info:
@@ -302,6 +295,16 @@ def _configuration(saved: SavedPair, given: Any, attention: Any) -> SGLConfig:
         path = saved.path
         raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
     return config
+
+
+def _generation_config(saved: SavedPair, given: Any, model: PretrainedPair) -> SGLGenerationConfig:
+    """The user's settings, or else the pair's own; without a file of its own it has its large model's."""
+    if given is None and saved.has_generation_config():
+        with blaming(f"The pair {saved}", "generation_config.json"):
+            given = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
+    if given is None:
+        return model.generation_config
+    return SGLGenerationConfig.from_generation_config(given).completed_by(model.large.generation_config)
 
 
 def _known(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Checkpoint:

@@ -191,15 +191,15 @@ def test_a_model_of_a_recipe_that_asks_for_a_kernel(recipe: Path) -> None:
     refused(recipe, "The small model .* asks for an attention kernel from the Hub")
 
 
-@pytest.mark.parametrize(
-    "load", [SGLForConditionalGeneration.from_pretrained, AutoModelForImageTextToText.from_pretrained]
-)
-def test_the_user_may_ask_for_a_kernel(load: Callable[..., Any], bundle: Path, recipe: Path) -> None:
+@pytest.mark.parametrize("model_class", [SGLForConditionalGeneration, AutoModelForImageTextToText])
+def test_the_user_may_ask_for_a_kernel(model_class: Any, bundle: Path, recipe: Path) -> None:
     for folder in (bundle, recipe):
-        # It reaches transformers, which finds no package `kernels` here.
-        with pytest.raises(Exception, match=r"kernels`? (package|library|is|to be)|kernels") as error:
-            load(folder, attn_implementation=KERNEL)
-        assert "foreign code" not in str(error.value)
+        said = ""
+        try:
+            model_class.from_pretrained(folder, attn_implementation=KERNEL)
+        except Exception as error:  # transformers has no package `kernels` here; some versions then take another
+            said = str(error)
+        assert "foreign code" not in said
 
 
 @pytest.mark.parametrize("value", [{"patch_embeddings": True}, {"use_kernels": True}])
@@ -375,17 +375,10 @@ def test_processors_that_count_pixels_or_have_videos_are_loaded(families: tuple[
 
 
 def test_no_image_processors_own_settings_are_refused(tmp_path: Path) -> None:
-    found = [getattr(transformers, name, None) for name in dir(transformers) if name.endswith("ImageProcessor")]
-    processors = [kind for kind in found if hasattr(kind, "save_pretrained") and type(kind).__name__ != "DummyObject"]
-    for kind in processors:
+    for name in (name for name in dir(transformers) if name.endswith("ImageProcessor")):
         with contextlib.suppress(Exception):  # some are abstract, or need a package that is not here
-            kind().save_pretrained(tmp_path / kind.__name__)
+            getattr(transformers, name)().save_pretrained(tmp_path / name)
     written = sorted(path.parent for path in tmp_path.glob("*/preprocessor_config.json"))
     assert len(written) > 50
-    refusals = []
     for folder in written:
-        try:
-            check_processor_claims(folder.name, str(folder), {})
-        except ValueError as error:
-            refusals.append(str(error))
-    assert not refusals
+        check_processor_claims(folder.name, str(folder), {})

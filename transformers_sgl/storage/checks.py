@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module as registration
 
@@ -30,15 +29,13 @@ __all__ = [
     "check_claims",
     "check_index",
     "check_loaded",
-    "check_no_audio_tokenizer",
     "check_no_foreign_code",
-    "check_processor_claims",
-    "check_vocabulary",
     "first_sentence",
     "limited_to",
     "read_generation_config",
     "read_json",
     "read_weights",
+    "walk",
 ]
 
 # The largest JSON file of a checkpoint is a tokenizer, about 30 MB.
@@ -153,25 +150,6 @@ def read_generation_config(owner: str, path: str, where: Mapping[str, Any]) -> d
     return settings
 
 
-# tokenizers makes a table up to the largest id. No vocabulary has ten million tokens.
-_LARGE_ID = re.compile(rb'":\s*\d{8,}')
-
-
-def check_vocabulary(owner: str, path: str, where: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a tokenizer gives a token an id that no vocabulary reaches."""
-    found = files_in(path, ["tokenizer.json"], **where)
-    if found is None or not _LARGE_ID.search(Path(found[0]).read_bytes()):
-        return
-    content = read_json(owner, path, "tokenizer.json", where) or {}
-    listed = [content.get("model"), content.get("added_tokens")]
-    for keys, value in _walk(listed):
-        if isinstance(value, int) and value >= 10**7 and ("vocab" in keys or keys[-1] == "id"):
-            raise ValueError(
-                f"{owner} gives a token the id {value:,} in its `tokenizer.json`, and no vocabulary has so many: "
-                "correct it, or save it again."
-            )
-
-
 # ---------------------------------------------------------------------------------------------------- foreign code
 
 # Names under which transformers would import or fetch code, or change its own classes for the whole process.
@@ -185,7 +163,7 @@ def check_no_foreign_code(owner: str, config: Mapping[str, Any]) -> None:
 
     What the user asks for in the call is not looked at: that is up to them.
     """
-    for keys, value in _walk(config):
+    for keys, value in walk(config):
         name = ".".join(map(str, keys))
         if isinstance(value, str) and "/" in value and any("implementation" in str(key) for key in keys):
             kind = "an attention kernel" if "attn" in name else "a kernel"
@@ -207,24 +185,14 @@ def check_no_foreign_code(owner: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def check_no_audio_tokenizer(owner: str, path: str, where: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for a processor that names a model for sound, which would be fetched from anywhere."""
-    settings = read_json(owner, path, "processor_config.json", where) or {}
-    if "audio_tokenizer" in settings or files_in(path, ["audio_tokenizer_config.json"], **where):
-        raise ValueError(
-            f"{owner} names a model as its `audio_tokenizer`, which would be loaded from another place: a pair reads "
-            "images and text, so remove it."
-        )
-
-
-def _walk(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def walk(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Everything in a JSON value that is neither object nor list, and where it is."""
     if isinstance(value, Mapping):
         for key, each in value.items():
-            yield from _walk(each, (*keys, key))
+            yield from walk(each, (*keys, key))
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
-            yield from _walk(each, (*keys, index))
+            yield from walk(each, (*keys, index))
     else:
         yield keys, value
 
@@ -241,48 +209,13 @@ def check_claims(owner: str, config: Mapping[str, Any]) -> None:
 
     transformers' configuration classes make lists of such lengths, so it is asked before any of them is built.
     """
-    for keys, value in _walk(config):
+    for keys, value in walk(config):
         name = next((key for key in reversed(keys) if isinstance(key, str)), "")
         if isinstance(value, int | float) and value > _MAX_COUNT and _COUNTS.search(name):
             raise ValueError(
                 f"{owner} has {value:,} as `{'.'.join(map(str, keys))}` in its `config.json`, and no model has more "
                 f"than {_MAX_COUNT:,}: correct it, or save it again."
             )
-
-
-# How large a processor may make an image, and into how many tiles and tokens it may cut it.
-_MAX_EDGE, _MAX_TILES, _MAX_TOKENS = 8_192, 1_000, 20_000
-_MAX_PIXELS = 2**22  # that an image is enlarged to
-
-
-def check_processor_claims(owner: str, path: str, where: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for sizes of images that no processor makes: they are tried out on images when loaded."""
-    for file in ("processor_config.json", "preprocessor_config.json"):
-        settings = read_json(owner, path, file, where) or {}
-        for keys, value in _walk(settings):
-            most = _most_of_a_processor(settings, keys)
-            if isinstance(value, int | float) and most is not None and value > most:
-                raise ValueError(
-                    f"{owner} has {value:,} as `{'.'.join(map(str, keys))}` in its `{file}`, and at most {most:,} is "
-                    "allowed there: correct it, or save it again."
-                )
-
-
-def _most_of_a_processor(settings: Mapping[str, Any], keys: tuple[Any, ...]) -> int | None:
-    """The most that a setting may be; `None` if it costs nothing."""
-    if "video_processor" in keys:  # not tried out
-        return None
-    name = str(keys[-1])
-    around: Any = settings["image_processor"] if keys[0] == "image_processor" else settings
-    kind = getattr(transformers, str(around.get("image_processor_type")), None)
-    counts_patches = "merge_size" in around if kind is None else hasattr(kind, "merge_size")
-    if name == "max_patches":  # else of tiles
-        return None if counts_patches else _MAX_TILES
-    if re.search(r"(^|_)(seq_length|image_tokens)$", name):
-        return _MAX_TOKENS
-    if name in ("shortest_edge", "longest_edge") and counts_patches:  # these are numbers of pixels, then
-        return _MAX_PIXELS if name == "shortest_edge" else None
-    return _MAX_EDGE if name in ("height", "width", "shortest_edge", "longest_edge") else None
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoProcessor, ProcessorMixin
 
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint
-from transformers_sgl.storage.checks import blaming, check_no_audio_tokenizer, check_processor_claims, check_vocabulary
+from transformers_sgl.storage.checks import blaming, read_json, walk
 from transformers_sgl.storage.saving import PROCESSOR_AUTO_MAP
+from transformers_sgl.transformers_interface import files_in
 
 __all__ = ["PROCESSOR_CONFIG", "copy_processors", "load_processor", "processor_config", "write_processor_config"]
 
@@ -76,3 +79,67 @@ def _has_processor(folder: Path) -> bool:
     return any(
         (folder / file).is_file() for file in (PROCESSOR_CONFIG, "preprocessor_config.json", "tokenizer_config.json")
     )
+
+
+def check_no_audio_tokenizer(owner: str, path: str, where: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a processor that names a model for sound, which would be fetched from anywhere."""
+    settings = read_json(owner, path, "processor_config.json", where) or {}
+    if "audio_tokenizer" in settings or files_in(path, ["audio_tokenizer_config.json"], **where):
+        raise ValueError(
+            f"{owner} names a model as its `audio_tokenizer`, which would be loaded from another place: a pair reads "
+            "images and text, so remove it."
+        )
+
+
+# tokenizers makes a table up to the largest id. No vocabulary has ten million tokens.
+_LARGE_ID = re.compile(rb'":\s*\d{8,}')
+
+
+def check_vocabulary(owner: str, path: str, where: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a tokenizer gives a token an id that no vocabulary reaches."""
+    found = files_in(path, ["tokenizer.json"], **where)
+    if found is None or not _LARGE_ID.search(Path(found[0]).read_bytes()):
+        return
+    content = read_json(owner, path, "tokenizer.json", where) or {}
+    listed = [content.get("model"), content.get("added_tokens")]
+    for keys, value in walk(listed):
+        if isinstance(value, int) and value >= 10**7 and ("vocab" in keys or keys[-1] == "id"):
+            raise ValueError(
+                f"{owner} gives a token the id {value:,} in its `tokenizer.json`, and no vocabulary has so many: "
+                "correct it, or save it again."
+            )
+
+
+# How large a processor may make an image, and into how many tiles and tokens it may cut it.
+_MAX_EDGE, _MAX_TILES, _MAX_TOKENS = 8_192, 1_000, 20_000
+_MAX_PIXELS = 2**22  # that an image is enlarged to
+
+
+def check_processor_claims(owner: str, path: str, where: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for sizes of images that no processor makes: they are tried out on images when loaded."""
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        settings = read_json(owner, path, file, where) or {}
+        for keys, value in walk(settings):
+            most = _most_of_a_processor(settings, keys)
+            if isinstance(value, int | float) and most is not None and value > most:
+                raise ValueError(
+                    f"{owner} has {value:,} as `{'.'.join(map(str, keys))}` in its `{file}`, and at most {most:,} is "
+                    "allowed there: correct it, or save it again."
+                )
+
+
+def _most_of_a_processor(settings: Mapping[str, Any], keys: tuple[Any, ...]) -> int | None:
+    """The most that a setting may be; `None` if it costs nothing."""
+    if "video_processor" in keys:  # not tried out
+        return None
+    name = str(keys[-1])
+    around: Any = settings["image_processor"] if keys[0] == "image_processor" else settings
+    kind = getattr(transformers, str(around.get("image_processor_type")), None)
+    counts_pixels = "merge_size" in around if kind is None else hasattr(kind, "merge_size")
+    if name == "max_patches":  # of tiles, but where there is a size of patches and no tiles
+        return None if hasattr(kind, "patch_size") and not hasattr(kind, "crop_to_patches") else _MAX_TILES
+    if re.search(r"(^|_)(seq_length|image_tokens)$", name):
+        return _MAX_TOKENS
+    if name in ("shortest_edge", "longest_edge") and counts_pixels:  # these are numbers of pixels, then
+        return _MAX_PIXELS if name == "shortest_edge" else None
+    return _MAX_EDGE if name in ("height", "width", "shortest_edge", "longest_edge") else None
