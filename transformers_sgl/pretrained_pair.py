@@ -124,16 +124,10 @@ class PretrainedPair(PreTrainedModel):
             )
         saved = SavedPair.find(pretrained_model_name_or_path, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*HUB_KWARGS, "subfolder")}
-        config = kwargs.pop("config", None)
+        config = _configuration(saved, kwargs.pop("config", None), kwargs.get("attn_implementation"))
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
-        saved.read_config()  # checks it
-        if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(saved.path, name_or_path=saved.path, **saved.where)
         recipe = config.recipe
-        if config.large_config is None and recipe is None:
-            path = saved.path
-            raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
 
         # 1. Find out where both models are, and whether they can be a pair, before any weights are read.
         if recipe is not None:
@@ -288,6 +282,19 @@ class PretrainedPair(PreTrainedModel):
         """Keeps where the models came from, for their tokenizers and for a recipe."""
         for name, checkpoint in checkpoints.items():
             self._checkpoints[name] = recorded(checkpoint, options[name])
+
+
+def _configuration(saved: SavedPair, given: Any, attention: Any) -> SGLConfig:
+    """The pair's configuration, unless it is given; raises `OSError` where there is no pair."""
+    saved.read_config()  # checks it
+    options = {"name_or_path": saved.path, **saved.where}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    config = given if isinstance(given, SGLConfig) else SGLConfig.from_pretrained(saved.path, **options)
+    if config.large_config is None and config.recipe is None:
+        path = saved.path
+        raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
+    return config
 
 
 def _generation_config(saved: SavedPair, given: Any, model: PretrainedPair) -> SGLGenerationConfig:
