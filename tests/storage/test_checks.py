@@ -23,13 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedC
 
 from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
 from transformers_sgl.hub import validate
-from transformers_sgl.storage.checks import (
-    Weights,
-    check_claims,
-    check_no_foreign_code,
-    check_processor_claims,
-    limited_to,
-)
+from transformers_sgl.storage.checks import Weights, check_claims, check_no_foreign_code, limited_to
+from transformers_sgl.storage.processors import check_processor_claims
 
 pytestmark = pytest.mark.mechanics
 
