@@ -139,9 +139,9 @@ def deviations_table(
             "their layer",
             "accuracy, ours",
             "same tokens kept with their queries",
-            "their queries",
-            "their layer",
-            "both",
+            "with their queries",
+            "with their layer",
+            "with both",
         ],
         "rows": rows,
         "caption": (

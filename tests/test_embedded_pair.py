@@ -23,6 +23,7 @@ from transformers import (
 
 from transformers_sgl import RetentionRatioProcessor, SGLForConditionalGeneration, VisualTokenPruner, VisualTokens
 from transformers_sgl.evaluation import Scenes, load_samples
+from transformers_sgl.evaluation.cost import flop_counter
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 24}
 
@@ -192,3 +193,47 @@ def test_the_pair_is_what_the_card_says(pair: SGLForConditionalGeneration, embed
     assert sizes["large"] >= 4 * sizes["small"]
     assert sum(path.stat().st_size for path in embedded_pair_path.rglob("*") if path.is_file()) <= 20e6
     assert not [path for path in embedded_pair_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
+def test_a_chat_is_continued_from_its_cache(pair: SGLForConditionalGeneration, processor: Any, preset: str) -> None:
+    for scene in Scenes("test", seed=2, questions_per_scene=3, length=2):
+        messages, cache = chat(scene.image, scene.questions[0].question), None
+        for question in (*scene.questions[1:], None):
+            inputs = prepare_chat(processor, messages)
+            options = {**SETTINGS, "preset": preset, "return_dict_in_generate": True}
+            whole, found = (pair.generate(**inputs, **options, cache=each) for each in (None, cache))
+            assert torch.equal(found.sequences, whole.sequences)
+            assert torch.equal(found.keep_mask, whole.keep_mask)
+            messages, cache = replied(processor, messages, inputs, found, question), found.cache
+
+
+def test_a_continued_chat_saves_more_than_half_of_the_large_models_operations(
+    pair: SGLForConditionalGeneration, processor: Any
+) -> None:
+    scene = Scenes("test", seed=2, questions_per_scene=2, length=1)[0]
+    messages, options = chat(scene.image, scene.questions[0].question), {"return_dict_in_generate": True}
+    inputs = prepare_chat(processor, messages)
+    first = pair.generate(**inputs, **SETTINGS, **options)
+    inputs = prepare_chat(processor, replied(processor, messages, inputs, first, scene.questions[1]))
+
+    def flops(**more: Any) -> int:
+        with flop_counter() as counter:
+            pair.generate(**inputs, **SETTINGS, **options, **more)
+        return counter.get_total_flops()
+
+    small = flops(early_exit_threshold=0.0)  # the rest is the large model's
+    assert flops(cache=first.cache) - small < 0.5 * (flops() - small)
+
+
+def prepare_chat(processor: Any, messages: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def replied(processor: Any, messages: list, inputs: dict[str, Tensor], output: Any, question: Any) -> list:
+    """The messages after the answer and a further question, if there is one."""
+    answer = processor.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    turns = [("assistant", answer)] + ([] if question is None else [("user", question.question)])
+    return messages + [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]

@@ -514,6 +514,22 @@ def test_a_text_only_prompt_never_exits(pair: SGLForConditionalGeneration, monke
     )
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_text_only_prompt_never_exits_beside_others_either(
+    pair: SGLForConditionalGeneration, padding_side: str
+) -> None:
+    images, text = [[1], [], [2], []], [5, 30, 3, 8]
+    for seed in range(5):
+        batch = prompts(images=images, text=text, seed=seed, padding_side=padding_side)
+        output = pair.generate(**batch, **GREEDY, early_exit_threshold=0.0, return_dict_in_generate=True)
+        assert output.exited_early.tolist() == [True, False, True, False]
+        together = answers(output.sequences, batch["input_ids"].shape[1])
+        for number in (1, 3):
+            mask = batch["attention_mask"][number].bool()
+            alone = pair.generate(input_ids=batch["input_ids"][number, mask][None], **GREEDY, early_exit_threshold=0.0)
+            assert answers(alone, int(mask.sum())) == [together[number]]
+
+
 def test_the_pair_needs_no_tokenizer_for_models_of_one_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers are found where the models came from, and asked for once."""
     from transformers_sgl.tokens import vocabulary

@@ -228,6 +228,14 @@ def test_a_length_criterion_of_the_caller_takes_the_place_of_the_limit(
     assert output.sequences.shape[1] == LENGTH + length
 
 
+def test_an_early_answer_may_write_what_stands_for_an_image_in_a_prompt(twins: SGLForConditionalGeneration) -> None:
+    own = {"max_new_tokens": 4, "suppress_tokens": None, "sequence_bias": [[[IMAGE], 100.0]]}
+    stock = twins.large.generate(**INPUTS, **own)
+    assert (stock[:, LENGTH:] == IMAGE).all()
+    for threshold in (0.0, 1.0):
+        assert torch.equal(twins.generate(**INPUTS, **own, early_exit_threshold=threshold, retention_ratio=1.0), stock)
+
+
 def test_an_end_may_be_given_as_a_tensor(twins: SGLForConditionalGeneration, plain: Tensor) -> None:
     own = {"max_new_tokens": 8, "eos_token_id": torch.tensor([EOS, int(plain[0, LENGTH + 1])])}
     assert torch.equal(

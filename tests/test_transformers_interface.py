@@ -160,6 +160,22 @@ def held_keys() -> None:
     assert all(seen), "attention is handed other keys than the cache holds"
 
 
+@check
+def held_keys_and_values() -> None:
+    keys, values = torch.randn(2, 1, 2, 6, 4)
+    cache = DynamicCache()
+    assert interface.held_keys_and_values(cache, 0) is None
+    cache.update(keys, values, 0)
+    held = interface.held_keys_and_values(cache, 0)
+    assert held is not None
+    assert torch.equal(held[0], keys), "other keys than the cache was given"
+    assert torch.equal(held[1], values), "other values than the cache was given"
+    again = DynamicCache()
+    again.update(*held, 0)
+    again.update(keys, values, 0)
+    assert cache.get_seq_length() == 6, "a cache that was filled from another one changes it"
+
+
 def unregister(name: str) -> None:
     for registry in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
         registry._global_mapping.pop(name, None)

@@ -5,7 +5,7 @@ Samples that exit early leave the batch before the large model runs; what caller
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "pad_rows",
     "row_owners",
     "select_samples",
+    "without_placeholders",
 ]
 
 
@@ -111,6 +112,12 @@ def append_tokens(
         extended["token_type_ids"][:, ids.shape[1] :] = token_type
     extended["input_ids"] = torch.cat([ids, tokens.to(ids.device)], dim=1)
     return extended
+
+
+def without_placeholders(tokens: Tensor, placeholders: Collection[int]) -> Tensor:
+    """The tokens of an answer as a model can read them: no placeholder, which would stand for an image."""
+    harmless = next(token for token in range(len(placeholders) + 1) if token not in placeholders)
+    return tokens.masked_fill(torch.isin(tokens, tokens.new_tensor(list(placeholders))), harmless)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

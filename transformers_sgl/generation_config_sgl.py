@@ -93,7 +93,8 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             the large model.
         early_exit_threshold (`float`, *optional*): The decision score, 0 or more, from which on the small model's
             answer is returned and the large model not called (paper, section 3.3). Scores lie between 0 and 1: 0 never
-            calls the large model, a number above 1 always does.
+            calls the large model, a number above 1 always does. A prompt without visual tokens never exits, alone or
+            beside others.
         consistency_retention_ratio (`float`, *optional*, defaults to 0.05): The fraction of visual tokens, in
             `(0, 1]`, that the small model sees when its answer's consistency is scored.
         consistency_reduction (`str`, *optional*, defaults to `"product"`): How the probabilities of an answer's tokens

@@ -56,7 +56,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             large model has none.
         attentions, hidden_states, cache, sequences_scores, beam_indices (*optional*): As the large model's `generate`
             returns them, for the samples that it was called for, in their order; in pruned layers shorter. The cache
-            can be read under its name before and since transformers 5.24.
+            can be read under its name before and since transformers 5.24; that of a pruned call can be passed to the
+            pair's `generate` with the next turn of the conversation, and to nothing else.
     """
 
     importance: Tensor | None = None

@@ -23,6 +23,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
+from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.prompt import Prompt
@@ -30,6 +31,7 @@ from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
 from transformers_sgl.tokens.vocabulary import Vocabularies, vocabulary_sizes
+from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
@@ -60,6 +62,9 @@ def generate(
     clock = Clock(large.device, small.device)
     inputs, boxes = split_boxes(inputs)
     large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
+    earlier = cache if isinstance(cache := cache_of(large_inputs), ConversationCache) else None
+    if earlier is not None:
+        large_inputs = {name: value for name, value in large_inputs.items() if name not in CACHE_NAMES}
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
@@ -70,7 +75,9 @@ def generate(
     generate_kwargs["generation_config"] = rules.large_settings()
     prompt = Prompt.find(large.config, large_inputs)
     num_visual_tokens = None if prompt is None else prompt.visual_tokens.counts
-    is_guided = bool(processors) or rules.may_exit or rules.can_use_draft(large_inputs)
+    if earlier is not None:
+        earlier.check(prompt, prune_layer if processors else None, settings.use_cache is not False)
+    is_guided = bool(processors) or earlier is not None or rules.may_exit or rules.can_use_draft(large_inputs)
     if not is_guided or (prompt is not None and prompt.visual_tokens.num_visual_tokens == 0):
         with one_at_a_time(large):
             # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
@@ -88,12 +95,13 @@ def generate(
     rules.check_guidable(large_inputs)
     if processors:
         check_prunable(large.config, prune_layer)
+    if processors or earlier is not None:
         rules.check_prunable(large_inputs)
     if rules.may_exit:
         rules.check_exits(large_inputs)
     prompts = large_inputs["input_ids"]
     # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
-    prompt = Prompt.of(large.config, large_inputs, as_passed=not processors)
+    prompt = Prompt.of(large.config, large_inputs, as_passed=not processors and earlier is None)
     num_visual_tokens = prompt.visual_tokens.counts
     small_prompt = Prompt.of(small.config, small_inputs)
     transfer = None
@@ -126,6 +134,7 @@ def generate(
     exits = torch.zeros_like(complete)
     if rules.may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
+        exits = exits & (num_visual_tokens > 0).to(exits.device)  # as in step 1: text alone is the large model's
     early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
     whole_batch = WholeBatch(prompts, ~exits, early, rules.pad_token_id)
     streamer = generate_kwargs.get("streamer")
@@ -137,6 +146,7 @@ def generate(
     # the prompt and the draft, keeps what matters, and writes.
     rest, output, late, whole_keep_mask, num_accepted = ~exits, None, None, None, None
     verifier = DraftVerifier(large)
+    keeps_cache = bool(settings.return_dict_in_generate) or cache is not None
     if rest.any():
         if exits.any():
             prompt = prompt.select(rest)
@@ -151,13 +161,18 @@ def generate(
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
             visual_tokens = prompt.visual_tokens
+            keep_mask = None
             if guidance.importance is not None and visual_tokens.num_visual_tokens > 0:
                 importance = guidance.importance[rest, : visual_tokens.num_visual_tokens]
                 keep_mask = processors.keep_mask(visual_tokens, importance)
-                stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
                 whole_keep_mask = torch.zeros_like(guidance.importance, dtype=torch.bool, device=keep_mask.device)
                 whole_keep_mask[rest, : keep_mask.shape[1]] = keep_mask
-            output = verifier.generate(**prompt.inputs, **generate_kwargs)
+            recorded_layer = prune_layer if keep_mask is not None and keeps_cache else None
+            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest))
+            if keep_mask is not None:
+                stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
+            output = verifier.generate(**turn.inputs, **generate_kwargs)
+            turn.finish(output)
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
         clock.lap("large_ms")
     elif streamer is not None:
@@ -173,8 +188,9 @@ def generate(
     if not settings.return_dict_in_generate:
         return sequences
     vocab_size, _ = vocabulary_sizes(large, small)
+    stock = passed_on(output, whole_batch, answers.shape[1], settings, vocab_size)
     return SGLGenerateOutput(
-        **passed_on(output, whole_batch, answers.shape[1], settings, vocab_size),
+        **(stock if earlier is None else {**stock, cache_name(): earlier}),
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,

@@ -22,8 +22,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from transformers_sgl.architectures import attention_modules, check_supported
-from transformers_sgl.batching import append_tokens
+from transformers_sgl.architectures import attention_modules, check_supported, visual_token_ids
+from transformers_sgl.batching import append_tokens, without_placeholders
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.hooks.context import HookContext
@@ -200,7 +200,8 @@ def _log_probs_when_pruned(
     )
     length = draft_sequences.shape[1]
     token_type = check_supported(small.config).answer_token_type
-    inputs = append_tokens(draft.prompt_inputs, draft_sequences, partial(extended_inputs, small), token_type)
+    to_read = without_placeholders(draft_sequences, visual_token_ids(small.config))
+    inputs = append_tokens(draft.prompt_inputs, to_read, partial(extended_inputs, small), token_type)
     with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
         logits = small(**{**inputs, cache_name(): None, "use_cache": False, "logits_to_keep": length + 1}).logits
     return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(

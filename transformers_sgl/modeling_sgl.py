@@ -180,7 +180,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
                 own, and `visual_token_boxes` and `small_visual_token_boxes` where the processor makes them), settings
                 (`preset="fast"`, `retention_ratio=0.2`, `max_new_tokens=64`, ...) and arguments of stock `generate`
                 (`streamer`, `logits_processor`, ...). `early_exit_threshold=None` means never to exit early, whatever
-                the pair's own threshold.
+                the pair's own threshold. With `cache`, that of the conversation's earlier turns, pass all turns.
 
         Returns:
             `Tensor` of shape `(batch, prompt_length + answer_length)`: Prompts and answers; with

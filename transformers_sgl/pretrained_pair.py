@@ -16,7 +16,7 @@ from transformers.utils import logging
 from transformers_sgl.architectures import check_supported
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.storage.adapters import check_is_no_adapter, check_no_adapter_is_lost, unwrapped
+from transformers_sgl.storage.adapters import check_no_adapter_is_lost, unwrapped
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint, SavedPair, split_kwargs
 from transformers_sgl.storage.checks import blaming
 from transformers_sgl.storage.models import as_recipe, check_weights_can_be_saved, checked, load_model, recorded
@@ -147,7 +147,6 @@ class PretrainedPair(PreTrainedModel):
             if recipe is not None:
                 checkpoints[name] = _known(name, checkpoint, saved.path)
             else:
-                check_is_no_adapter(name, checkpoint)
                 # The pair's configuration wins over the part's own, so that changes to it reach the model, such as the
                 # `attn_implementation` that the Auto classes write there.
                 checkpoints[name] = replace(checkpoint, options={"config": getattr(config, f"{name}_config")})

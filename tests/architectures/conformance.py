@@ -27,6 +27,7 @@ from transformers_sgl.architectures import (
     visual_token_ids,
     visual_tokens_of,
 )
+from transformers_sgl.arguments import read_arguments
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
@@ -162,7 +163,7 @@ def _batches(name: str, video: bool = False) -> list[list[Inputs]]:
 
 def _pair(large: PreTrainedModel, small: PreTrainedModel, inputs: Inputs, **settings: Any) -> Any:
     config = SGLGenerationConfig(**_GREEDY, **settings, return_dict_in_generate=True)
-    config = config.resolved(large.generation_config)
+    config, *_ = read_arguments(None, config, {}, large.generation_config)
     vocabularies = Vocabularies(lambda: (_TOKENIZER, _TOKENIZER), (VOCAB_SIZE, VOCAB_SIZE))
     return generate(large, small, dict(inputs), config, vocabularies)
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
-from transformers_sgl.batching import append_tokens
+from transformers_sgl.batching import append_tokens, without_placeholders
 from transformers_sgl.transformers_interface import cache_of, can_be_cut_back, next_token_output, view_of
 from transformers_sgl.whole_batch import WholeBatch
 
@@ -224,10 +224,9 @@ class _Run:
         self._pad_token_id = [*ends, 0][0] if pad_token_id is None else pad_token_id
         self._pads = bool(ends)
         self._follows_ended = follows_ended or not ends
-        # The tokens to read: no placeholder, which would stand for an image.
-        harmless = next(token for token in range(len(placeholders) + 1) if token not in placeholders)
-        self._to_read = self._draft.masked_fill(~self._draft_mask, self._pad_token_id)
-        self._to_read.masked_fill_(torch.isin(self._to_read, torch.tensor(placeholders)), harmless)
+        self._to_read = without_placeholders(
+            self._draft.masked_fill(~self._draft_mask, self._pad_token_id), placeholders
+        )
         # Nothing follows an end of sequence.
         is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor([*placeholders, *ends]))
         # How far each draft is worth reading; an answer's last token is never read.

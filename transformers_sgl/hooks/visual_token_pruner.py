@@ -24,8 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
-from inspect import Parameter, signature
+from functools import partial
 from threading import local
 from typing import Any
 
@@ -47,6 +46,7 @@ from transformers_sgl.architectures import (
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
 from transformers_sgl.hooks.context import HookContext
 from transformers_sgl.hooks.kept_tokens import Cut, KeptTokens
+from transformers_sgl.hooks.layer_arguments import map_tensors, named_arguments
 from transformers_sgl.transformers_interface import PER_TOKEN_ARGUMENTS, cache_of, needs_position_ids
 
 __all__ = ["VisualTokenPruner"]
@@ -194,7 +194,7 @@ class VisualTokenPruner(HookContext):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Layer pre-hook: hands a layer the kept tokens only."""
-        kwargs = {**dict(zip(_parameter_names(layer.__class__.forward), args, strict=False)), **kwargs}
+        kwargs = named_arguments(layer, args, kwargs)
         hidden_states = kwargs.pop("hidden_states")
         cut = self._cut(hidden_states.device)
         if self._index[layer] == self.prune_layer:
@@ -209,7 +209,7 @@ class VisualTokenPruner(HookContext):
             whole = kwargs.get(name)
             if whole is not None and not cut.past:  # while decoding, every token stays
                 rows = partial(cut.last_rows_of, num=num_queries, axis=axis)
-                kwargs[name] = cut.once((name, num_queries), whole, partial(_map_tensors, rows, whole))
+                kwargs[name] = cut.once((name, num_queries), whole, partial(map_tensors, rows, whole))
         mask, pattern = kwargs.get("attention_mask"), self._patterns[layer]
         if pattern is None:
             kwargs["attention_mask"] = cut.padding_mask()
@@ -256,15 +256,3 @@ class _Pass(local):
         self.cuts: dict[torch.device, Cut] = {}  # by device
         self.added: dict[int, Tensor] = {}  # deepstack features for pruned layers
         self.positions_given = True
-
-
-def _map_tensors(function: Any, value: Any) -> Any:
-    """Applies a function to a tensor, or to each of several."""
-    return function(value) if isinstance(value, Tensor) else type(value)(function(each) for each in value)
-
-
-@cache
-def _parameter_names(forward: Any) -> list[str]:
-    """The names of the positional arguments of a method."""
-    parameters = list(signature(forward).parameters.values())[1:]
-    return [each.name for each in parameters if each.kind is Parameter.POSITIONAL_OR_KEYWORD]

@@ -61,6 +61,7 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
     """One of the two models with transformers' loading info; `options` are the user's."""
     if options.get("use_safetensors") is False:
         raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
+    check_is_no_adapter(name, checkpoint)
     owner = f"The {name} model {checkpoint}"
     arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options)}
     limits: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -20,6 +20,7 @@ __all__ = [
     "cache_of",
     "can_be_cut_back",
     "held_keys",
+    "held_keys_and_values",
     "next_token_output",
     "with_installed_cache_name",
 ]
@@ -115,3 +116,12 @@ def held_keys(cache: Cache | None, index: int) -> Tensor | None:
     """
     layers = getattr(cache, "layers", ())
     return getattr(layers[index], "keys", None) if index < len(layers) else None
+
+
+def held_keys_and_values(cache: Cache | None, index: int) -> tuple[Tensor, Tensor] | None:
+    """The keys and values that a cache holds of a decoder layer, `(batch, heads, length, head_dim)` each.
+
+    Assumes `cache.layers[index].keys` and `.values`. Without it, a conversation is read anew at each turn.
+    """
+    keys = held_keys(cache, index)
+    return None if cache is None or keys is None else (keys, cache.layers[index].values)
