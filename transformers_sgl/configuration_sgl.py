@@ -80,7 +80,8 @@ class SGLConfig(PreTrainedConfig):
                 raise ValueError("A pair is either named or described: pass `large` and `small`, or their `*_config`.")
         attention = kwargs.get("attn_implementation")
         if isinstance(attention, dict):
-            kwargs["attn_implementation"] = {f"{name}_config": attention_of(name, attention) for name in PARTS}
+            own = {name: choice for name, choice in attention.items() if name == ""}
+            kwargs["attn_implementation"] = own | {f"{name}_config": attention_of(name, attention) for name in PARTS}
         super().__post_init__(**kwargs)
         if isinstance(attention, dict) and self.recipe is not None:
             keep_attention_names(self, attention)

@@ -94,7 +94,7 @@ _VOCABULARIES: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedMo
 def _vocabularies(large: PreTrainedModel, small: PreTrainedModel) -> Vocabularies:
     """The models' vocabularies; tokenizers are read from the checkpoints, once for any two models."""
     paths = large.name_or_path, small.name_or_path  # not the models, which the cache must not keep alive
-    known = _VOCABULARIES.setdefault(large, WeakKeyDictionary())
-    return known.setdefault(
-        small, Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), vocabulary_sizes(large, small))
-    )
+    known, sizes = _VOCABULARIES.setdefault(large, WeakKeyDictionary()), vocabulary_sizes(large, small)
+    if small not in known or known[small].sizes != sizes:  # embeddings may have been resized
+        known[small] = Vocabularies(lambda: load_tokenizers(*((path, {}) for path in paths)), sizes)
+    return known[small]

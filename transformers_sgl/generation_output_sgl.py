@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from transformers_sgl.generation_config_sgl import average_retention
 from transformers_sgl.transformers_interface import CacheUnderBothNames
 from transformers_sgl.whole_batch import WholeBatch
 
-__all__ = ["SGLGenerateOutput", "passed_on", "sequences_of"]
+__all__ = ["SGLGenerateOutput", "output_class", "passed_on", "sequences_of"]
 
 
 @dataclass(repr=False)
@@ -97,6 +97,16 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             found = [average_retention(kept / max(1, number), self.prune_layer, num_layers) for kept, number in counts]
         retention = torch.tensor(found, dtype=torch.float64)
         return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
+
+
+@dataclass(repr=False)
+class _OutputOfBeams(SGLGenerateOutput, GenerateBeamDecoderOnlyOutput):
+    """The same from beam search, for which stock `generate` has an output of its own, and in its order."""
+
+
+def output_class(output: ModelOutput | Tensor | None) -> type[SGLGenerateOutput]:
+    """The class of output that stands for what stock `generate` returned."""
+    return _OutputOfBeams if isinstance(output, GenerateBeamDecoderOnlyOutput) else SGLGenerateOutput
 
 
 def sequences_of(output: ModelOutput | Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers_sgl.arguments import split_inputs
 from transformers_sgl.batching import merge_answers
 from transformers_sgl.clock import Clock
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.generation_output_sgl import SGLGenerateOutput, passed_on, sequences_of
+from transformers_sgl.generation_output_sgl import SGLGenerateOutput, output_class, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
@@ -30,7 +30,7 @@ from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
-from transformers_sgl.tokens.vocabulary import Vocabularies, vocabulary_sizes
+from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
@@ -86,7 +86,7 @@ def generate(
         sequences = sequences_of(output)
         if not settings.return_dict_in_generate:
             return sequences
-        return SGLGenerateOutput(
+        return output_class(output)(
             **passed_on(output), sequences=sequences, num_visual_tokens=num_visual_tokens, timings=clock.timings
         )
 
@@ -103,6 +103,7 @@ def generate(
     # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
     prompt = Prompt.of(large.config, large_inputs, as_passed=not processors and earlier is None)
     num_visual_tokens = prompt.visual_tokens.counts
+    check_prompts_can_be_read(small_inputs["input_ids"], small)
     small_prompt = Prompt.of(small.config, small_inputs)
     transfer = None
     if processors:
@@ -189,7 +190,7 @@ def generate(
         return sequences
     vocab_size, _ = vocabulary_sizes(large, small)
     stock = passed_on(output, whole_batch, answers.shape[1], settings, vocab_size)
-    return SGLGenerateOutput(
+    return output_class(output)(
         **(stock if earlier is None else {**stock, cache_name(): earlier}),
         sequences=sequences,
         importance=guidance.importance,

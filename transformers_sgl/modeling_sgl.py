@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, Literal, overload
 
 import torch
@@ -114,6 +113,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         self.small = small
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
         self._checkpoints: dict[str, Checkpoint] = {}
+        self._known_vocabularies: Vocabularies | None = None
         self.training = large.training or small.training
         self.post_init()
         placed = device_map(large=large, small=small)
@@ -133,12 +133,13 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         return importance_transfer(self.large.config, self.small.config)
 
     @with_signature_of_large
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
+    def forward(self, input_ids: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         """Runs the large model, unpruned; arguments and result are its own. `small_*` inputs and boxes are ignored."""
-        if labels is not None:  # named, because `Trainer` looks in the class for what holds labels
-            kwargs["labels"] = labels
+        # These two are named because `Trainer` and others look for them in the class.
+        named = {"input_ids": input_ids, "labels": labels}
+        kwargs |= {name: value for name, value in named.items() if value is not None}
         own = {name: kwargs[name] for name in kwargs if not name.startswith("small_") and name not in BOX_INPUTS}
-        return self.large(*args, **with_installed_cache_name(own))
+        return self.large(**with_installed_cache_name(own))
 
     @overload
     def generate(
@@ -202,22 +203,28 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             **generate_kwargs,
         )
 
-    @cached_property  # at the first call, because embeddings may be resized before
+    @property
     def _vocabularies(self) -> Vocabularies:
-        return Vocabularies(self._load_tokenizers, vocabulary_sizes(self.large, self.small))
+        """Those of the models as they are now: embeddings may have been resized since the last call."""
+        sizes = vocabulary_sizes(self.large, self.small)
+        if self._known_vocabularies is None or self._known_vocabularies.sizes != sizes:
+            self._known_vocabularies = Vocabularies(self._load_tokenizers, sizes)
+        return self._known_vocabularies
 
     def _load_tokenizers(self) -> list[Any]:
         places = [self._checkpoints.get(name) or Checkpoint(getattr(self, name).name_or_path) for name in PARTS]
         return load_tokenizers(*((place.path, place.where) for place in places))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises `ValueError`: a paged cache cannot hold layers of different lengths."""
+        """Raises `ValueError`: a paged cache cannot hold layers of different lengths; so do all that serve it."""
         raise ValueError(
             "A pair cannot run with continuous batching, whose paged cache holds equally many tokens of every layer: "
             "call `generate` with a batch, or `large.generate_batch` for the large model alone."
         )
 
     generate_batch = init_continuous_batching
+    continuous_batching_context_manager = init_continuous_batching
+    destroy_cached_continuous_batching_manager = init_continuous_batching
 
 
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):

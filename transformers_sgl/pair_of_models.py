@@ -53,12 +53,11 @@ class PairOfModels(PreTrainedModel):
     get_position_embeddings = _OfLarge()
     resize_position_embeddings = _OfLarge()
     resize_token_embeddings = _OfLarge()
+    vocab_size = _OfLarge()
 
     # What it does with inputs.
     can_record_outputs = _OfLarge()
-    get_audio_features = _OfLarge()
     get_image_features = _OfLarge()
-    get_video_features = _OfLarge()
     loss_function = _OfLarge()
     prepare_inputs_for_generation = _OfLarge()
     warn_if_padding_and_no_attention_mask = _OfLarge()
@@ -87,6 +86,8 @@ class PairOfModels(PreTrainedModel):
         if isinstance(attn_implementation, str):
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
             return
+        if "" in attn_implementation:  # as in any composite model, what is meant for none of its parts
+            super().set_attn_implementation({"": attn_implementation[""]}, *args, **kwargs)
         for name in PARTS:
             getattr(self, name).set_attn_implementation(attention_of(name, attn_implementation), *args, **kwargs)
 
@@ -143,13 +144,18 @@ class with_signature_of_large:  # noqa: N801
 
 @cache
 def _with_signature(function: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, for those who ask, with another one's signature."""
+    """The same method with another one's signature."""
+    others = signature(other)
 
     @wraps(function)
-    def same(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def same(pair: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            _, *names = others.bind_partial(pair, *args).arguments
+            return function(pair, **dict(zip(names, args, strict=True)), **kwargs)
+        return function(pair, **kwargs)
 
-    same.__signature__ = signature(other)  # type: ignore[attr-defined]
+    del same.__wrapped__  # accelerate takes what is wrapped for the original, to which it goes back
+    same.__signature__ = others  # type: ignore[attr-defined]
     return same
 
 

@@ -124,16 +124,10 @@ class PretrainedPair(PreTrainedModel):
             )
         saved = SavedPair.find(pretrained_model_name_or_path, kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in (*HUB_KWARGS, "subfolder")}
-        config = kwargs.pop("config", None)
+        config = _configuration(saved, kwargs.pop("config", None), kwargs.get("attn_implementation"))
         generation_config = kwargs.pop("generation_config", None)
         with_loading_info = kwargs.pop("output_loading_info", False)
-        saved.read_config()  # checks it
-        if not isinstance(config, SGLConfig):
-            config = SGLConfig.from_pretrained(saved.path, name_or_path=saved.path, **saved.where)
         recipe = config.recipe
-        if config.large_config is None and recipe is None:
-            path = saved.path
-            raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
 
         # 1. Find out where both models are, and whether they can be a pair, before any weights are read.
         if recipe is not None:
@@ -290,6 +284,19 @@ class PretrainedPair(PreTrainedModel):
             self._checkpoints[name] = recorded(checkpoint, options[name])
 
 
+def _configuration(saved: SavedPair, given: Any, attention: Any) -> SGLConfig:
+    """The pair's configuration, unless it is given; raises `OSError` where there is no pair."""
+    saved.read_config()  # checks it
+    options = {"name_or_path": saved.path, **saved.where}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    config = given if isinstance(given, SGLConfig) else SGLConfig.from_pretrained(saved.path, **options)
+    if config.large_config is None and config.recipe is None:
+        path = saved.path
+        raise OSError(f"There is no finished pair in {path!r}: its `config.json` is missing, so save it again.")
+    return config
+
+
 def _generation_config(saved: SavedPair, given: Any, model: PretrainedPair) -> SGLGenerationConfig:
     """The user's settings, or else the pair's own; without a file of its own it has its large model's."""
     if given is None and saved.has_generation_config():
@@ -297,7 +304,9 @@ def _generation_config(saved: SavedPair, given: Any, model: PretrainedPair) -> S
             given = SGLGenerationConfig.from_pretrained(saved.path, **saved.where)
     if given is None:
         return model.generation_config
-    return SGLGenerationConfig.from_generation_config(given).completed_by(model.large.generation_config)
+    own = SGLGenerationConfig.from_generation_config(given)
+    is_complete = given.transformers_version is not None  # transformers has saved it; else it was written by hand
+    return own if is_complete else own.completed_by(model.large.generation_config)
 
 
 def _known(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> Checkpoint:

@@ -59,7 +59,6 @@ class SGLProcessor(ProcessorMixin):
 
     Attributes:
         importance_transfer (`str`): `"identity"` or `"resampling"`.
-        reads_the_same (`bool`): Whether both models' inputs are always the same.
 
     Raises:
         ValueError: If the two cut images differently and the layout of one of them is unknown.
@@ -83,12 +82,18 @@ class SGLProcessor(ProcessorMixin):
         # Not `super().__init__`: the parts here are whole processors, not tokenizers and image processors.
         self.large_processor = large_processor
         self.small_processor = small_processor
-        self.reads_the_same = reads_the_same(large_processor, small_processor)
-        alike = self.reads_the_same or cuts_alike(large_processor, small_processor)
+        self._read_the_same = reads_the_same(large_processor, small_processor)
+        alike = self._read_the_same or cuts_alike(large_processor, small_processor)
         self.importance_transfer = "identity" if alike else "resampling"
         if not alike:
             for name in PARTS:
                 check_boxes(name, getattr(self, f"{name}_processor"))
+
+    @property
+    def reads_the_same(self) -> bool:
+        """Whether both models' inputs are always the same; no longer, once a token is added to one tokenizer."""
+        added = [getattr(self, name).tokenizer.get_added_vocab() for name in self.get_attributes()]
+        return self._read_the_same and added[0] == added[1]
 
     @classmethod
     def get_attributes(cls) -> list[str]:

@@ -23,13 +23,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedC
 
 from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
 from transformers_sgl.hub import validate
-from transformers_sgl.storage.checks import (
-    Weights,
-    check_claims,
-    check_no_foreign_code,
-    check_processor_claims,
-    limited_to,
-)
+from transformers_sgl.storage.checks import Weights, check_claims, check_no_foreign_code, limited_to
+from transformers_sgl.storage.processors import check_processor_claims
 
 pytestmark = pytest.mark.mechanics
 
@@ -253,6 +248,8 @@ def test_a_value_of_a_wrong_type(file: str, keys: tuple[str, ...], value: Any, b
 
 PROCESSOR_FILES: dict[str, tuple[str, tuple[Any, ...], Any]] = {
     "a class": ("large/processor_config.json", ("processor_class",), "evil.Evil"),
+    "no object": ("small/processor_config.json", ("image_processor",), "evil.Evil"),
+    "a model's labels": ("small/config.json", ("text_config", "num_labels"), 10**9),
     "a mean": ("small/processor_config.json", ("image_processor", "image_mean"), ["a", "b", "c"]),
     "a size": ("small/processor_config.json", ("image_processor", "size"), 1.5),
     "a token": ("large/tokenizer_config.json", ("unk_token",), 5),

@@ -249,7 +249,7 @@ def attention_of(name: str, wanted: str | Mapping[str, Any]) -> str | dict[str, 
         return wanted
     configs = [f"{part}_config" for part in PARTS]
     own = wanted.get(f"{name}_config", {})
-    both = {part: choice for part, choice in wanted.items() if part not in configs}
+    both = {part: choice for part, choice in wanted.items() if part not in (*configs, "")}
     return own if isinstance(own, str) else {**both, **own}
 
 

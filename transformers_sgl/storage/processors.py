@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoProcessor, ProcessorMixin
 
 from transformers_sgl.storage.checkpoints import HUB_KWARGS, PARTS, Checkpoint
-from transformers_sgl.storage.checks import blaming, read_json, walk
+from transformers_sgl.storage.checks import blaming, check_claims, read_json, walk
 from transformers_sgl.storage.saving import PROCESSOR_AUTO_MAP
 from transformers_sgl.transformers_interface import files_in
 
@@ -30,6 +30,8 @@ def load_processor(name: str, checkpoint: Checkpoint, options: Mapping[str, Any]
     owner = f"The {name} model's processor {checkpoint}"
     try:
         with blaming(owner, _FILES, options):
+            # transformers builds the model's configuration to find its tokenizer.
+            check_claims(owner, read_json(owner, checkpoint.path, "config.json", checkpoint.where) or {})
             for check in (check_no_audio_tokenizer, check_processor_claims, check_vocabulary):
                 check(owner, checkpoint.path, checkpoint.where)
             processor = AutoProcessor.from_pretrained(
@@ -133,7 +135,8 @@ def _most_of_a_processor(settings: Mapping[str, Any], keys: tuple[Any, ...]) -> 
     if "video_processor" in keys:  # not tried out
         return None
     name = str(keys[-1])
-    around: Any = settings["image_processor"] if keys[0] == "image_processor" else settings
+    around = settings["image_processor"] if keys[0] == "image_processor" else settings
+    around = around if isinstance(around, Mapping) else {}
     kind = getattr(transformers, str(around.get("image_processor_type")), None)
     counts_pixels = "merge_size" in around if kind is None else hasattr(kind, "merge_size")
     if name == "max_patches":  # of tiles, but where there is a size of patches and no tiles

@@ -12,13 +12,24 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
-__all__ = ["Vocabularies", "load_tokenizers", "vocabulary_sizes"]
+__all__ = ["Vocabularies", "check_prompts_can_be_read", "load_tokenizers", "vocabulary_sizes"]
 
 
-def vocabulary_sizes(large: Any, small: Any) -> tuple[int, int]:
-    """How many tokens each of the two models knows."""
-    large_size, small_size = (model.config.get_text_config(decoder=True).vocab_size for model in (large, small))
-    return large_size, small_size
+def vocabulary_sizes(*models: Any) -> tuple[int, ...]:
+    """How many tokens each model knows."""
+    return tuple(model.config.get_text_config(decoder=True).vocab_size for model in models)
+
+
+def check_prompts_can_be_read(prompts: Tensor, small: Any) -> None:
+    """Raises if prompts of shape `(batch, prompt_length)` have tokens that were added to the large model alone."""
+    weight = getattr(small.get_input_embeddings(), "weight", None)
+    size, token = None if weight is None else weight.shape[0], int(prompts.max())
+    if size is not None and token >= size:
+        raise ValueError(
+            f"The small model's prompt has the token {token}, but it knows {size}: where tokens were added, prepare "
+            "prompts with the pair's own `SGLProcessor`, or add them to the small model, too, as with "
+            "`pair.small.resize_token_embeddings`."
+        )
 
 
 def load_tokenizers(*checkpoints: tuple[str, dict[str, Any]]) -> list[Any]:
@@ -38,15 +49,15 @@ class Vocabularies:
     tokenizers, equal `sizes` count as equal vocabularies.
     """
 
-    def __init__(self, load_tokenizers: Callable[[], Any], sizes: tuple[int, int]) -> None:
+    def __init__(self, load_tokenizers: Callable[[], Any], sizes: tuple[int, ...]) -> None:
         self._load_tokenizers = load_tokenizers
-        self._sizes = sizes
+        self.sizes = sizes
 
     def given(self, tokenizer: Any, small_tokenizer: Any) -> Vocabularies:
         """These vocabularies, or those of two tokenizers where both are passed."""
         if tokenizer is None or small_tokenizer is None:
             return self
-        return Vocabularies(lambda: (tokenizer, small_tokenizer), self._sizes)
+        return Vocabularies(lambda: (tokenizer, small_tokenizer), self.sizes)
 
     @cached_property
     def tokenizers(self) -> tuple[Any, Any] | None:
@@ -63,7 +74,7 @@ class Vocabularies:
         if self.tokenizers is not None:
             large, small = self.tokenizers
             return large is small or large.get_vocab() == small.get_vocab()
-        return True if self._sizes[0] == self._sizes[1] else None
+        return True if self.sizes[0] == self.sizes[1] else None
 
     def to_large(self, draft: Tensor, draft_mask: Tensor, ended: Tensor, eos_token_id: int | None) -> list[list[int]]:
         """The same texts in the large model's tokens, a list for each draft of `(batch, draft_length)`.
