@@ -65,7 +65,8 @@ def blaming(owner: str, files: str, options: Iterable[str] = ()) -> Iterator[Non
     """Turns what transformers raises while it reads a repository's files into one sentence that names them.
 
     What this package itself raises stays as it is: it is a sentence already, or a mistake of ours. So do a missing
-    package, a full device, and an error about one of the user's own `options`.
+    package, a full device, an error about one of the user's own `options`, and any where models are to be on the meta
+    device, which transformers refuses.
 
     Args:
         owner: The sentence's subject, such as "The large model './large'".
@@ -77,7 +78,8 @@ def blaming(owner: str, files: str, options: Iterable[str] = ()) -> Iterator[Non
     except _NOT_THE_FILES:
         raise
     except Exception as error:
-        if _is_ours(error) or (isinstance(error, TypeError) and any(f"'{name}'" in str(error) for name in options)):
+        is_users = isinstance(error, TypeError) and any(f"'{name}'" in str(error) for name in options)
+        if _is_ours(error) or is_users or torch.get_default_device().type == "meta":
             raise
         if isinstance(error, OSError):
             raise OSError(f"{owner} cannot be loaded: {first_sentence(error)}.") from error
