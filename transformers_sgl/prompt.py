@@ -57,7 +57,12 @@ class Prompt:
         """
         owners = {}
         for name, kind in check_supported(self.config).inputs.items():
-            if kind == "sample" or self.inputs.get(name) is None:
+            if self.inputs.get(name) is None:
+                continue
+            if kind == "sample":  # or one for each prompt with images
+                with_images = self.visual_tokens.counts.nonzero()[:, 0]
+                if len(self.inputs[name]) == len(with_images):
+                    owners[name] = with_images
                 continue
             if kind == "batch":
                 raise ValueError(
