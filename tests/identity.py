@@ -209,7 +209,8 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
         choices["stopping_criteria"] = [SumIsRound()]
         choices["min_length"] = width + 2
     if settings["eos_token_id"] is None:
-        del choices["exponential_decay_length_penalty"]  # which lengthens the odds of an end
+        del choices["exponential_decay_length_penalty"]  # which raises the odds of an end
+        choices.pop("stopping_criteria", None)  # then a sample that ends goes on until the whole batch has ended
     for name in chance.sample(sorted(choices), k=chance.choice((0, 1, 1, 2, 3))):
         if name == "min_length" and "max_length" not in settings and limit < 2:
             continue
