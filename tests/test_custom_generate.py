@@ -77,7 +77,8 @@ def differences(one: Any, other: Any) -> list[str]:
     """The fields in which two results differ, times aside."""
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) else ["sequences"]
-    assert type(one) is type(other) is SGLGenerateOutput
+    assert isinstance(one, SGLGenerateOutput)
+    assert type(one) is type(other)
     assert one.keys() == other.keys()
     skipped = ("timings", *CACHE_NAMES)
     return [

@@ -532,9 +532,9 @@ def test_a_hundred_requests_are_answered_and_leave_nothing_behind(inside, pair, 
 
 
 class TestLoad:
-    """Good requests at the same time as malformed, cancelled and slow ones; `SERVED_REQUESTS` is how many in all."""
+    """Good requests beside malformed, cancelled and slow ones; `SGL_SERVED_REQUESTS` is how many in all."""
 
-    NUMBER = int(os.environ.get("SERVED_REQUESTS", "60"))
+    NUMBER = int(os.environ.get("SGL_SERVED_REQUESTS", "60"))
 
     def test_every_good_request_is_answered_right(self, server, pair, processor):
         asked = questions(20)

@@ -166,7 +166,7 @@ def test_behind_the_end_of_a_draft_nobody_waits() -> None:
 
 
 def test_the_ids_that_end_an_answer_are_moved_to_the_device_once() -> None:
-    watch = _EndWatch([3], None)
+    watch = _EndWatch([3], ())
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     watch(ids, None)
     moved = watch._eos

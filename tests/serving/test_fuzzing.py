@@ -1,6 +1,6 @@
 """Requests at random: whatever a client sends, it gets an answer or a sentence, and soon.
 
-`FUZZED_REQUESTS` is how many of each kind are sent; 5000 take some minutes.
+`SGL_FUZZED_REQUESTS` is how many of each kind are sent; 5000 take some minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers_sgl.serving import Limits, PairApp, requests
 
 pytestmark = pytest.mark.mechanics
 
-NUMBER = int(os.environ.get("FUZZED_REQUESTS", "200"))
+NUMBER = int(os.environ.get("SGL_FUZZED_REQUESTS", "200"))
 LIMITS = Limits(max_body_bytes=100_000, max_prompt_tokens=400, max_new_tokens=3, max_image_pixels=64 * 64)
 REFUSED = {400, 413}
 

@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = [pytest.mark.mechanics, pytest.mark.skipif(sys.platform != "linux", reason="limits a child's memory")]
 
-CASES = int(os.environ.get("SGL_MUTATIONS", "100"))
+CASES = int(os.environ.get("SGL_MUTATIONS", "60"))
 
 
 def test_every_mutation_ends_in_a_pair_or_in_a_sentence() -> None:

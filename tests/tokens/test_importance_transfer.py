@@ -14,6 +14,7 @@ import pytest
 import test_serving
 import tiny_processors
 import torch
+from asgi import InProcess
 from PIL import Image
 from tiny_families import PROCESSORS, internvl_processor, llava_processor, picture, tiny_family_model, tiny_family_pair
 from tiny_pair_data import patch_objects
@@ -32,6 +33,7 @@ from transformers_sgl import (
 from transformers_sgl.architectures import visual_token_ids
 from transformers_sgl.custom_generate import generate_with_small_model
 from transformers_sgl.evaluation import Scenes
+from transformers_sgl.serving import PairApp
 from transformers_sgl.tokens import comparison, prompt_images
 from transformers_sgl.tokens.boxes import visual_token_boxes
 from transformers_sgl.tokens.importance_resampling import resample_importance
@@ -630,10 +632,11 @@ def test_the_pipeline_answers(tmp_path: Path, dtype: str) -> None:
 def test_the_server_answers(regridded_pair_path: Path) -> None:
     image = Image.open(regridded_pair_path / "example.png").convert("RGB")
     processor = AutoProcessor.from_pretrained(regridded_pair_path)
-    with test_serving.in_a_thread(regridded_pair_path, image) as (server, model):
-        answer = server.answer(test_serving.chat(image))
-        assert answer == test_serving.generated(model, processor, image, test_serving.QUESTION)[0]
-        assert answer == test_serving.ANSWER
+    model = AutoModelForImageTextToText.from_pretrained(regridded_pair_path)
+    server = InProcess(PairApp("pair", model, processor))
+    answer = server.ask(body={"model": "pair", "messages": test_serving.chat(image)}).text
+    assert answer == test_serving.generated(model, processor, image, test_serving.QUESTION)[0]
+    assert answer == test_serving.ANSWER
 
 
 def test_kept_tokens_show_the_object_that_is_asked_for(regridded_pair_path: Path) -> None:
