@@ -211,6 +211,9 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
     if settings["eos_token_id"] is None:
         del choices["exponential_decay_length_penalty"]  # which raises the odds of an end
         choices.pop("stopping_criteria", None)  # then a sample that ends goes on until the whole batch has ended
+    if case.padding_side == "right" and "early_exit_threshold" in case.guided:
+        # These look at a prompt's last column, which is padding, as passed; and not where the small model is compared.
+        del choices["logits_processor"], choices["prefix_allowed_tokens_fn"]
     for name in chance.sample(sorted(choices), k=chance.choice((0, 1, 1, 2, 3))):
         if name == "min_length" and "max_length" not in settings and limit < 2:
             continue
