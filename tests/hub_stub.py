@@ -121,8 +121,11 @@ class HubStub:
             files = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
         else:
             files = dict(source)
-        repo = self.repos.setdefault(repo_id, Repo(repo_id, private))
-        return self._commit(repo, branch, "add files", tuple(files), files).id
+        if repo_id not in self.repos:
+            self.repos[repo_id] = Repo(repo_id, private)
+            if branch != "main":  # which every repository has
+                self._commit(self.repos[repo_id], "main", "initial commit", (), {})
+        return self._commit(self.repos[repo_id], branch, "add files", tuple(files), files).id
 
     def environment(self, home: Path, *, offline: bool = False, token: str | None = None) -> dict[str, str]:
         """The variables of a process that uses this hub, and `home` for its caches."""
