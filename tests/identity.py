@@ -182,6 +182,7 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
     if promise == "stock" and chance.random() < 0.15:
         settings = {"max_length": width + limit, "do_sample": False}
     some = [chance.randrange(NUM_TEXT_IDS) for _ in range(12)]
+    biased = [max(token, 1) for token in some[3:6]]  # transformers 5.17 does not take token 0 there
     single = len(case.samples) == 1
     # Half of the vocabulary ends an answer, so that answers of a batch end apart.
     settings["eos_token_id"] = chance.choice((EOS, None, [EOS, *some], [EOS, *range(0, NUM_TEXT_IDS, 2)]))
@@ -189,7 +190,7 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
         "repetition_penalty": 1.5,
         "no_repeat_ngram_size": chance.choice((1, 2)),
         "bad_words_ids": [[some[0]], some[1:3]],
-        "sequence_bias": [[[some[3]], 4.0], [[some[4], some[5]], 3.0]],
+        "sequence_bias": [[[biased[0]], 4.0], [biased[1:], 3.0]],
         "begin_suppress_tokens": some[6:9],
         "suppress_tokens": [*range(NUM_TEXT_IDS, EOS), *range(EOS + 1, 64), *some[:4]],
         "min_new_tokens": chance.randint(1, limit),
