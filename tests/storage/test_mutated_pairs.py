@@ -22,8 +22,9 @@ CASES = int(os.environ.get("SGL_MUTATIONS", "60"))
 def test_every_mutation_ends_in_a_pair_or_in_a_sentence() -> None:
     command = [sys.executable, str(Path(__file__).with_name("mutations.py")), "--cases", str(CASES)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    # A few lines are what transformers prints.
-    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"number"')]
+    # transformers prints, too, perhaps in front of a result.
+    lines = (line[line.index(start) :] for line in run.stdout.splitlines() if (start := '{"number"') in line)
+    results = [json.loads(line) for line in lines]
     counts = Counter(result["outcome"] for result in results)
     print(dict(counts), max(result["seconds"] for result in results))
     bad = [result for result in results if result["outcome"] not in ("loaded", "refused", "stock")]
