@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def embedded_pair_path() -> Path:
     """The folder of the embedded pair: `config.json`, `large/`, `small/` and the processors."""
     return embedded_pair()
+
+
+@pytest.fixture(scope="module")
+def pair(embedded_pair_path: Path) -> Any:
+    """The embedded pair, loaded for one file of tests."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(embedded_pair_path)
+
+
+@pytest.fixture(scope="module")
+def processor(embedded_pair_path: Path) -> Any:
+    """Its processor."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(embedded_pair_path)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
     pipeline,
 )
 
@@ -26,16 +25,6 @@ from transformers_sgl.evaluation import Scenes, load_samples
 from transformers_sgl.evaluation.cost import flop_counter
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def pair(embedded_pair_path: Path) -> SGLForConditionalGeneration:
-    return AutoModelForImageTextToText.from_pretrained(embedded_pair_path)
-
-
-@pytest.fixture(scope="module")
-def processor(embedded_pair_path: Path) -> Any:
-    return AutoProcessor.from_pretrained(embedded_pair_path)
 
 
 def chat(image: Image.Image, question: str) -> list[dict[str, Any]]:

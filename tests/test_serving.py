@@ -28,7 +28,7 @@ import psutil
 import pytest
 from PIL import Image
 from tiny_models import state
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 from uvicorn import Config
 from uvicorn import Server as Uvicorn
 
@@ -45,16 +45,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 QUESTION = "describe the red triangle."
 ANSWER = "a red triangle labelled B in the bottom left"
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def pair(embedded_pair_path: Path) -> SGLForConditionalGeneration:
-    return AutoModelForImageTextToText.from_pretrained(embedded_pair_path)
-
-
-@pytest.fixture(scope="module")
-def processor(embedded_pair_path: Path) -> Any:
-    return AutoProcessor.from_pretrained(embedded_pair_path)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from transformers_sgl import (
     VisualTokens,
 )
 from transformers_sgl.architectures import visual_tokens_of
-from transformers_sgl.opening import user_turn
+from transformers_sgl.opening import chat_inputs, user_turn
 
 pytestmark = pytest.mark.mechanics
 
@@ -59,16 +60,7 @@ def calls_of_all_kinds(pair: SGLForConditionalGeneration, processor: SGLProcesso
             for index, size in enumerate(sizes)
         ]
 
-        def prepare(chats: list[Any] = chats) -> Any:
-            return processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
-
+        prepare = partial(chat_inputs, pair, processor, chats)
         both = dict(prepare())
         boxes = ("visual_token_boxes", "small_visual_token_boxes")
         large = {name: value for name, value in both.items() if not name.startswith("small_") and name not in boxes}

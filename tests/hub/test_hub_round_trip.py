@@ -38,16 +38,6 @@ def hub() -> Iterator[HubStub]:
 
 
 @pytest.fixture(scope="module")
-def pair(embedded_pair_path: Path) -> SGLForConditionalGeneration:
-    return SGLForConditionalGeneration.from_pretrained(embedded_pair_path)
-
-
-@pytest.fixture(scope="module")
-def processor(embedded_pair_path: Path) -> SGLProcessor:
-    return SGLProcessor.from_pretrained(embedded_pair_path)
-
-
-@pytest.fixture(scope="module")
 def pushes(
     pair: SGLForConditionalGeneration, processor: SGLProcessor, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Commit]:

@@ -12,14 +12,12 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import fields
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import pytest
 from asgi import InProcess
 from PIL import Image
 from tiny_models import state
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_sgl.cli.serve import serve as cli_serve
 from transformers_sgl.serving import Limits, PairApp, images, server
@@ -29,16 +27,6 @@ pytestmark = pytest.mark.mechanics
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 LONG = {**HELLO, "max_tokens": 500, "generation_config": json.dumps({"min_new_tokens": 500, "verify_draft": False})}
 LIMITS = Limits(max_body_bytes=20_000, max_prompt_tokens=400, max_new_tokens=500, image_hosts=("pictures.test",))
-
-
-@pytest.fixture(scope="module")
-def pair(embedded_pair_path: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(embedded_pair_path)
-
-
-@pytest.fixture(scope="module")
-def processor(embedded_pair_path: Path) -> Any:
-    return AutoProcessor.from_pretrained(embedded_pair_path)
 
 
 @pytest.fixture(scope="module")
