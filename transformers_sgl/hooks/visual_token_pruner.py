@@ -147,7 +147,7 @@ class VisualTokenPruner(HookContext):
         self._pass = _Pass()
 
     def _checked(self, keep_mask: Tensor) -> KeptTokens:
-        """The tokens that stay from `prune_layer` on; raises `ValueError` if the first step has dropped one of them."""
+        """The tokens that stay from `prune_layer` on; raises `ValueError` if the first step has dropped any."""
         kept, first = KeptTokens.from_mask(keep_mask), self._first_mask
         if first is not None and first.shape != keep_mask.shape:
             raise ValueError(
