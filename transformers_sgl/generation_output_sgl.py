@@ -105,7 +105,7 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             kept = self.keep_mask.sum(dim=1)
             encoded = self.num_visual_tokens if self.vision_keep_mask is None else self.vision_keep_mask.sum(dim=1)
             number = self.num_visual_tokens.clamp(min=1)
-            ratios = zip(*((each.cpu() / number.cpu()).tolist() for each in (kept, encoded)), strict=True)
+            ratios = zip(*((each.cpu().double() / number.cpu()).tolist() for each in (kept, encoded)), strict=True)
             found = [average_retention(ratio, self.prune_layer, num_layers, first) for ratio, first in ratios]
         retention = torch.tensor(found, dtype=torch.float64)
         return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)

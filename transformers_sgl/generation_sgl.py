@@ -184,7 +184,7 @@ def generate(
                 pruning = Pruning(large, prompt, importance, of_tower, processors, prune_layer, vision_layer)
                 pruned = pruning.fields(rest, guidance.importance.shape[1])
             recorded_layer = prune_layer if pruning is not None and keeps_cache else None
-            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest))
+            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest, not of_tower))
             if pruning is not None:
                 stack.enter_context(pruning)
             output = verifier.generate(**turn.inputs, **generate_kwargs)

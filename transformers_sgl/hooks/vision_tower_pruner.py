@@ -107,7 +107,7 @@ class VisionTowerPruner(HookContext):
             owner = tile_owner[kept.tile_of_row.cpu()]
             for rows, layers in ((kept.of_tiles, self._first_cut), (kept.within, num_layers - self._first_cut)):
                 chosen = owner if rows is None else owner[rows.flatten().cpu()]
-                run += layers / num_layers * torch.bincount(chosen, minlength=self._batch_size)
+                run += layers / num_layers * torch.bincount(chosen, minlength=self._batch_size).double()
             whole += torch.bincount(owner, minlength=self._batch_size)
         return run / whole.clamp(min=1)
 
