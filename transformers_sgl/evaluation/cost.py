@@ -58,15 +58,24 @@ def measure_cost(
 ) -> Cost:
     """Runs something and counts; that takes longer than usual, so time is not measured.
 
-    Of the `large` model's operations it tells the decoder's from the others, which are its vision encoder's.
+    Of the `large` model's operations it tells its vision encoder's and its decoder's.
     """
+    vision, of_decoder = ([], []) if large is None else _parts(large)
     with ExitStack() as stack:
         peak = stack.enter_context(_peak_memory(torch.device(device)))
         counter = stack.enter_context(flop_counter())
-        parts = [[], []] if large is None else [[large], [decoder(large), large.get_output_embeddings()]]
-        whole, of_decoder = (stack.enter_context(_flops_within(modules, counter)) for modules in parts)
+        flops = [stack.enter_context(_flops_within(modules, counter)) for modules in (vision, of_decoder)]
         answer()
-    return Cost(counter.get_total_flops(), peak[0] if peak else None, whole[0] - of_decoder[0], of_decoder[0])
+    return Cost(counter.get_total_flops(), peak[0] if peak else None, *(total for (total,) in flops))
+
+
+def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules of a model's vision encoder, whatever encloses them, and those of its decoder."""
+    of_decoder = [decoder(model), model.get_output_embeddings()]
+    path = next(name for name, module in model.named_modules() if module is of_decoder[0]).split(".")
+    parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    beside = [child for parent, name in zip(parents, path, strict=True) for key, child in parent.named_children() if key != name]
+    return [module for module in beside if module is not of_decoder[1]], of_decoder
 
 
 @contextmanager
