@@ -44,14 +44,20 @@ def confirm(
     for name in _DETAILS:
         setattr(settings, name, None)
     kwargs = {**generate_kwargs, **copied(generate_kwargs), "generation_config": settings, "streamer": None}
-    leaves = _LeavesDraft(draft, draft_mask, prompt.inputs["input_ids"].shape[1])
+    followed, length = draft.masked_fill(~draft_mask, -1), prompt.inputs["input_ids"].shape[1]
+    # It is shown what the caller's own criteria are.
+    leaves = (
+        _LeavesDraft(followed, length)
+        if batch is None
+        else _LeavesDraft(batch.rows(followed, others=-1), batch.prompts.shape[1])
+    )
     kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), leaves]
     verifier = DraftVerifier(large, draft, draft_mask, batch)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time(large))
         if pruning is not None:
             stack.enter_context(pruning)
-        written = verifier.generate(**prompt.inputs, **kwargs)[:, prompt.inputs["input_ids"].shape[1] :]
+        written = verifier.generate(**prompt.inputs, **kwargs)[:, length:]
     written = torch.nn.functional.pad(written, (0, max(0, draft.shape[1] - written.shape[1])), value=-1)
     agrees = (written[:, : draft.shape[1]] == draft) | ~draft_mask
     return agrees.all(dim=1), verifier.num_forward_passes
@@ -60,8 +66,8 @@ def confirm(
 class _LeavesDraft(StoppingCriteria):
     """Ends an answer with the first token that is not its draft's: what would follow does not matter."""
 
-    def __init__(self, draft: Tensor, draft_mask: Tensor, prompt_length: int) -> None:
-        self._draft = draft.masked_fill(~draft_mask, -1)
+    def __init__(self, draft: Tensor, prompt_length: int) -> None:
+        self._draft = draft  # (batch, draft_length), -1 behind its end
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
