@@ -48,7 +48,7 @@ def test_a_draft_stands_where_the_pruned_model_agrees_and_else_the_whole_answer(
     drafts = answers(pruned.draft_sequences, 0)
     agrees = [one == other for one, other in zip(written(pruned.sequences, inputs), drafts, strict=True)]
 
-    output = pair.generate(**inputs, **GREEDY, **DETAILS, **settings, confirm_draft=True)
+    output = pair.generate(**inputs, **GREEDY, **DETAILS, **settings, confirmation_threshold=0.0)
 
     assert output.draft_confirmed.tolist() == agrees
     assert 0 < sum(agrees) < len(agrees)  # both happens, or the test shows little
@@ -62,11 +62,26 @@ def test_a_draft_stands_where_the_pruned_model_agrees_and_else_the_whole_answer(
     assert (output.num_draft_tokens_accepted[output.draft_confirmed] > 0).all()
 
 
+def test_a_probability_may_be_asked_for(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
+    settings = {**GREEDY, **DETAILS, **SETTINGS[0], "min_new_tokens": 2}  # no end of sequence
+    pruned = pair.generate(**inputs, **settings, output_logits=True)
+    agreeing = pair.generate(**inputs, **settings, confirmation_threshold=0.0).draft_confirmed
+    probabilities = torch.ones(len(agreeing))
+    for sample in range(len(agreeing)):
+        for step, token in enumerate(answers(pruned.draft_sequences, 0)[sample]):
+            probabilities[sample] *= pruned.logits[step][sample].softmax(dim=-1)[token]
+    assert agreeing.sum() > 1
+    threshold = probabilities[agreeing].sort().values[1].item() - 1e-5  # all but the least probable
+    output = pair.generate(**inputs, **settings, confirmation_threshold=threshold)
+    assert torch.equal(output.draft_confirmed, agreeing & (probabilities >= threshold))
+    assert output.draft_confirmed.sum() == agreeing.sum() - 1
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_batch_gives_the_answers_of_its_samples(
     pair: SGLForConditionalGeneration, inputs: dict[str, Tensor], settings: dict[str, float]
 ) -> None:
-    settings = {**settings, **GREEDY, **DETAILS, "confirm_draft": True}
+    settings = {**settings, **GREEDY, **DETAILS, "confirmation_threshold": 0.0}
     output = pair.generate(**inputs, **settings)
     singles = [(one, pair.generate(**one, **settings)) for one in samples(inputs, IMAGES)]
     assert written(output.sequences, inputs) == [written(each.sequences, one)[0] for one, each in singles]
@@ -75,10 +90,10 @@ def test_a_batch_gives_the_answers_of_its_samples(
 
 def test_early_exits_come_first(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
     settings = {**GREEDY, **DETAILS, **SETTINGS[0]}
-    known = pair.generate(**inputs, **settings, confirm_draft=True)
+    known = pair.generate(**inputs, **settings, confirmation_threshold=0.0)
     scores = known.decision_score.masked_fill(~known.draft_complete, -1)
     threshold = scores.sort(descending=True).values[1].item()
-    output = pair.generate(**inputs, **settings, confirm_draft=True, early_exit_threshold=threshold)
+    output = pair.generate(**inputs, **settings, confirmation_threshold=0.0, early_exit_threshold=threshold)
     exits = (scores >= threshold) & known.draft_complete
     assert torch.equal(output.exited_early, exits)
     assert torch.equal(output.draft_confirmed, known.draft_confirmed & ~exits)
@@ -101,7 +116,7 @@ def test_what_streams_is_what_is_returned(pair: SGLForConditionalGeneration, inp
 
     for one in samples(inputs, IMAGES):
         streamer = Kept()
-        sequences = pair.generate(**one, **GREEDY, **SETTINGS[0], confirm_draft=True, streamer=streamer)
+        sequences = pair.generate(**one, **GREEDY, **SETTINGS[0], confirmation_threshold=0.0, streamer=streamer)
         assert streamer.tokens == [*sequences[0].tolist(), -1]
 
 
@@ -122,7 +137,7 @@ def test_own_processors_are_obeyed_and_not_used_up(
     alone, counted = Counted(), Counted()
     whole = written(pair.large.generate(**inputs, **GREEDY, logits_processor=[alone]), inputs)
     output = pair.generate(
-        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirm_draft=True, logits_processor=[counted]
+        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirmation_threshold=0.0, logits_processor=[counted]
     )
     late = ~output.draft_confirmed
     both = zip(written(output.sequences, inputs), whole, late.tolist(), strict=True)
@@ -136,7 +151,7 @@ def test_criteria_of_ones_own_end_an_answer(pair: SGLForConditionalGeneration, i
     stop = SumIsRound()
     whole = written(pair.large.generate(**inputs, **GREEDY, stopping_criteria=[stop]), inputs)
     output = pair.generate(
-        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirm_draft=True, stopping_criteria=[SumIsRound()]
+        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirmation_threshold=0.0, stopping_criteria=[SumIsRound()]
     )
     both = zip(written(output.sequences, inputs), whole, output.draft_confirmed.tolist(), strict=True)
     assert all(answer == wanted for answer, wanted, confirmed in both if not confirmed)
@@ -144,22 +159,30 @@ def test_criteria_of_ones_own_end_an_answer(pair: SGLForConditionalGeneration, i
 
 def test_text_alone_and_nothing_to_confirm(pair: SGLForConditionalGeneration) -> None:
     inputs = prompts(images=[[2], []], text=[3, 5])
-    output = pair.generate(**inputs, **GREEDY, **DETAILS, **SETTINGS[1], confirm_draft=True)
+    output = pair.generate(**inputs, **GREEDY, **DETAILS, **SETTINGS[1], confirmation_threshold=0.0)
     assert written(output.sequences, inputs)[1] == written(pair.large.generate(**inputs, **GREEDY), inputs)[1]
     # A draft that was cut off is no answer.
     cut = pair.generate(
-        **inputs, **GREEDY, **DETAILS, **SETTINGS[1], confirm_draft=True, guidance_max_new_tokens=1, min_new_tokens=2
+        **inputs,
+        **GREEDY,
+        **DETAILS,
+        **SETTINGS[1],
+        confirmation_threshold=0.0,
+        guidance_max_new_tokens=1,
+        min_new_tokens=2,
     )
     assert not cut.draft_confirmed.any()
     wanted = pair.large.generate(**inputs, **GREEDY, min_new_tokens=2)
     assert written(cut.sequences, inputs) == written(wanted, inputs)
-    whole = pair.generate(**inputs, **GREEDY, **DETAILS, retention_ratio=1.0, confirm_draft=True, verify_draft=True)
+    whole = pair.generate(
+        **inputs, **GREEDY, **DETAILS, retention_ratio=1.0, confirmation_threshold=0.0, verify_draft=True
+    )
     assert whole.draft_confirmed is None  # nothing is pruned
 
 
 def test_scores_cover_the_whole_batch(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
     output = pair.generate(
-        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirm_draft=True, output_scores=True, min_new_tokens=2
+        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirmation_threshold=0.0, output_scores=True, min_new_tokens=2
     )
     scores = torch.stack(output.scores)  # (steps, batch, vocab_size)
     assert scores.isnan().all(dim=-1).all(dim=0).tolist() == output.draft_confirmed.tolist()
@@ -170,7 +193,8 @@ def test_scores_cover_the_whole_batch(pair: SGLForConditionalGeneration, inputs:
     [
         ({"do_sample": True}, "one greedy answer, but sampling, beams or several answers were asked for"),
         ({"num_beams": 2}, "one greedy answer"),
-        ({"confirm_draft": 1}, "`confirm_draft` is 1: pass True, False or None"),
+        ({"confirmation_threshold": 1.5}, "`confirmation_threshold` is 1.5, but it is compared with the probability"),
+        ({"confirmation_threshold": True}, "`confirmation_threshold` is True"),
     ],
 )
 def test_what_cannot_be_confirmed_is_refused(
@@ -179,11 +203,13 @@ def test_what_cannot_be_confirmed_is_refused(
     pair.generate(**inputs, **GREEDY)
     before = [state(pair.large), state(pair.small)]
     with pytest.raises(ValueError, match=sentence):
-        pair.generate(**inputs, **{**GREEDY, "confirm_draft": True, **settings})
+        pair.generate(**inputs, **{**GREEDY, "confirmation_threshold": 0.0, **settings})
     assert [state(pair.large), state(pair.small)] == before
 
 
 def test_ends_of_sequence_are_confirmed_as_well(pair: SGLForConditionalGeneration) -> None:
     inputs = prompts(images=[[1]], text=[2])
-    own = pair.generate(**inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirm_draft=True, forced_eos_token_id=EOS)
+    own = pair.generate(
+        **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirmation_threshold=0.0, forced_eos_token_id=EOS
+    )
     assert own.sequences[0, -1] == EOS or own.sequences.shape[1] < inputs["input_ids"].shape[1] + 2
