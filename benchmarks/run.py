@@ -133,7 +133,7 @@ def _methods(bench: Workbench) -> dict[str, Any]:
     settings, whole = bench.settings, None
     pairing = bench.pairing()
     if settings.shrink > 1:  # operations of the unshrunk models, too, which read the same prompts
-        whole = Pairing(*map(weightless, (settings.large, settings.small)), pairing.inputs)
+        whole = Pairing(weightless(settings.large), weightless(settings.small), pairing.inputs)
     return measure_methods(pairing, whole, settings.image_size, settings.answer_tokens, settings.rounds, settings.seed)
 
 

@@ -75,14 +75,8 @@ def watched(pairing: Pairing, read: Callable[[], float]) -> Iterator[dict[str, f
 
     with ExitStack() as stack:
         for model, prefix in ((pairing.small, "guide: "), (pairing.large, "")):
-            _watch(stack, vision_tower(model), read, laps, lambda _, prefix=prefix: f"{prefix}tower")
-            _watch(
-                stack,
-                decoder(model),
-                read,
-                laps,
-                lambda length, prefix=prefix: f"{prefix}{'first pass' if length > 1 else 'decoding'}",
-            )
+            _watch(stack, vision_tower(model), read, laps, (f"{prefix}tower",))
+            _watch(stack, decoder(model), read, laps, (f"{prefix}first pass", f"{prefix}decoding"))
         stack.callback(pairing.small.register_forward_hook(ends).remove)
         for module in (pairing.large, vision_tower(pairing.large)):  # newer versions encode images before the rest
             stack.callback(module.register_forward_pre_hook(begins, prepend=True).remove)
@@ -90,18 +84,15 @@ def watched(pairing: Pairing, read: Callable[[], float]) -> Iterator[dict[str, f
 
 
 def _watch(
-    stack: ExitStack,
-    module: nn.Module,
-    read: Callable[[], float],
-    laps: dict[str, float],
-    phase: Callable[[int], str],
+    stack: ExitStack, module: nn.Module, read: Callable[[], float], laps: dict[str, float], phases: tuple[str, ...]
 ) -> None:
-    """Adds what a reading grows by during a module's calls to the phase that the call belongs to."""
+    """Adds what a reading grows by during a module's calls to the first phase, or to the last for single tokens."""
     started: list[tuple[str, float]] = []
 
     def begins(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embeddings = kwargs.get("inputs_embeds")
-        started.append((phase(1 if embeddings is None else embeddings.shape[1]), read()))
+        is_step = embeddings is not None and embeddings.shape[1] == 1
+        started.append((phases[-1 if is_step else 0], read()))
 
     def ends(*_: Any) -> None:
         name, start = started.pop()
