@@ -70,6 +70,11 @@ def test_a_pruned_batch_is_each_sample_with_its_dropped_tokens_masked(name: str)
 
 
 @names
+def test_tokens_dropped_in_two_steps_are_masked_in_two_ranges_of_layers(name: str) -> None:
+    conformance.check_prunes_in_two_steps(name)
+
+
+@names
 def test_a_pair_guides_a_batch_like_its_samples(name: str) -> None:
     conformance.check_pair(name)
 
@@ -212,6 +217,7 @@ def test_one_window_in_all_layers_is_the_same_when_pruned(monkeypatch: pytest.Mo
     add_decoder(monkeypatch, "window")
     conformance.check_identity("window")
     conformance.check_is_guided("window")
+    conformance.check_prunes_in_two_steps("window")
 
 
 def test_flash_attention_is_recorded_within_its_window(monkeypatch: pytest.MonkeyPatch) -> None:

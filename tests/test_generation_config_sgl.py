@@ -23,6 +23,8 @@ RANDOMLY = settings(max_examples=40, deadline=None)
 SGL_FIELDS = (
     "retention_ratio",
     "prune_layer",
+    "vision_retention_ratio",
+    "vision_prune_layer",
     "min_tokens_per_image",
     "guidance_queries",
     "guidance_layers",

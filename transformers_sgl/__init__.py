@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers_sgl.generation_output_sgl import SGLGenerateOutput
     from transformers_sgl.hooks.attention_recorder import AttentionRecorder
     from transformers_sgl.hooks.draft_verifier import DraftVerifier
+    from transformers_sgl.hooks.vision_tower_pruner import VisionTowerPruner
     from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
     from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
     from transformers_sgl.processing_sgl import SGLProcessor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         MinimumPerImageProcessor,
         RetentionRatioProcessor,
     )
+    from transformers_sgl.tokens.tile_retention import RetentionPerTileProcessor, TileRetentionProcessor
     from transformers_sgl.tokens.visual_tokens import VisualTokens
 
 __all__ = [
@@ -36,12 +38,15 @@ __all__ = [
     "ImportanceProcessor",
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
+    "RetentionPerTileProcessor",
     "RetentionRatioProcessor",
     "SGLConfig",
     "SGLForConditionalGeneration",
     "SGLGenerateOutput",
     "SGLGenerationConfig",
     "SGLProcessor",
+    "TileRetentionProcessor",
+    "VisionTowerPruner",
     "VisualTokenPruner",
     "VisualTokens",
 ]
@@ -56,12 +61,15 @@ _DEFINED_IN = {
     "ImportanceProcessor": "tokens.importance_process",
     "ImportanceProcessorList": "tokens.importance_process",
     "MinimumPerImageProcessor": "tokens.importance_process",
+    "RetentionPerTileProcessor": "tokens.tile_retention",
     "RetentionRatioProcessor": "tokens.importance_process",
     "SGLConfig": "configuration_sgl",
     "SGLForConditionalGeneration": "modeling_sgl",
     "SGLGenerateOutput": "generation_output_sgl",
     "SGLGenerationConfig": "generation_config_sgl",
     "SGLProcessor": "processing_sgl",
+    "TileRetentionProcessor": "tokens.tile_retention",
+    "VisionTowerPruner": "hooks.vision_tower_pruner",
     "VisualTokenPruner": "hooks.visual_token_pruner",
     "VisualTokens": "tokens.visual_tokens",
 }

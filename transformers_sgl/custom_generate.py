@@ -29,6 +29,7 @@ def generate_with_small_model(
     inputs: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     importance_processor: ImportanceProcessor | list[ImportanceProcessor] | None = None,
+    vision_processor: ImportanceProcessor | list[ImportanceProcessor] | None = None,
     small_tokenizer: Any = None,
     **kwargs: Any,
 ) -> SGLGenerateOutput | Tensor:
@@ -40,6 +41,7 @@ def generate_with_small_model(
         inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts, if not passed as `input_ids`.
         generation_config (`GenerationConfig`, *optional*): Settings; unset ones come from the large model's.
         importance_processor ([`ImportanceProcessor`] or several, *optional*): As in a pair's `generate`.
+        vision_processor ([`ImportanceProcessor`] or several, *optional*): As in a pair's `generate`.
         small_tokenizer (`PreTrainedTokenizerBase`, *optional*): As in a pair's `generate`.
         **kwargs: Model inputs, settings and arguments of stock `generate`.
 
@@ -82,6 +84,7 @@ def generate_with_small_model(
         settings,
         _vocabularies(model, small_model).given(generate_kwargs.get("tokenizer"), small_tokenizer),
         importance_processor,
+        vision_processor,
         **generate_kwargs,
     )
 

@@ -12,7 +12,14 @@ from transformers_sgl.transformers_interface import DecidedSettings, ExtraSettin
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PRESETS", "CompleteSettings", "SGLGenerationConfig", "average_retention", "resolve_prune_layer"]
+__all__ = [
+    "PRESETS",
+    "CompleteSettings",
+    "SGLGenerationConfig",
+    "average_retention",
+    "resolve_prune_layer",
+    "resolve_vision_prune_layer",
+]
 
 # The paper's three settings on a large VLM of 48 decoder layers (section 4.1), named for what a user wants of them.
 # The layer is a fraction of the depth, so that a preset means the same on every model.
@@ -26,6 +33,7 @@ _DEFAULT_PRESET = "balanced"
 _FRACTIONS = {
     "retention_ratio": "visual tokens that are kept",
     "consistency_retention_ratio": "visual tokens that are kept",
+    "vision_retention_ratio": "visual tokens that the vision tower encodes",
     "guidance_layers": "the small model's layers that rank the visual tokens",
 }
 _CHOICES = {
@@ -42,19 +50,33 @@ def resolve_prune_layer(prune_layer: int | float, num_layers: int) -> int:
     `prune_layer` is an index, or a fraction of the depth in `[0, 1)`, which is rounded to the nearest layer. Raises
     `ValueError` if a decoder of this depth has no such layer.
     """
-    _check_prune_layer(prune_layer)
-    if isinstance(prune_layer, float):
-        return min(int(prune_layer * num_layers + 0.5), num_layers - 1)
-    if prune_layer >= num_layers:
+    return _resolve_layer("prune_layer", "decoder", prune_layer, num_layers)
+
+
+def resolve_vision_prune_layer(prune_layer: int | float | None, num_layers: int) -> int | None:
+    """The same for the layers of the vision tower; `None` where it leaves out whole tiles only."""
+    return None if prune_layer is None else _resolve_layer("vision_prune_layer", "vision", prune_layer, num_layers)
+
+
+def _resolve_layer(name: str, kind: str, layer: int | float, num_layers: int) -> int:
+    """The index of a layer, from an index or a fraction of the depth."""
+    _check_layer(name, layer)
+    if isinstance(layer, float):
+        return min(int(layer * num_layers + 0.5), num_layers - 1)
+    if layer >= num_layers:
         raise ValueError(
-            f"`prune_layer` is {prune_layer}, but the large model has {num_layers} decoder layers: pass an index from "
-            f"0 to {num_layers - 1}, or a fraction of the depth such as 0.25."
+            f"`{name}` is {layer}, but the large model has {num_layers} {kind} layers: pass an index from 0 to "
+            f"{num_layers - 1}, or a fraction of the depth such as 0.25."
         )
-    return prune_layer
+    return layer
 
 
-def average_retention(retention_ratio: float, prune_layer: int, num_layers: int) -> float:
+def average_retention(
+    retention_ratio: float, prune_layer: int, num_layers: int, vision_retention_ratio: float = 1.0
+) -> float:
     """The fraction of visual tokens that the large model processes, averaged over its layers (paper, section 4.1).
+
+    The layers below `prune_layer` see those that the vision tower encoded.
 
     Example:
         ```python
@@ -65,7 +87,8 @@ def average_retention(retention_ratio: float, prune_layer: int, num_layers: int)
 
         ```
     """
-    return (prune_layer + (num_layers - prune_layer) * retention_ratio) / num_layers
+    upper = num_layers - prune_layer
+    return (prune_layer * vision_retention_ratio + upper * min(retention_ratio, vision_retention_ratio)) / num_layers
 
 
 class SGLGenerationConfig(ExtraSettings, GenerationConfig):
@@ -82,6 +105,12 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             is dropped and the output is the stock large model's.
         prune_layer (`int` or `float`, *optional*, defaults to 9/48): The first decoder layer that sees fewer visual
             tokens: an `int` is an index, a `float` in `[0, 1)` a fraction of the depth.
+        vision_retention_ratio (`float`, *optional*, defaults to 1.0): The fraction of visual tokens, in `(0, 1]`, that
+            the large model's vision tower encodes. The decoder does not see the others in any layer.
+        vision_prune_layer (`int` or `float`, *optional*): Where the tower drops them. By default before its first
+            layer, as whole tiles, frames or images; what is kept is then encoded as ever. With a layer of the tower,
+            an index or a fraction of its depth in `[0, 1)`, from that layer on every tile goes on with the patches
+            behind its own most important tokens.
         min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image or video frame are kept
             whatever their rank, so that none vanishes; with 0 some may.
         guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens: `"prompt"`
@@ -166,6 +195,8 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         """The fields that this class adds, with their defaults."""
         return {
             **PRESETS[_DEFAULT_PRESET],
+            "vision_retention_ratio": 1.0,
+            "vision_prune_layer": None,
             "min_tokens_per_image": 1,
             "guidance_queries": "both",
             "guidance_layers": 1.0,
@@ -211,11 +242,12 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
 
     def average_retention(self, num_layers: int) -> float:
         """The average retention under these settings; see the function [`average_retention`]."""
-        ratio, layer = (
-            self.extra_defaults()[field] if getattr(self, field) is None else getattr(self, field)
-            for field in ("retention_ratio", "prune_layer")
+        defaults = self.extra_defaults()
+        ratio, layer, vision_ratio = (
+            defaults[field] if getattr(self, field) is None else getattr(self, field)
+            for field in ("retention_ratio", "prune_layer", "vision_retention_ratio")
         )
-        return average_retention(ratio, resolve_prune_layer(layer, num_layers), num_layers)
+        return average_retention(ratio, resolve_prune_layer(layer, num_layers), num_layers, vision_ratio)
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Checks every field, the stock ones included; raises `ValueError` as the class says."""
@@ -227,8 +259,9 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
                     f"`{name}` is {value!r}, but it is the fraction of {meaning}: pass a number above 0 and up to 1, "
                     "where 1 means all."
                 )
-        if self.prune_layer is not None:
-            _check_prune_layer(self.prune_layer)
+        for name in ("prune_layer", "vision_prune_layer"):
+            if getattr(self, name) is not None:
+                _check_layer(name, getattr(self, name))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
@@ -259,12 +292,12 @@ class CompleteSettings(DecidedSettings, SGLGenerationConfig):
     """The settings of one call, which no model's own settings change any more: what is `None` stays so."""
 
 
-def _check_prune_layer(prune_layer: Any) -> None:
-    is_index = isinstance(prune_layer, int) and not isinstance(prune_layer, bool) and prune_layer >= 0
-    is_fraction = isinstance(prune_layer, float) and 0 <= prune_layer < 1
+def _check_layer(name: str, layer: Any) -> None:
+    is_index = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+    is_fraction = isinstance(layer, float) and 0 <= layer < 1
     if not (is_index or is_fraction):
         raise ValueError(
-            f"`prune_layer` is {prune_layer!r}: pass a layer index (a whole number of 0 or more) or a fraction of the "
+            f"`{name}` is {layer!r}: pass a layer index (a whole number of 0 or more) or a fraction of the "
             "depth (a float of at least 0 and below 1)."
         )
 

@@ -35,6 +35,12 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             large model kept; none in a sample that exited early.
         num_visual_tokens (`Tensor` of shape `(batch,)`, *optional*): The number of visual tokens in each prompt.
         prune_layer (`int`, *optional*): The first decoder layer of the large model that saw only the kept tokens.
+        vision_keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the visual tokens
+            that the large model's vision tower encoded, where it left some out.
+        vision_prune_layer (`int`, *optional*): The tower's first layer that saw only their patches; `None` where only
+            whole tiles were left out.
+        vision_share (`Tensor` of shape `(batch,)`, *optional*): The part of the tower's layers that ran, by patches: 0
+            in a sample that exited early.
         draft_sequences (`Tensor` of shape `(batch, draft_length)`, *optional*): The small model's own answers, in the
             small model's vocabulary.
         draft_complete (`Tensor` of shape `(batch,)`, *optional*): `True` where such an answer is whole; one that was
@@ -65,6 +71,9 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     keep_mask: Tensor | None = None
     num_visual_tokens: Tensor | None = None
     prune_layer: int | None = None
+    vision_keep_mask: Tensor | None = None
+    vision_prune_layer: int | None = None
+    vision_share: Tensor | None = None
     draft_sequences: Tensor | None = None
     draft_complete: Tensor | None = None
     exited_early: Tensor | None = None
@@ -93,8 +102,11 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         if self.keep_mask is None or self.prune_layer is None or self.num_visual_tokens is None:
             found = [1.0] * len(self.sequences)
         else:
-            counts = zip(self.keep_mask.sum(dim=1).tolist(), self.num_visual_tokens.tolist(), strict=True)
-            found = [average_retention(kept / max(1, number), self.prune_layer, num_layers) for kept, number in counts]
+            kept = self.keep_mask.sum(dim=1)
+            encoded = self.num_visual_tokens if self.vision_keep_mask is None else self.vision_keep_mask.sum(dim=1)
+            number = self.num_visual_tokens.clamp(min=1)
+            ratios = zip(*((each.cpu().double() / number.cpu()).tolist() for each in (kept, encoded)), strict=True)
+            found = [average_retention(ratio, self.prune_layer, num_layers, first) for ratio, first in ratios]
         retention = torch.tensor(found, dtype=torch.float64)
         return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
 

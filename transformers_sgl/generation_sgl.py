@@ -19,20 +19,26 @@ from transformers_sgl.architectures import check_prunable, check_supported, deco
 from transformers_sgl.arguments import split_inputs
 from transformers_sgl.batching import merge_answers
 from transformers_sgl.clock import Clock
-from transformers_sgl.generation_config_sgl import SGLGenerationConfig, resolve_prune_layer
+from transformers_sgl.generation_config_sgl import (
+    SGLGenerationConfig,
+    resolve_prune_layer,
+    resolve_vision_prune_layer,
+)
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, output_class, passed_on, sequences_of
 from transformers_sgl.guidance import guide
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
-from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
+from transformers_sgl.hooks.pruning import Pruning
 from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
+from transformers_sgl.tokens.tile_retention import vision_processors
 from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
+from transformers_sgl.vision_towers import vision_layers
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
 __all__ = ["generate"]
@@ -46,6 +52,7 @@ def generate(
     settings: SGLGenerationConfig,
     vocabularies: Vocabularies,
     importance_processor: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
+    vision_processor: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
     **generate_kwargs: Any,
 ) -> SGLGenerateOutput | Tensor:
     """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
@@ -54,8 +61,8 @@ def generate(
     extend them for the small model. Where the models cut images differently, they also hold `visual_token_boxes` and
     `small_visual_token_boxes` of shape `(batch, num_visual_tokens, 5)`: for each visual token the number of the image
     within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With these, plain
-    tensors are the large model's alone. `importance_processor` is the user's own, one or several, which run before
-    those of the `settings`; `generate_kwargs` go to the large model's `generate`.
+    tensors are the large model's alone. `importance_processor` and `vision_processor` are the user's own, one or
+    several, which run before those of the `settings`; `generate_kwargs` go to the large model's `generate`.
 
     Raises `ValueError` if inputs or settings cannot be used, with cause and cure; the models stay as they were.
     """
@@ -71,13 +78,19 @@ def generate(
     processors = ImportanceProcessorList.of_settings(
         settings.retention_ratio, settings.min_tokens_per_image, importance_processor
     )
+    of_tower = vision_processors(
+        settings.vision_retention_ratio, settings.vision_prune_layer is not None, vision_processor
+    )
+    if earlier is not None:  # the images were encoded in its first turn
+        of_tower = ImportanceProcessorList()
+    prunes = bool(processors or of_tower)
     rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
     generate_kwargs["generation_config"] = rules.large_settings()
     prompt = Prompt.find(large.config, large_inputs)
     num_visual_tokens = None if prompt is None else prompt.visual_tokens.counts
     if earlier is not None:
-        earlier.check(prompt, prune_layer if processors else None, settings.use_cache is not False)
-    is_guided = bool(processors) or earlier is not None or rules.may_exit or rules.can_use_draft(large_inputs)
+        earlier.check(prompt, prune_layer if prunes else None, settings.use_cache is not False)
+    is_guided = prunes or earlier is not None or rules.may_exit or rules.can_use_draft(large_inputs)
     if not is_guided or (prompt is not None and prompt.visual_tokens.num_visual_tokens == 0):
         with one_at_a_time(large):
             # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
@@ -93,20 +106,23 @@ def generate(
     # 2. Refuse what cannot be done, before anything has run.
     check_supported(small.config)
     rules.check_guidable(large_inputs)
-    if processors:
+    vision_layer = None
+    if of_tower:
+        vision_layer = resolve_vision_prune_layer(settings.vision_prune_layer, len(vision_layers(large)))
+    if prunes:
         check_prunable(large.config, prune_layer)
-    if processors or earlier is not None:
+    if prunes or earlier is not None:
         rules.check_prunable(large_inputs)
     if rules.may_exit:
         rules.check_exits(large_inputs)
     prompts = large_inputs["input_ids"]
     # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
-    prompt = Prompt.of(large.config, large_inputs, as_passed=not processors and earlier is None)
+    prompt = Prompt.of(large.config, large_inputs, as_passed=not prunes and earlier is None)
     num_visual_tokens = prompt.visual_tokens.counts
     check_prompts_can_be_read(small_inputs["input_ids"], small)
     small_prompt = Prompt.of(small.config, small_inputs)
     transfer = None
-    if processors:
+    if prunes:
         transfer = ImportanceTransfer.between(
             large.config, small.config, prompt.visual_tokens, small_prompt.visual_tokens, boxes
         )
@@ -119,7 +135,7 @@ def generate(
             small_prompt.inputs,
             small_prompt.visual_tokens,
             settings,
-            ranks=bool(processors),
+            ranks=prunes,
             scores=rules.scores_draft,
             **draft_settings,
         ).to(prompts.device)
@@ -145,7 +161,8 @@ def generate(
 
     # 5. The other samples go on as a smaller batch. The ranking becomes a choice of tokens, and the large model reads
     # the prompt and the draft, keeps what matters, and writes.
-    rest, output, late, whole_keep_mask, num_accepted = ~exits, None, None, None, None
+    rest, output, late, num_accepted = ~exits, None, None, None
+    pruned: dict[str, Any] = {}
     verifier = DraftVerifier(large)
     keeps_cache = bool(settings.return_dict_in_generate) or cache is not None
     if rest.any():
@@ -161,17 +178,15 @@ def generate(
         )
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
-            visual_tokens = prompt.visual_tokens
-            keep_mask = None
-            if guidance.importance is not None and visual_tokens.num_visual_tokens > 0:
-                importance = guidance.importance[rest, : visual_tokens.num_visual_tokens]
-                keep_mask = processors.keep_mask(visual_tokens, importance)
-                whole_keep_mask = torch.zeros_like(guidance.importance, dtype=torch.bool, device=keep_mask.device)
-                whole_keep_mask[rest, : keep_mask.shape[1]] = keep_mask
-            recorded_layer = prune_layer if keep_mask is not None and keeps_cache else None
-            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest))
-            if keep_mask is not None:
-                stack.enter_context(VisualTokenPruner(large, visual_tokens.prompt_keep_mask(keep_mask), prune_layer))
+            pruning = None
+            if guidance.importance is not None and prompt.visual_tokens.num_visual_tokens > 0:
+                importance = guidance.importance[rest, : prompt.visual_tokens.num_visual_tokens]
+                pruning = Pruning(large, prompt, importance, of_tower, processors, prune_layer, vision_layer)
+                pruned = pruning.fields(rest, guidance.importance.shape[1])
+            recorded_layer = prune_layer if pruning is not None and keeps_cache else None
+            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest, not of_tower))
+            if pruning is not None:
+                stack.enter_context(pruning)
             output = verifier.generate(**turn.inputs, **generate_kwargs)
             turn.finish(output)
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
@@ -195,9 +210,8 @@ def generate(
         sequences=sequences,
         importance=guidance.importance,
         importance_transfer=None if transfer is None else transfer.kind,
-        keep_mask=whole_keep_mask,
+        **pruned,
         num_visual_tokens=num_visual_tokens,
-        prune_layer=None if whole_keep_mask is None else prune_layer,
         draft_sequences=guidance.draft_sequences,
         draft_complete=complete,
         exited_early=exits,

@@ -163,6 +163,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         generation_config: GenerationConfig | None = None,
         *,
         importance_processor: ImportanceProcessor | ImportanceProcessorList | list[ImportanceProcessor] | None = None,
+        vision_processor: ImportanceProcessor | ImportanceProcessorList | list[ImportanceProcessor] | None = None,
         small_tokenizer: Any = None,
         **kwargs: Any,
     ) -> SGLGenerateOutput | Tensor:
@@ -175,6 +176,8 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
                 setting that is `None` in `kwargs` is unset.
             importance_processor ([`ImportanceProcessor`] or several, *optional*): Your own steps between the small
                 model's attention and the choice of tokens; they run before those of the settings.
+            vision_processor ([`ImportanceProcessor`] or several, *optional*): The same for what the large model's
+                vision tower encodes; `visual_tokens.tile_index` tells them the tiles.
             small_tokenizer (`PreTrainedTokenizerBase`, *optional*): The small model's tokenizer, as `tokenizer` is the
                 large model's; both are read from the checkpoints if not given.
             **kwargs: Model inputs (`input_ids`, `attention_mask`, `pixel_values`, ..., `small_*` for the small model's
@@ -200,6 +203,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             settings,
             self._vocabularies.given(generate_kwargs.get("tokenizer"), small_tokenizer),
             importance_processor,
+            vision_processor,
             **generate_kwargs,
         )
 

@@ -100,7 +100,8 @@ def check_is_guided(name: str, video: bool = False) -> None:
         with VisualTokenPruner(model, tokens.prompt_keep_mask(keep), prune_layer):
             output = model.generate(**batch, **_GREEDY, **_DETAILS)
         assert state(model) == before
-        _check_cache(model, cache_of(output), int(tokens.prompt_keep_mask(keep).sum(1).max()), batch, prune_layer)
+        num_kept = int(tokens.prompt_keep_mask(keep).sum(1).max())
+        _check_cache(model, cache_of(output), batch["input_ids"].shape[1], num_kept, prune_layer)
         for number, sample in enumerate(samples):
             own = visual_tokens_of(model.config, sample)
             own_keep = own.prompt_keep_mask(keep[number : number + 1, : own.num_visual_tokens])
@@ -109,12 +110,48 @@ def check_is_guided(name: str, video: bool = False) -> None:
                 with VisualTokenPruner(model, own_keep, prune_layer):
                     wanted = model.generate(**sample, **_GREEDY, **_DETAILS)
             else:
-                wanted = _masked(model, sample, own_keep, prune_layer)
-            assert (
-                output.sequences[number, -NUM_NEW_TOKENS:].tolist() == wanted.sequences[0, -NUM_NEW_TOKENS:].tolist()
-            )
-            for logits, each in zip(output.logits, wanted.logits, strict=True):
-                torch.testing.assert_close(logits[number], each[0], **_TOLERANCE)
+                wanted = _masked(model, sample, {prune_layer: own_keep})
+            _check_sample(output, number, wanted)
+
+
+def check_prunes_in_two_steps(name: str) -> None:
+    """The same where some tokens are gone before the first layer, and others in the middle."""
+    model = tiny_model(name)
+    if not _prune_layers(model)[1:]:
+        model = tiny_model(
+            name, num_layers=7, num_kv_shared_layers=3
+        )  # which leaves some layers below the shared keys
+    prune_layer = _prune_layers(model)[-1]
+    assert prune_layer > 0
+    for samples in _batches(name):
+        batch = tiny_batch(name, samples)
+        tokens = visual_tokens_of(model.config, batch)
+        first, last = tokens.valid & (torch.arange(tokens.num_visual_tokens) % 4 != 1), _some(tokens)
+        last &= first
+        masks = [tokens.prompt_keep_mask(each) for each in (last, first)]
+        with VisualTokenPruner(model, masks[0], prune_layer, masks[1]):
+            output = model.generate(**batch, **_GREEDY, **_DETAILS)
+        numbers = [int(each.sum(1).max()) for each in masks]
+        _check_cache(model, cache_of(output), numbers[1], numbers[0], prune_layer)
+        for number, sample in enumerate(samples):
+            own = visual_tokens_of(model.config, sample)
+            own_masks = [
+                own.prompt_keep_mask(each[number : number + 1, : own.num_visual_tokens]) for each in (last, first)
+            ]
+            # A recurrence has no mask to hide a token from it.
+            if _mixes_otherwise(model):
+                with VisualTokenPruner(model, own_masks[0], prune_layer, own_masks[1]):
+                    wanted = model.generate(**sample, **_GREEDY, **_DETAILS)
+            else:
+                wanted = _masked(model, sample, {0: own_masks[1], prune_layer: own_masks[0]})
+            _check_sample(output, number, wanted)
+
+
+def _check_sample(output: Any, number: int, wanted: Any) -> None:
+    """A batch writes for one of its samples what was written for that sample alone."""
+    assert output.sequences[number, -NUM_NEW_TOKENS:].tolist() == wanted.sequences[0, -NUM_NEW_TOKENS:].tolist()
+    for logits, each in zip(output.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(logits[number], each[0], **_TOLERANCE)
 
 
 def check_pair(name: str, video: bool = False) -> None:
@@ -215,10 +252,10 @@ def _check_scores(model: PreTrainedModel, batch: Inputs) -> None:
     torch.testing.assert_close(output.consistency, output.confidence**length, **_TOLERANCE)
 
 
-def _check_cache(model: PreTrainedModel, cache: Any, num_kept: int, batch: Inputs, prune_layer: int) -> None:
-    """Lower layers have read the whole prompt, upper ones the kept tokens."""
+def _check_cache(model: PreTrainedModel, cache: Any, num_below: int, num_kept: int, prune_layer: int) -> None:
+    """Layers below `prune_layer` have read so many tokens of the prompt, upper ones the kept tokens."""
     for index in sorted({key_sources(model.config).get(each, each) for each in attention_modules(model)}):
-        prompt_length = batch["input_ids"].shape[1] if index < prune_layer else num_kept
+        prompt_length = num_below if index < prune_layer else num_kept
         length = prompt_length + NUM_NEW_TOKENS - 1
         pattern = attention_pattern(model, index)
         window = pattern.window or pattern.chunk or length + 1
@@ -226,17 +263,25 @@ def _check_cache(model: PreTrainedModel, cache: Any, num_kept: int, batch: Input
         assert cache.layers[index].keys.shape[-2] == min(length, window - 1)
 
 
-def _masked(model: PreTrainedModel, sample: Inputs, keep: Tensor, prune_layer: int) -> Any:
-    """Stock generation in which the upper layers are shown every token, but may not look at the dropped ones."""
-    dropped = ~keep[0]
+def _masked(model: PreTrainedModel, sample: Inputs, keep_masks: dict[int, Tensor]) -> Any:
+    """Stock generation in which all layers are shown every token, but may not look at the dropped ones.
+
+    `keep_masks` has what is kept from a layer on.
+    """
 
     def hide(index: int) -> Callable[..., Any]:
+        dropped = ~keep_masks[max(layer for layer in keep_masks if layer <= index)][0]
+
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             mask, cache = kwargs["attention_mask"], cache_of(kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             num_queries = hidden.shape[-2]
-            past = 0 if cache is None else cache.get_seq_length(index)
-            num_keys = num_queries if past == 0 else cache.get_mask_sizes(num_queries, index)[0]
+            source = key_sources(model.config).get(index, index)
+            shares = source != index  # then the lower layer's cache holds this pass's tokens already
+            past = 0 if cache is None else cache.get_seq_length(source) - (num_queries if shares else 0)
+            num_keys = num_queries if past == 0 else cache.get_mask_sizes(0 if shares else num_queries, source)[0]
+            if mask is not None:
+                num_keys = mask.shape[-1]
             first = past + num_queries - num_keys
             position = torch.arange(first, past + num_queries)
             if mask is None:
@@ -249,7 +294,7 @@ def _masked(model: PreTrainedModel, sample: Inputs, keep: Tensor, prune_layer: i
 
     with ExitStack() as stack:
         for index in attention_modules(model):
-            if index >= prune_layer:
+            if index >= min(keep_masks):
                 layer = decoder_layers(model)[index]
                 stack.callback(layer.register_forward_pre_hook(hide(index), with_kwargs=True).remove)
         return model.generate(**sample, **_GREEDY, **_DETAILS)

@@ -42,6 +42,7 @@ from transformers_sgl.transformers_interface import PER_TOKEN_ARGUMENTS, cache_o
 __all__ = ["ConversationCache", "ConversationTurn", "EarlierTurns"]
 
 _CURE = "pass the whole conversation without this cache."
+_LEFT_OUT = "its lower layers lack the visual tokens that were left out before the first one, as by the vision tower"
 _FEATURES_ABOVE = "layers from `prune_layer` on are given visual features of their own"
 
 
@@ -158,6 +159,8 @@ class ConversationTurn(HookContext):
         layer (`int`, *optional*): The layer from which on they will be pruned, where the cache is wanted.
         earlier ([`ConversationCache`], *optional*): The earlier turns, whose `check` the prompts have passed.
         chosen (`Tensor` of shape `(batch,)`, *optional*): `True` for those of its conversations that are continued.
+        sees_all (`bool`, defaults to `True`): Whether the layers below `layer` see every token of the prompts. Where
+            they do not, the cache cannot be continued.
 
     Attributes:
         inputs (`dict`): The arguments of the model's `generate`.
@@ -170,6 +173,7 @@ class ConversationTurn(HookContext):
         layer: int | None,
         earlier: ConversationCache | None = None,
         chosen: Tensor | None = None,
+        sees_all: bool = True,
     ) -> None:
         self.inputs, self._earlier, self._covers_all = prompt.inputs, earlier, chosen is None or bool(chosen.all())
         self._skipper = self._recorder = None
@@ -178,7 +182,7 @@ class ConversationTurn(HookContext):
             self._skipper = _Skipper(model, prompt, earlier, chosen)
             layer = earlier.turns.layer if layer is None else layer
         if layer is not None:
-            self._recorder = _Recorder(model, prompt, layer)
+            self._recorder = _Recorder(model, prompt, layer, sees_all)
 
     def _register(self, stack: ExitStack) -> None:
         for each in (self._skipper, self._recorder):
@@ -199,8 +203,8 @@ class ConversationTurn(HookContext):
 class _Recorder(HookContext):
     """Keeps the hidden states that enter a layer, beside a cache in which the layers below it see every token."""
 
-    def __init__(self, model: PreTrainedModel, prompt: Prompt, layer: int) -> None:
-        self._prompt, self._layer = prompt, layer
+    def __init__(self, model: PreTrainedModel, prompt: Prompt, layer: int, sees_all: bool) -> None:
+        self._prompt, self._layer, self._sees_all = prompt, layer, sees_all
         self._decoder, self._module = decoder(model), decoder_layers(model)[layer]
         self._counted = min(attention_modules(model))  # the layer whose cache tells how many tokens there are
         self._architecture = check_supported(model.config)
@@ -218,6 +222,8 @@ class _Recorder(HookContext):
 
     def _register(self, stack: ExitStack) -> None:
         self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
+        if not self._sees_all:
+            return
         self._add_hook(stack, self._decoder.register_forward_hook, self._end_pass)
         self._add_hook(stack, self._module.register_forward_pre_hook, self._record, with_kwargs=True)
 
@@ -280,6 +286,8 @@ class _Recorder(HookContext):
 
     def _find_obstacle(self, cache: Cache) -> str:
         """Why the next turn can reuse nothing of this call; empty if it can."""
+        if not self._sees_all:
+            return _LEFT_OUT
         length = int(cache.get_seq_length(self._counted)) + self._num_dropped
         self._cut_back(length)
         held = [held_keys_and_values(cache, index) for index in range(self._layer)]

@@ -36,16 +36,16 @@ class KeptTokens:
     prompt_length: int
 
     @classmethod
-    def from_mask(cls, keep_mask: Tensor) -> KeptTokens:
-        """From `(batch, prompt_length)` booleans."""
+    def from_mask(cls, keep_mask: Tensor, name: str = "keep_mask") -> KeptTokens:
+        """From `(batch, prompt_length)` booleans, which the user knows by that name."""
         if keep_mask.dim() != 2 or keep_mask.dtype != torch.bool:
             raise ValueError(
-                "`keep_mask` must be a boolean tensor of shape (batch, prompt_length), but it is "
+                f"`{name}` must be a boolean tensor of shape (batch, prompt_length), but it is "
                 f"{keep_mask.dtype} of shape {tuple(keep_mask.shape)}."
             )
         counts = keep_mask.sum(dim=1)
         if counts.numel() == 0 or int(counts.min()) == 0:
-            raise ValueError("`keep_mask` keeps no token of a prompt: keep at least the prompt's text.")
+            raise ValueError(f"`{name}` keeps no token of a prompt: keep at least the prompt's text.")
         num_kept = int(counts.max())
         # A stable sort puts the kept positions last, in order; the fillers before them are pointed at position 0.
         positions = torch.argsort(keep_mask.long(), dim=1, stable=True)[:, -num_kept:]
@@ -117,6 +117,12 @@ class Cut:
         return torch.cat([valid, since], dim=1).repeat_interleave(self.repeats, dim=0)
 
     @property
+    def ascending(self) -> Tensor:
+        """The keys' positions, in ascending order because those of fillers are -1; `(batch, num_keys)`."""
+        valid = self.key_valid
+        return self.key_positions if valid is None else self.key_positions.masked_fill(~valid, -1)
+
+    @property
     def rows(self) -> slice:
         """The keys that are this pass's own tokens, its queries."""
         return slice(self.past - self.kept.num_dropped if self.past else 0, None)
@@ -134,11 +140,15 @@ class Cut:
             self.memo[form] = whole, result  # an argument of one layer alone gives way to the next layer's
         return result
 
-    def rows_of(self, tensor: Tensor, axis: int = -2) -> Tensor:
-        """The remaining rows of `(..., batch or 1, query_length, ...)`, whose tokens lie along `axis`."""
+    def rows_of(self, tensor: Tensor, axis: int = -2, earlier: Cut | None = None) -> Tensor:
+        """The remaining rows of `(..., batch or 1, query_length, ...)`, whose tokens lie along `axis`.
+
+        Of a tensor that an `earlier` cut has left only some rows, the remaining ones of those.
+        """
         if self.past:  # a decoding step: every token stays
             return tensor
-        index = self.key_positions[:, self.rows].to(tensor.device)
+        index = self.key_positions if earlier is None else torch.searchsorted(earlier.ascending, self.key_positions)
+        index = index.to(tensor.device)
         index = index.reshape(*index.shape, *(1,) * (-1 - axis))
         if tensor.shape[axis - 1] != index.shape[0]:
             tensor = tensor.expand(*tensor.shape[: axis - 1], index.shape[0], *tensor.shape[axis:])

@@ -1,9 +1,10 @@
-"""Dropping visual tokens in the middle of a decoder.
+"""Dropping visual tokens in a decoder: some before its first layer, others in the middle.
 
-The layers below `prune_layer` run on the whole prompt; the layers from there on see only the kept tokens,
-and so their caches are shorter. Everything is done by forward pre-hooks that change what a layer is handed:
+The layers below `prune_layer` run on the whole prompt, or on what a first step has left of it; the layers from there
+on see only the kept tokens, and so their caches are shorter. Everything is done by forward pre-hooks that change what
+a layer is handed:
 
-    hidden states        gathered once, at `prune_layer`
+    hidden states        gathered once for each step, at its first layer
     rotary embeddings    gathered at every layer from there on, because the model's own loop hands each layer the
                          originals, as are all other arguments with one row per token; kept tokens keep their original
                          positions
@@ -69,10 +70,14 @@ class VisualTokenPruner(HookContext):
             the prefill reaches `prune_layer`, so that it can use the layers below.
         prune_layer (`int` or `float`, defaults to 9/48): The first decoder layer that sees fewer tokens: an index, or
             a fraction of the depth in `[0, 1)`.
+        first_keep_mask (`Tensor` of shape `(batch, prompt_length)`, *optional*): What the layers below `prune_layer`
+            see, where that is not the whole prompt: `True` at least wherever `keep_mask` is. The tokens that it lacks
+            are gone before the first layer, as if the vision tower had never made them.
 
     Raises:
-        ValueError: If the model cannot be pruned, the layer does not exist or a prompt would keep no token; while
-            running, if the model is given other prompts, a static cache or an attention mask that cannot be cut.
+        ValueError: If the model cannot be pruned, the layer does not exist, a prompt would keep no token, or a token
+            would be dropped first and kept later; while running, if the model is given other prompts, a static cache
+            or an attention mask that cannot be cut.
 
     Example:
         ```python
@@ -90,12 +95,22 @@ class VisualTokenPruner(HookContext):
         ...     cache = cache_of(large(prompt))
         >>> [layer.get_seq_length() for layer in cache.layers[:4]]
         [12, 12, 8, 8]
+        >>> first = keep.clone()
+        >>> first[:, 4:6] = True
+        >>> with VisualTokenPruner(large, keep, prune_layer=2, first_keep_mask=first):
+        ...     cache = cache_of(large(prompt))
+        >>> [layer.get_seq_length() for layer in cache.layers[:4]]
+        [10, 10, 8, 8]
 
         ```
     """
 
     def __init__(
-        self, model: PreTrainedModel, keep_mask: Tensor | Callable[[], Tensor], prune_layer: int | float = 9 / 48
+        self,
+        model: PreTrainedModel,
+        keep_mask: Tensor | Callable[[], Tensor],
+        prune_layer: int | float = 9 / 48,
+        first_keep_mask: Tensor | None = None,
     ) -> None:
         architecture = check_supported(model.config)
         layers = list(decoder_layers(model))
@@ -114,21 +129,41 @@ class VisualTokenPruner(HookContext):
                 "attention would take the gaps in them for the borders of several prompts: load the large model with "
                 "'sdpa' or 'eager'."
             )
+        self._first_mask, self._first = first_keep_mask, None
+        if first_keep_mask is not None:
+            first = KeptTokens.from_mask(first_keep_mask, "first_keep_mask")
+            self._first = first if self.prune_layer > 0 else None
+        self._start = self.prune_layer if first_keep_mask is None else 0  # the first layer that lacks tokens
         # The pattern of each layer with attention; `None` for the others.
         self._patterns = {
             layer: attention_pattern(model, index) if index in attention else None
             for index, layer in enumerate(layers)
-            if index >= self.prune_layer
+            if index >= self._start
         }
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._attention_indices = sorted(attention)
         self._choose = keep_mask if callable(keep_mask) else None
-        self._kept = None if callable(keep_mask) else KeptTokens.from_mask(keep_mask)
+        self._kept = None if callable(keep_mask) else self._checked(keep_mask)
         self._pass = _Pass()
+
+    def _checked(self, keep_mask: Tensor) -> KeptTokens:
+        """The tokens that stay from `prune_layer` on; raises `ValueError` if the first step has dropped any."""
+        kept, first = KeptTokens.from_mask(keep_mask), self._first_mask
+        if first is not None and first.shape != keep_mask.shape:
+            raise ValueError(
+                f"`keep_mask` and `first_keep_mask` describe the same prompts, but they have the shapes "
+                f"{tuple(keep_mask.shape)} and {tuple(first.shape)}: pass both as (batch, prompt_length)."
+            )
+        if first is not None and bool((keep_mask & ~first.to(keep_mask.device)).any()):
+            raise ValueError(
+                "`keep_mask` keeps tokens that `first_keep_mask` has dropped before the first layer: keep them in "
+                "both, or pass `keep_mask & first_keep_mask`."
+            )
+        return kept
 
     def _register(self, stack: ExitStack) -> None:
         stack.callback(setattr, self, "_pass", _Pass())
-        if self.prune_layer == 0:
+        if self._start == 0:
             self._add_hook(stack, self._model.register_forward_pre_hook, self._note_positions, with_kwargs=True)
         self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
         for layer in self._patterns:
@@ -149,42 +184,45 @@ class VisualTokenPruner(HookContext):
         past = self._past_length(cache_of(kwargs))
         self._pass.cuts = {}
         self._pass.start_cut = partial(KeptTokens.cut, past=past, inputs=inputs, query_length=inputs.shape[1])
-        if self._kept is not None and self.prune_layer == 0 and past and not self._pass.positions_given:
+        if self._start == 0 and past and not self._pass.positions_given:
             # The model counts from the cache of the first layer, which lacks the dropped tokens.
-            position_ids = kwargs.get("position_ids")
-            kwargs["position_ids"] = (
-                self._cut(inputs.device).positions if position_ids is None else position_ids + self._kept.num_dropped
-            )
+            cut, position_ids = self._cut(0, inputs.device), kwargs.get("position_ids")
+            kwargs["position_ids"] = cut.positions if position_ids is None else position_ids + cut.kept.num_dropped
         self._pass.added = {}
         if self._deepstack is not None and kwargs.get(self._deepstack[1]) is not None:
             places, added = (kwargs[name] for name in self._deepstack)
             # Features are added before the layers that a dict names, or after the first layers. The model still adds
             # those before the tokens are dropped; the hooks add the rest.
             if isinstance(added, dict):
-                kwargs[self._deepstack[1]] = {
-                    index: each for index, each in added.items() if index <= self.prune_layer
-                }
+                kwargs[self._deepstack[1]] = {index: each for index, each in added.items() if index <= self._start}
             else:
-                kwargs[self._deepstack[1]] = added[: self.prune_layer]
+                kwargs[self._deepstack[1]] = added[: self._start]
                 added = dict(enumerate(added, start=1))
             for index, each in added.items():
-                if index > self.prune_layer:
+                if index > self._start:
                     whole = each.new_zeros(*inputs.shape[:2], each.shape[-1])
                     whole[places.reshape(inputs.shape[:2])] = each
                     self._pass.added[index] = whole
-        if self._choose is None:  # raises before the lower layers have run
-            self._cut(inputs.device)
+        if self._first is not None:  # raises before the lower layers have run
+            self._cut(0, inputs.device)
+        if self._choose is None:
+            self._cut(self.prune_layer, inputs.device)
         return args, kwargs
 
-    def _cut(self, device: torch.device) -> Cut:
-        """The cut of this pass; with a device map each device gets its own copy of the indices, once."""
-        cuts = self._pass.cuts
+    def _kept_at(self, index: int) -> KeptTokens | None:
+        """The tokens that a layer sees; `None` if all, or if they are still to be chosen."""
+        return self._first if index < self.prune_layer else self._kept
+
+    def _cut(self, index: int, device: torch.device) -> Cut:
+        """The cut of this pass for a layer; with a device map each device gets its own copy of the indices, once."""
+        cuts = self._pass.cuts.setdefault(index >= self.prune_layer, {})
         if not cuts:
-            assert self._pass.start_cut is not None
-            if self._kept is None:
+            kept = self._kept_at(index)
+            if kept is None:
                 assert self._choose is not None
-                self._kept = KeptTokens.from_mask(self._choose())
-            cuts[device] = self._pass.start_cut(self._kept)
+                kept = self._kept = self._checked(self._choose())
+            assert self._pass.start_cut is not None
+            cuts[device] = self._pass.start_cut(kept)
         cut = cuts.get(device) or next(iter(cuts.values()))
         if device != cut.device:
             cut = cuts.setdefault(device, replace(cut, device=device, memo={}))
@@ -195,12 +233,13 @@ class VisualTokenPruner(HookContext):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Layer pre-hook: hands a layer the kept tokens only."""
         kwargs = named_arguments(layer, args, kwargs)
-        hidden_states = kwargs.pop("hidden_states")
-        cut = self._cut(hidden_states.device)
-        if self._index[layer] == self.prune_layer:
-            hidden_states = cut.rows_of(hidden_states)
-        if self._index[layer] in self._pass.added:
-            hidden_states = hidden_states + cut.rows_of(self._pass.added[self._index[layer]]).to(hidden_states)
+        hidden_states, index = kwargs.pop("hidden_states"), self._index[layer]
+        cut = self._cut(index, hidden_states.device)
+        if index in (self._start, self.prune_layer):
+            earlier = None if index == self._start else self._cut(index - 1, hidden_states.device)
+            hidden_states = cut.rows_of(hidden_states, earlier=earlier)
+        if index in self._pass.added:
+            hidden_states = hidden_states + cut.rows_of(self._pass.added[index]).to(hidden_states)
 
         num_queries = hidden_states.shape[-2]  # fewer where the model itself continues with the last tokens only
         if "flash" in self._implementation:
@@ -230,9 +269,8 @@ class VisualTokenPruner(HookContext):
             )
         index = self._attention_indices[0]
         length = int(cache.get_seq_length(index))
-        if length == 0 or index < self.prune_layer or self._kept is None:
-            return length
-        return length + self._kept.num_dropped
+        kept = self._kept_at(index)
+        return length if length == 0 or kept is None else length + kept.num_dropped
 
     def _num_keys(self, cache: Cache | None, layer: nn.Module, num_queries: int, cut: Cut) -> int:
         """The number of keys that the layer's attention will have, its own included."""
@@ -253,6 +291,6 @@ class _Pass(local):
 
     def __init__(self) -> None:
         self.start_cut: Callable[[KeptTokens], Cut] | None = None
-        self.cuts: dict[torch.device, Cut] = {}  # by device
+        self.cuts: dict[bool, dict[torch.device, Cut]] = {}  # by device; below `prune_layer` and from there on
         self.added: dict[int, Tensor] = {}  # deepstack features for pruned layers
         self.positions_given = True

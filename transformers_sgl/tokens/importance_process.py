@@ -22,6 +22,7 @@ __all__ = [
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
     "RetentionRatioProcessor",
+    "rank_within",
 ]
 
 DROPPED = float("-inf")
@@ -93,17 +94,24 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
         Raises:
             ValueError: If `own` holds something that cannot be called.
         """
-        processors = cls(own if isinstance(own, Iterable) else [] if own is None else [own])
-        for processor in processors:
-            if not callable(processor):
-                raise ValueError(
-                    f"`importance_processor` is or holds {processor!r}: pass an ImportanceProcessor, or a list "
-                    "of them."
-                )
+        processors = cls.of_user("importance_processor", own)
         if retention_ratio < 1:
             if min_tokens_per_image > 0:
                 processors.append(MinimumPerImageProcessor(min_tokens_per_image))
             processors.append(RetentionRatioProcessor(retention_ratio))
+        return processors
+
+    @classmethod
+    def of_user(
+        cls, name: str, own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None
+    ) -> ImportanceProcessorList:
+        """The user's processors, passed as an argument of that name; raises `ValueError` if one cannot be called."""
+        processors = cls(own if isinstance(own, Iterable) else [] if own is None else [own])
+        for processor in processors:
+            if not callable(processor):
+                raise ValueError(
+                    f"`{name}` is or holds {processor!r}: pass an ImportanceProcessor, or a list of them."
+                )
         return processors
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
@@ -219,18 +227,27 @@ class MinimumPerImageProcessor(ImportanceProcessor):
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Sets each image's most important tokens to `+inf`; see [`ImportanceProcessor`]."""
-        # In the order of images, and by descending importance within each, ...
-        order = importance.argsort(dim=1, descending=True, stable=True)
-        images, by_image = visual_tokens.image_index.gather(1, order).sort(dim=1, stable=True)
-        order = order.gather(1, by_image)
-        # ... a token's rank within its image is how far it stands behind the image's first.
-        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        opens = torch.ones_like(images, dtype=torch.bool)
-        opens[:, 1:] = images[:, 1:] != images[:, :-1]
-        rank = place - torch.where(opens, place, 0).cummax(dim=1).values
-        protect = torch.zeros_like(visual_tokens.valid).scatter(1, order, rank < self.min_tokens) & visual_tokens.valid
+        rank = rank_within(visual_tokens.image_index, importance)
+        protect = (rank < self.min_tokens) & visual_tokens.valid
         # A token dropped by an earlier processor stays dropped.
         return importance.masked_fill(protect & (importance > DROPPED), PROTECTED)
+
+
+def rank_within(group: Tensor, importance: Tensor) -> Tensor:
+    """Each token's place in descending importance within its group of the sample, equal ones in order.
+
+    All have the shape `(batch, num_visual_tokens)`.
+    """
+    # In the order of groups, and by descending importance within each, ...
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    groups, by_group = group.gather(1, order).sort(dim=1, stable=True)
+    order = order.gather(1, by_group)
+    # ... a token's rank within its group is how far it stands behind the group's first.
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    opens = torch.ones_like(groups, dtype=torch.bool)
+    opens[:, 1:] = groups[:, 1:] != groups[:, :-1]
+    rank = place - torch.where(opens, place, 0).cummax(dim=1).values
+    return torch.empty_like(rank).scatter(1, order, rank)
 
 
 def _rank(importance: Tensor) -> Tensor:

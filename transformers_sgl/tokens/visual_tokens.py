@@ -10,7 +10,7 @@ the right, and `valid` tells the real ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,12 +29,19 @@ class VisualTokens:
         image_index (`Tensor` of shape `(batch, num_visual_tokens)`): The number of a token's image within its sample,
             from 0; -1 in padding. Tokens that follow each other closely are one image, tiles and thumbnail included.
         prompt_mask (`Tensor` of shape `(batch, prompt_length)`): `True` for prompt tokens, `False` for padding.
+        tile_index (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The number of a token's tile within
+            its sample, from 0: what the vision tower encodes by itself, such as a tile of an image, a frame, or an
+            image that is not cut. -1 in padding and for tokens that the tower does not make, like ends of rows.
+        is_overview (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the tokens of a tile that
+            shows a whole image, of which other tiles show parts.
     """
 
     positions: Tensor
     valid: Tensor
     image_index: Tensor
     prompt_mask: Tensor
+    tile_index: Tensor | None = None
+    is_overview: Tensor | None = None
 
     @classmethod
     def from_input_ids(
@@ -125,7 +132,8 @@ class VisualTokens:
         """The same on another device."""
         if self.prompt_mask.device == torch.device(device):
             return self
-        return VisualTokens(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        tensors = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        return replace(self, **{name: each.to(device) for name, each in tensors if each is not None})
 
     def prompt_keep_mask(self, keep_mask: Tensor) -> Tensor:
         """Turns a choice of visual tokens into a choice of prompt positions.

@@ -1,0 +1,162 @@
+"""Which visual tokens a vision tower encodes: whole tiles, or the best of every tile.
+
+Pure tensors. These are steps like those of `importance_process`; they run before those, and what they drop is never
+encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from transformers_sgl.tokens.importance_process import (
+    DROPPED,
+    ImportanceProcessor,
+    ImportanceProcessorList,
+    rank_within,
+)
+
+if TYPE_CHECKING:
+    from transformers_sgl.tokens.visual_tokens import VisualTokens
+
+__all__ = ["RetentionPerTileProcessor", "TileRetentionProcessor", "vision_processors"]
+
+# A tile is as important as so many of its tokens: what an answer needs is mostly a small part of a tile.
+_NUM_BEST_TOKENS = 8
+
+
+def vision_processors(
+    retention_ratio: float,
+    within_tiles: bool,
+    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
+) -> ImportanceProcessorList:
+    """The user's processors, then the one that the settings ask for; empty where every token is encoded.
+
+    Args:
+        retention_ratio (`float`): The fraction of visual tokens to encode, in `(0, 1]`.
+        within_tiles (`bool`): Whether tokens of a tile can be left out, and not only whole tiles.
+        own ([`ImportanceProcessor`] or several, *optional*): The user's processors.
+
+    Raises:
+        ValueError: If `own` holds something that cannot be called.
+    """
+    processors = ImportanceProcessorList.of_user("vision_processor", own)
+    if retention_ratio < 1:
+        kind = RetentionPerTileProcessor if within_tiles else TileRetentionProcessor
+        processors.append(kind(retention_ratio))
+    return processors
+
+
+class TileRetentionProcessor(ImportanceProcessor):
+    """Keeps whole tiles, frames and images: as many as fit into a fraction of each sample's visual tokens.
+
+    A tile that shows a whole image always stays. Of the others those stay whose eight most important tokens have the
+    largest sum; at least one tile of every sample does.
+
+    Args:
+        retention_ratio (`float`): The fraction of visual tokens kept, in `(0, 1]`.
+
+    Raises:
+        ValueError: If the ratio is out of range, or, when called, if it is not known which tokens form a tile.
+
+    Example:
+        ```python
+        >>> from dataclasses import replace
+        >>> import torch
+        >>> from transformers_sgl import TileRetentionProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 9, 9, 9]]), token_ids=9)
+        >>> tokens = replace(tokens, tile_index=torch.tensor([[0, 0, 1, 1, 2, 2]]))
+        >>> TileRetentionProcessor(0.7)(tokens, torch.tensor([[0.3, 0.1, 0.2, 0.1, 0.0, 0.9]]))
+        tensor([[0.3000, 0.1000,   -inf,   -inf, 0.0000, 0.9000]])
+
+        ```
+    """
+
+    def __init__(self, retention_ratio: float) -> None:
+        self.retention_ratio = _checked(retention_ratio)
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Drops all tokens of the less important tiles; see [`ImportanceProcessor`]."""
+        tile, left = _tiles(visual_tokens), importance > DROPPED
+        is_best = left & (rank_within(tile, importance) < _NUM_BEST_TOKENS)
+        score = _sum_by_tile(tile, importance.double().masked_fill(~is_best, 0.0))
+        stays = torch.zeros_like(score, dtype=torch.bool)
+        if visual_tokens.is_overview is not None:
+            stays = _sum_by_tile(tile, (visual_tokens.is_overview & left).long()) > 0
+        sizes = _sum_by_tile(tile, left.long())
+        score = score.masked_fill(stays, torch.inf).masked_fill(sizes == 0, DROPPED)
+
+        order = score.argsort(dim=1, descending=True, stable=True)
+        used = sizes.gather(1, order).cumsum(dim=1)
+        budget = torch.floor(visual_tokens.counts.double() * self.retention_ratio).long()[:, None]
+        fits = (used <= budget) | stays.gather(1, order)
+        fits[:, :1] = True
+        kept = torch.zeros_like(fits).scatter(1, order, fits)
+        return importance.masked_fill((tile >= 0) & ~kept.gather(1, tile.clamp(min=0)), DROPPED)
+
+
+class RetentionPerTileProcessor(ImportanceProcessor):
+    """Keeps a fixed fraction of the visual tokens of every tile, frame or image, the most important ones.
+
+    Of `T` tokens of a tile, `max(1, floor(retention_ratio * T))` are kept; of equally important ones the earlier. So
+    every tile keeps the same number, and a vision tower can go on with all of them at once.
+
+    Args:
+        retention_ratio (`float`): The fraction of a tile's tokens kept, in `(0, 1]`.
+
+    Raises:
+        ValueError: If the ratio is out of range, or, when called, if it is not known which tokens form a tile.
+
+    Example:
+        ```python
+        >>> from dataclasses import replace
+        >>> import torch
+        >>> from transformers_sgl import RetentionPerTileProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 9]]), token_ids=9)
+        >>> tokens = replace(tokens, tile_index=torch.tensor([[0, 0, 1, 1]]))
+        >>> RetentionPerTileProcessor(0.5)(tokens, torch.tensor([[0.3, 0.1, 0.0, 0.1]]))
+        tensor([[0.3000,   -inf,   -inf, 0.1000]])
+
+        ```
+    """
+
+    def __init__(self, retention_ratio: float) -> None:
+        self.retention_ratio = _checked(retention_ratio)
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Drops all but the most important tokens of every tile; see [`ImportanceProcessor`]."""
+        tile = _tiles(visual_tokens)
+        sizes = _sum_by_tile(tile, torch.ones_like(tile))
+        budget = torch.floor(sizes.double() * self.retention_ratio).long().clamp(min=1)
+        over = rank_within(tile, importance) >= budget.gather(1, tile.clamp(min=0))
+        return importance.masked_fill((tile >= 0) & over, DROPPED)
+
+
+def _checked(retention_ratio: float) -> float:
+    """The ratio; raises `ValueError` if it is out of range."""
+    is_number = isinstance(retention_ratio, (int, float)) and not isinstance(retention_ratio, bool)
+    if not is_number or not 0 < retention_ratio <= 1:
+        raise ValueError(f"`retention_ratio` is {retention_ratio!r}: pass a number above 0 and up to 1.")
+    return retention_ratio
+
+
+def _tiles(visual_tokens: VisualTokens) -> Tensor:
+    """The tile of each token; raises `ValueError` if it is not known."""
+    if visual_tokens.tile_index is None:
+        raise ValueError(
+            "It is not known which visual tokens form a tile: pass `VisualTokens` with a `tile_index`, as "
+            "`transformers_sgl.vision_towers.with_tiles` returns them."
+        )
+    return visual_tokens.tile_index
+
+
+def _sum_by_tile(tile: Tensor, values: Tensor) -> Tensor:
+    """The sum of each tile's values, of shape `(batch, num_tiles)`; tokens without a tile are left out."""
+    num_tiles = int(tile.max()) + 1 if tile.numel() else 1
+    sums = values.new_zeros(len(tile), max(1, num_tiles))
+    return sums.scatter_add(1, tile.clamp(min=0), values.masked_fill(tile < 0, 0))
