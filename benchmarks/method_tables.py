@@ -55,8 +55,8 @@ def profile_table(shown: Shown, part: dict[str, Any]) -> Table:
     columns = ["phase", *(_name(name, part["methods"][name]["kind"]) for name in ways)]
     caption = (
         "Where the time of an answer goes, as parts of the whole time of the large model alone. Between the models "
-        "lie the transfer of the importance, the choice of tokens and the start of the large model's `generate`; the rest "
-        "are projectors, heads and `generate` itself. "
+        "lie the transfer of the importance, the choice of tokens and the start of the large model's `generate`; the "
+        "rest are projectors, heads and `generate` itself. "
     )
     rows = [row for row in rows if any(row[1:])]
     return as_table(columns, rows, caption + shown.conditions())

@@ -24,7 +24,7 @@ from benchmarks.parts.end_to_end import measure_end_to_end
 from benchmarks.parts.growth import measure_growth
 from benchmarks.parts.growth_tiles import measure_growth_tiles
 from benchmarks.parts.guidance import measure_guidance
-from benchmarks.parts.methods import VISION_SETTINGS, measure_methods
+from benchmarks.parts.methods import VISION_SETTINGS, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.prefill import measure_prefill
 from benchmarks.parts.startup import measure_startup
@@ -33,7 +33,6 @@ from benchmarks.shapes import SHAPES
 from benchmarks.uncomputed import weightless
 from benchmarks.workbench import Workbench, count_visual_tokens, num_parameters
 from transformers_sgl.evaluation.run_folder import claim, measurement_record
-from transformers_sgl.generation_config_sgl import PRESETS
 from transformers_sgl.storage.files import write_atomically
 
 __all__ = ["PARTS", "run_benchmark"]
@@ -213,7 +212,7 @@ def _growth_tiles(bench: Workbench) -> dict[str, Any]:
             if bench.takes(inputs, settings.answer_tokens):
                 yield number, Pairing(bench.large, bench.small, inputs)
 
-    chosen = {"balanced": PRESETS["balanced"], **VISION_SETTINGS}
+    chosen = {name: made for name, made in pair_settings().items() if name == "balanced" or name in VISION_SETTINGS}
     return measure_growth_tiles(points(), chosen, settings.answer_tokens, settings.sweep_rounds)
 
 

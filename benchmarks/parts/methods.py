@@ -21,12 +21,22 @@ from transformers_sgl.evaluation.cost import flop_counter
 from transformers_sgl.generation_config_sgl import PRESETS
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
+from transformers_sgl.tokens.tile_retention import TileRetentionProcessor
 
 __all__ = ["EXIT_SHARE", "VISION_SETTINGS", "measure_methods", "pair_settings"]
 
 EXIT_SHARE = 0.5  # the share of questions that exit early, in the figures with exits
-# Settings of the pair that reach the large model's vision tower, by name.
-VISION_SETTINGS: dict[str, dict[str, Any]] = {}
+# Settings of the pair that reach the large model's vision tower, by name; its decoder is pruned as by "balanced".
+VISION_SETTINGS: dict[str, dict[str, Any]] = {
+    "half of the tiles": {"vision_retention_ratio": 0.5},
+    "half of each tile in the tower": {"vision_retention_ratio": 0.5, "vision_prune_layer": 0.2},
+    "35% of each tile in the tower": {"vision_retention_ratio": 0.35, "vision_prune_layer": 0.2},
+    "35% of each of 4 tiles": {
+        "vision_retention_ratio": 0.35,
+        "vision_prune_layer": 0.2,
+        "vision_processor": TileRetentionProcessor(0.6),
+    },
+}
 
 _LARGE, _EXIT, _SCORED = "large", "exit", ", scored"
 _Ways = dict[str, Callable[[], Any]]
@@ -34,7 +44,7 @@ _Ways = dict[str, Callable[[], Any]]
 
 def pair_settings() -> dict[str, dict[str, Any]]:
     """By name, the settings with which the pair runs."""
-    return {**PRESETS, **VISION_SETTINGS}
+    return {**PRESETS, **{name: PRESETS["balanced"] | settings for name, settings in VISION_SETTINGS.items()}}
 
 
 def measure_methods(
@@ -114,7 +124,9 @@ def _ways_of(
 def _retained(output: Any, num_layers: int) -> dict[str, float]:
     """How many visual tokens the large model processed, averaged over its layers, and the same of its tower."""
     if isinstance(output, SGLGenerateOutput):
-        return {"average_retention": float(output.average_retention(num_layers)[0]), "tower_share": 1.0}
+        encodes_all = float(output.exited_early is None or not output.exited_early[0])
+        share = encodes_all if output.vision_share is None else float(output.vision_share[0])
+        return {"average_retention": float(output.average_retention(num_layers)[0]), "tower_share": share}
     if isinstance(output, dict):
         return output
     return {"average_retention": 1.0, "tower_share": 1.0}
