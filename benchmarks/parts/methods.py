@@ -74,11 +74,11 @@ def measure_methods(
         [`measure_profile`] finds.
     """
     kinds, ways = _ways_of(pairing, image_size, answer_tokens, seed)
-    num_layers = len(decoder_layers(pairing.large))
-    retained = {name: _retained(way(), num_layers) for name, way in ways.items()}  # that each ran once warms up
-    flops = {"flops": _count(ways, nullcontext)}
+    counts, outputs = _count(ways, nullcontext)  # that each ran once warms up
+    retained = {name: _retained(output, len(decoder_layers(pairing.large))) for name, output in outputs.items()}
+    flops = {"flops": counts}
     if whole is not None:
-        flops["whole_flops"] = _count(_ways_of(whole, image_size, answer_tokens, seed)[1], Uncomputed)
+        flops["whole_flops"], _ = _count(_ways_of(whole, image_size, answer_tokens, seed)[1], Uncomputed)
     timings = take_turns(ways, rounds, pairing.large.device, warmup=0)
     methods: dict[str, dict[str, Any]] = {}
     for name, kind in kinds.items():
@@ -132,14 +132,14 @@ def _retained(output: Any, num_layers: int) -> dict[str, float]:
     return {"average_retention": 1.0, "tower_share": 1.0}
 
 
-def _count(ways: _Ways, within: Callable[[], AbstractContextManager[Any]]) -> dict[str, int]:
-    """By way, its floating-point operations."""
-    found = {}
+def _count(ways: _Ways, within: Callable[[], AbstractContextManager[Any]]) -> tuple[dict[str, int], dict[str, Any]]:
+    """By way, its floating-point operations, and what it returned."""
+    counts, outputs = {}, {}
     for name, way in ways.items():
         with within(), flop_counter() as counter:
-            way()
-        found[name] = counter.get_total_flops()
-    return found
+            outputs[name] = way()
+        counts[name] = counter.get_total_flops()
+    return counts, outputs
 
 
 def _with_exits(name: str, timings: dict[str, Timing], flops: dict[str, dict[str, int]]) -> dict[str, Any]:
