@@ -32,7 +32,7 @@ def methods_table(shown: Shown, part: dict[str, Any]) -> Table:
             ]
         )
     is_shrunk = "whole_flops_over_large" in part["methods"]["large"]
-    measured = "FLOPs as timed" if is_shrunk else "FLOPs"
+    measured = "FLOPs, shrunk" if is_shrunk else "FLOPs"
     columns = ["method", "average retention", "tower share", "FLOPs", measured, "time", shown.clock("ms")]
     columns += ["FLOPs, half exit", f"{measured}, half exit", "time, half exit"]
     caption = (
@@ -43,7 +43,7 @@ def methods_table(shown: Shown, part: dict[str, Any]) -> Table:
         "takes the mean of an exit and of a guided answer whose draft is scored. "
     )
     if is_shrunk:
-        caption += "FLOPs are those of the unshrunk models, FLOPs as timed those of the shrunk ones. "
+        caption += "FLOPs are those of the unshrunk models, beside those of the shrunk ones, which are timed. "
     return as_table(columns, rows, caption + shown.conditions())
 
 

@@ -212,7 +212,7 @@ def _growth_tiles(bench: Workbench) -> dict[str, Any]:
             if bench.takes(inputs, settings.answer_tokens):
                 yield number, Pairing(bench.large, bench.small, inputs)
 
-    chosen = {name: made for name, made in pair_settings().items() if name == "balanced" or name in VISION_SETTINGS}
+    chosen = {name: pair_settings()[name] for name in ("balanced", list(VISION_SETTINGS)[-1])}
     return measure_growth_tiles(points(), chosen, settings.answer_tokens, settings.sweep_rounds)
 
 

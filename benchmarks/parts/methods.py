@@ -31,13 +31,14 @@ VISION_SETTINGS: dict[str, dict[str, Any]] = {
     "half of the tiles": {"vision_retention_ratio": 0.5},
     "half of each tile in the tower": {"vision_retention_ratio": 0.5, "vision_prune_layer": 0.2},
     "35% of each tile in the tower": {"vision_retention_ratio": 0.35, "vision_prune_layer": 0.2},
-    "35% of each of 4 tiles": {
+    "35% of each of 60% of the tiles": {
         "vision_retention_ratio": 0.35,
         "vision_prune_layer": 0.2,
         "vision_processor": TileRetentionProcessor(0.6),
     },
 }
 
+_COUNTED = 3  # lengths of answers for which operations are counted
 _LARGE, _EXIT, _SCORED = "large", "exit", ", scored"
 _Ways = dict[str, Callable[[], Any]]
 
@@ -74,11 +75,11 @@ def measure_methods(
         [`measure_profile`] finds.
     """
     kinds, ways = _ways_of(pairing, image_size, answer_tokens, seed)
-    counts, outputs = _count(ways, nullcontext)  # that each ran once warms up
+    counts, outputs = _count(pairing, image_size, answer_tokens, seed, nullcontext)  # that each ran once warms up
     retained = {name: _retained(output, len(decoder_layers(pairing.large))) for name, output in outputs.items()}
     flops = {"flops": counts}
     if whole is not None:
-        flops["whole_flops"], _ = _count(_ways_of(whole, image_size, answer_tokens, seed)[1], Uncomputed)
+        flops["whole_flops"], _ = _count(whole, image_size, answer_tokens, seed, Uncomputed)
     timings = take_turns(ways, rounds, pairing.large.device, warmup=0)
     methods: dict[str, dict[str, Any]] = {}
     for name, kind in kinds.items():
@@ -132,14 +133,34 @@ def _retained(output: Any, num_layers: int) -> dict[str, float]:
     return {"average_retention": 1.0, "tower_share": 1.0}
 
 
-def _count(ways: _Ways, within: Callable[[], AbstractContextManager[Any]]) -> tuple[dict[str, int], dict[str, Any]]:
-    """By way, its floating-point operations, and what it returned."""
-    counts, outputs = {}, {}
-    for name, way in ways.items():
-        with within(), flop_counter() as counter:
-            outputs[name] = way()
-        counts[name] = counter.get_total_flops()
-    return counts, outputs
+def _count(
+    pairing: Pairing,
+    image_size: tuple[int, int],
+    answer_tokens: int,
+    seed: int,
+    within: Callable[[], AbstractContextManager[Any]],
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """By way, its floating-point operations, and what it returned for a shorter answer.
+
+    Counting takes a while for each operation, and decoding has many small ones. A token attends to one more than the
+    token before, so the operations are a quadratic function of the answer's length, which three lengths give.
+    """
+    counts: dict[str, list[int]] = {}
+    outputs: dict[str, Any] = {}
+    for length in range(1, _COUNTED + 1) if answer_tokens > _COUNTED else [answer_tokens]:
+        for name, way in _ways_of(pairing, image_size, length, seed)[1].items():
+            with within(), flop_counter() as counter:
+                outputs[name] = way()
+            counts.setdefault(name, []).append(counter.get_total_flops())
+    return {name: _at_length(answer_tokens, found) for name, found in counts.items()}, outputs
+
+
+def _at_length(answer_tokens: int, counts: list[int]) -> int:
+    """The value of the quadratic function with these values at 1, 2 and 3; a single value is the one asked for."""
+    if len(counts) == 1:
+        return counts[0]
+    steps, (first, second, third) = answer_tokens - 1, counts
+    return first + steps * (second - first) + steps * (steps - 1) // 2 * (third - 2 * second + first)
 
 
 def _with_exits(name: str, timings: dict[str, Timing], flops: dict[str, dict[str, int]]) -> dict[str, Any]:

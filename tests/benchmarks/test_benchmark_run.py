@@ -19,6 +19,7 @@ from tiny_models import TOKENS_PER_TILE, prompts, tiny_internvl
 from benchmarks import __main__ as command
 from benchmarks import run, settings, workbench
 from benchmarks.figure import draw_figure
+from benchmarks.parts import methods
 from benchmarks.random_models import random_inputs, random_model
 from benchmarks.run import PARTS
 from benchmarks.settings import PART_NAMES, BenchmarkSettings, check_settings, find_parts
@@ -94,6 +95,8 @@ def put_in_place(patch: pytest.MonkeyPatch) -> list[str]:
     for module in (run, workbench):
         patch.setattr(module, "num_parameters", lambda name, shrink=1: SIZES[name] * 10**9 // shrink**2)
     patch.setattr(run, "weightless", tiny_model)
+    for module in (methods, run):
+        patch.setattr(module, "VISION_SETTINGS", {"half of the tiles": {"vision_retention_ratio": 0.5}})
     patch.setattr(run, "_GROWTH_TOKENS", TOKENS_PER_TILE)
     patch.setattr(settings, "BenchmarkSettings", lambda **given: BenchmarkSettings(**SWEEPS | given))
     patch.setattr(run, "measure_startup", lambda pair, rounds: STARTUP | {"rounds": rounds})

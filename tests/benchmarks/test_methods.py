@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 from tiny_models import TOKENS_PER_TILE, prompts, tiny_internvl
 
+from benchmarks.parts import methods
 from benchmarks.parts.growth_tiles import measure_growth_tiles
 from benchmarks.parts.methods import EXIT_SHARE, VISION_SETTINGS, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
@@ -69,6 +71,15 @@ class TestMethods:
         for method in found["methods"].values():
             assert method["flops_over_large"] == method["flops"] / flops["large"]
 
+    def test_operations_of_a_longer_answer_follow_from_those_of_short_ones(self, pairing, monkeypatch):
+        monkeypatch.setattr(methods, "PRESETS", {"balanced": PRESETS["balanced"]})
+        monkeypatch.setattr(methods, "baselines", lambda *_: {})
+        monkeypatch.setattr(methods, "VISION_SETTINGS", {"half": {"vision_retention_ratio": 0.5}})
+        arguments = pairing, (32, 32), 5, 0, nullcontext
+        extrapolated, _ = methods._count(*arguments)
+        monkeypatch.setattr(methods, "_COUNTED", 5)
+        assert methods._count(*arguments)[0] == extrapolated
+
     def test_the_tower_s_share(self, found):
         shares = {name: found["methods"][name]["tower_share"] for name in ("large", "exit", *pair_settings())}
         assert {shares[name] for name in ("large", *PRESETS)} == {1.0}
@@ -77,12 +88,12 @@ class TestMethods:
         assert all(0 < shares[name] < 1 for name in VISION_SETTINGS)
 
     def test_half_of_the_questions_exit(self, found):
-        methods = found["methods"]
+        of = found["methods"]
         # The others take as long as an answer whose draft is scored, which stands nowhere itself.
-        times = {name: methods[name]["time"]["samples_ms"] for name in ("exit", "large")}
+        times = {name: of[name]["time"]["samples_ms"] for name in ("exit", "large")}
         for name in pair_settings():
-            exits = methods[name]["with_exits"]
-            assert exits["flops_over_large"] < methods[name]["flops_over_large"] + methods["exit"]["flops_over_large"]
+            exits = of[name]["with_exits"]
+            assert exits["flops_over_large"] < of[name]["flops_over_large"] + of["exit"]["flops_over_large"]
             least = [EXIT_SHARE * out / alone for out, alone in zip(*times.values(), strict=True)]
             assert exits["time_over_large"]["median"] > statistics.median(least)
 
