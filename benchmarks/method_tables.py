@@ -81,7 +81,7 @@ def growth_tiles_table(shown: Shown, part: dict[str, Any]) -> Table:
                     "" if way["tower_memory"] is None else f"{way['tower_memory'] / _MIB:,.0f}",
                 ]
             )
-    columns = ["tiles", "visual tokens", "method", "tower's share of its time", "time / large alone"]
+    columns: list[str | None] = ["tiles", "visual tokens", "method", "tower's share of its time", "time / large alone"]
     columns += [shown.clock("ms"), "peak memory, MiB", "without weights, MiB", "in the tower, MiB"]
     caption = (
         f"Answers of {part['answer_tokens']} tokens. The tower is the large model's. Peak memory is weights and "
