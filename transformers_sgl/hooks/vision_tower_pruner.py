@@ -153,7 +153,8 @@ class VisionTowerPruner(HookContext):
         if not isinstance(output, Tensor):
             return (self._put_back(layer, args, output[0]), *output[1:])
         flat = whole.to(output).flatten(0, -2)
-        return flat.index_copy(0, rows.flatten().to(flat.device), output.flatten(0, -2)).view(whole.shape)
+        put_back = flat.index_copy(0, rows.flatten().to(flat.device), output.flatten(0, -2)).view(whole.shape)
+        return _laid_out_as(output, put_back)
 
     def _hand_to_merger(self, merger: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Merger pre-hook: hands it the rows that its layer was handed."""
@@ -230,7 +231,12 @@ class _Pass(local):
 def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
     """The chosen rows of `(..., width)`, whose leading dimensions are flattened, with as many dimensions as before."""
     taken = tensor.flatten(0, -2)[rows]
-    return taken.view(*(1,) * (tensor.dim() - taken.dim()), *taken.shape)
+    return _laid_out_as(tensor, taken.view(*(1,) * (tensor.dim() - taken.dim()), *taken.shape))
+
+
+def _laid_out_as(other: Tensor, tensor: Tensor) -> Tensor:
+    """The same tensor, in memory by columns if the other is: on CPUs, sums of rows are rounded otherwise then."""
+    return tensor if other.stride(-1) == 1 else tensor.mT.contiguous().mT
 
 
 def _cut_argument(name: str, value: Any, rows: Tensor, shape: torch.Size) -> Any:
