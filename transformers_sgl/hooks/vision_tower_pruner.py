@@ -51,7 +51,8 @@ class VisionTowerPruner(HookContext):
             default only whole tiles are left out, from the first layer on.
 
     Raises:
-        ValueError: If the tower cannot be pruned; while running, if it is given other images.
+        ValueError: If the tower cannot be pruned, has no such layer or makes another number of tokens; while running,
+            if it is given other images.
 
     Example:
         ```python
@@ -86,6 +87,11 @@ class VisionTowerPruner(HookContext):
         layers = list(vision_layers(model))
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._mergers = [attrgetter(path)(model) for path in tower.mergers]
+        if prune_layer is not None and not 0 <= prune_layer < len(layers):
+            raise ValueError(
+                f"`prune_layer` is {prune_layer}, but the vision tower has {len(layers)} layers: pass an index from 0 "
+                f"to {len(layers) - 1}, or `None` to leave out whole tiles only."
+            )
         self._first_cut = len(layers) if prune_layer is None else prune_layer
         kept = keep_mask.to(visual_tokens.valid.device)
         self._calls = [
