@@ -282,12 +282,42 @@ VISION_TOWERS: dict[str, VisionTower] = {
     ),
     "paligemma": VisionTower(_CLIP, _EVERY_PATCH, kinds=_SIGLIP),
     "qianfan_ocr": VisionTower("model.vision_tower.layers", _INTERNVL, overview=-1),
+    "shieldgemma2": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
     "smolvlm": _IDEFICS3,
     "vipllava": VisionTower(_CLIP, _EVERY_PATCH, kinds=("clip_vision_model",)),
 }
 
+_CODEBOOK = "convolutions turn an image into entries of a codebook"
+_CONVOLUTIONS = "it attends within windows of an image, and convolutions shrink its map of features"
+_RESAMPLED = "each of its visual tokens is made of all patches of a tile"
+_TIMM = "it comes from timm, where every tower has layers of its own"
+_NO_TOWER = "it has none: the decoder reads the patches themselves"
+_SHRINKS = "it joins patches between its layers"
+
 # Why the towers of the others cannot be pruned.
-NOT_PRUNABLE: dict[str, str] = {}
+NOT_PRUNABLE: dict[str, str] = {
+    "apertus1p5": _CODEBOOK,
+    "aria": _RESAMPLED,
+    "chameleon": _CODEBOOK,
+    "deepseek_ocr2": _RESAMPLED,
+    "deepseek_vl_hybrid": _CONVOLUTIONS,
+    "emu3": _CODEBOOK,
+    "fast_vlm": _TIMM,
+    "fuyu": _NO_TOWER,
+    "gemma3n": _TIMM,
+    "gemma4_unified": _NO_TOWER,
+    "got_ocr2": _CONVOLUTIONS,
+    "granite4_vision": "each of its visual tokens is made of all patches in a window",
+    "idefics2": _RESAMPLED,
+    "llama4": "its class token stands behind the patches",
+    "minicpm_ocr": _SHRINKS,
+    "minicpmv4_6": _SHRINKS,
+    "minicpmv4_7": _SHRINKS,
+    "perception_lm": _TIMM,
+    "pp_chart2table": _CONVOLUTIONS,
+    "step3p7": "convolutions over neighbouring patches make its visual tokens",
+    "video_llava": "it has one for images and another for videos",
+}
 _UNVERIFIED = "leaving patches out has not been verified on its vision tower"
 
 
