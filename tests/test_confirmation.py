@@ -19,7 +19,7 @@ IMAGES, TEXT = [[2], [1], [3], [1, 1], [2], [1]], [3, 5, 2, 4, 3, 4]
 SETTINGS = [
     {"retention_ratio": 0.2, "prune_layer": 1},
     {"vision_retention_ratio": 0.5, "retention_ratio": 1.0},
-    {"vision_retention_ratio": 0.75, "vision_prune_layer": 2, "retention_ratio": 0.7, "prune_layer": 2},
+    {"vision_retention_ratio": 0.7, "vision_prune_layer": 1, "retention_ratio": 0.7, "prune_layer": 2},
 ]
 
 
