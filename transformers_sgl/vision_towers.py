@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.tokens.visual_tokens import VisualTokens
+from transformers_sgl.transformers_interface import vision_window_index
 
 __all__ = [
     "NOT_PRUNABLE",
@@ -43,6 +44,8 @@ class Patches:
         num_tiles (`int`): The number of tiles.
         num_rows (`int`): The number of rows of the hidden states.
         prefix (`int`): How many rows of each tile are no patches, like a class token; they come first.
+        tile_sizes (`Tensor` of shape `(num_tiles,)`, *optional*): The number of rows of each tile in a packed tower,
+            whose hidden states are `(rows, width)`, one tile behind the other. In other towers all tiles are alike.
     """
 
     rows: Tensor
@@ -50,6 +53,12 @@ class Patches:
     num_tiles: int
     num_rows: int
     prefix: int = 0
+    tile_sizes: Tensor | None = None
+
+    def to(self, device: torch.device) -> Patches:
+        """The same on another device."""
+        sizes = self.tile_sizes if self.tile_sizes is None else self.tile_sizes.to(device)
+        return replace(self, rows=self.rows.to(device), tile=self.tile.to(device), tile_sizes=sizes)
 
 
 @dataclass(frozen=True)
@@ -60,15 +69,13 @@ class VisionTower:
         layers (`str`): The path from the model to the tower's layers.
         patches (`Callable`): From the model's configuration, its inputs and the modality, `"image"` or `"video"`, to
             the [`Patches`] of the call that encodes them; `None` if there is nothing of that modality.
-        is_packed (`bool`): Whether all images form one sequence, `(rows, width)`, with bounds between them.
-        mergers (`tuple` of `str`): Paths to the modules, after some layers, that make visual tokens out of groups of
-            neighbouring rows.
+        mergers (`tuple` of `str`): Paths to the modules, or lists of modules, that make visual tokens out of groups of
+            neighbouring rows, behind the last layer or others.
         overview (`int`, *optional*): Which of an image's tiles shows the whole of it, as an index: 0 or -1.
     """
 
     layers: str
     patches: Callable[[Any, dict[str, Any], str], Patches | None]
-    is_packed: bool = False
     mergers: tuple[str, ...] = ()
     overview: int | None = None
 
@@ -114,12 +121,79 @@ def _square_tiles(merge: Callable[[Any], int], prefix: int) -> Callable[[Any, di
     return patches
 
 
+_GRID_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+def _packed_grids(
+    order: Callable[[Any, Tensor], Tensor],
+) -> Callable[[Any, dict[str, Any], str], Patches | None]:
+    """Images and frames in one sequence; `order` tells each token's rows from the tower's settings and the grids."""
+
+    def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
+        pixels, grid = _GRID_INPUTS[modality]
+        if inputs.get(pixels) is None:
+            return None
+        grid_thw = inputs[grid].cpu()
+        return _packed(order(config.vision_config, grid_thw), grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0))
+
+    return patches
+
+
+def _packed(rows: Tensor, grids: Tensor) -> Patches:
+    """Grids, `(num_tiles, 2)`, in one sequence, whose tokens have those rows, `(num_tokens, patches_per_token)`."""
+    sizes = grids.prod(dim=1)
+    tile = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return Patches(rows, tile[rows[:, 0]], len(sizes), len(tile), tile_sizes=sizes)
+
+
+def _in_blocks(vision_config: Any, grid_thw: Tensor) -> Tensor:
+    """The patches of a token stand side by side."""
+    return torch.arange(int(grid_thw.prod(dim=1).sum())).view(-1, vision_config.spatial_merge_size**2)
+
+
+def _in_windows(vision_config: Any, grid_thw: Tensor) -> Tensor:
+    """The same, after the blocks have been sorted by windows."""
+    config = vision_config
+    index = vision_window_index(grid_thw, config.spatial_merge_size, config.window_size, config.patch_size)
+    return _in_blocks(config, grid_thw)[index.argsort()]
+
+
+def _in_reading_order(vision_config: Any, grid_thw: Tensor) -> Tensor:
+    """The patches of a frame stand row by row."""
+    return _packed_rows(grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0), vision_config.spatial_merge_size)
+
+
+def _packed_rows(grids: Tensor, merge: int) -> Tensor:
+    """The patches behind each token of several grids, `(num_tiles, 2)`, each row by row."""
+    rows, first = [], 0
+    for height, width in grids.tolist():
+        rows.append(_grid_rows(height, width, merge) + first)
+        first += height * width
+    return torch.cat(rows)
+
+
+def _native_sizes(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
+    """Images of any size in one sequence, row by row."""
+    if modality != "image" or inputs.get("pixel_values") is None:
+        return None
+    grids = torch.as_tensor(inputs["image_sizes"]).cpu() // config.vision_config.patch_size
+    return _packed(_packed_rows(grids, config.spatial_merge_size), grids)
+
+
+def _qwen(path: str, order: Callable[[Any, Tensor], Tensor], *mergers: str) -> VisionTower:
+    """A tower in the manner of Qwen-VL."""
+    paths = tuple(f"{path}.{merger}" for merger in ("merger", *mergers))
+    return VisionTower(f"{path}.blocks", _packed_grids(order), mergers=paths)
+
+
 VISION_TOWERS: dict[str, VisionTower] = {
     "internvl": VisionTower(
         "model.vision_tower.encoder.layer",
         _square_tiles(lambda config: round(1 / config.downsample_ratio), prefix=1),
         overview=-1,
     ),
+    "qwen2_vl": _qwen("model.visual", _in_blocks),
+    "qwen2_5_vl": _qwen("model.visual", _in_windows),
 }
 
 # Why the towers of the others cannot be pruned.
@@ -159,24 +233,22 @@ def encoded_tokens(
         ValueError: If the tower cannot be pruned, or makes another number of tokens than the prompts have.
     """
     tower = check_tower_prunable(config)
-    of_image, of_video = (visual_token_ids(config, modality) for modality in ("image", "video"))
-    has_own_video_id = bool(of_video) and not set(of_image) & set(of_video)
     ids = inputs["input_ids"].gather(1, visual_tokens.positions)
-    for modality in ("image", "video"):
-        patches = tower.patches(config, inputs, modality)
+    made = {modality: tower.patches(config, inputs, modality) for modality in ("image", "video")}
+    is_mixed = None not in made.values()
+    for modality, patches in made.items():
         if patches is None:
             continue
         chosen = visual_tokens.valid
-        if has_own_video_id and tower.patches(config, inputs, "video") is not None:
-            chosen = chosen & torch.isin(ids, ids.new_tensor(of_image if modality == "image" else of_video))
+        if is_mixed:
+            chosen = chosen & torch.isin(ids, ids.new_tensor(visual_token_ids(config, modality)))
         places = chosen.nonzero()
         if len(places) != len(patches.rows):
             raise ValueError(
                 f"The prompts have {len(places)} visual tokens of the modality {modality!r}, but the vision tower "
                 f"makes {len(patches.rows)} of the pixels: pass the images that the prompts speak of, once each."
             )
-        device = places.device
-        yield EncodedTokens(places, replace(patches, rows=patches.rows.to(device), tile=patches.tile.to(device)))
+        yield EncodedTokens(places, patches.to(places.device))
 
 
 def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: VisualTokens) -> VisualTokens:

@@ -1,0 +1,339 @@
+"""Vision towers that read all images as one sequence of patches: what they leave out, and that nothing else changes.
+
+The references run every layer on all patches. Which patches stand behind a visual token they measure, by gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from inspect import signature
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from architectures import TINY, Inputs, tiny_batch, tiny_model, tiny_samples
+from architectures.conformance import NUM_NEW_TOKENS, _masked
+from tiny_models import state
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from transformers_sgl import VisionTowerPruner, VisualTokenPruner, VisualTokens
+from transformers_sgl.architectures import visual_tokens_of
+from transformers_sgl.vision_towers import VISION_TOWERS, encoded_tokens, vision_layers, with_tiles
+
+pytestmark = pytest.mark.mechanics
+
+PACKED = ("qwen2_vl", "qwen2_5_vl")
+NAMES = [name for name in PACKED if name in TINY]
+WITH_VIDEOS = [name for name in NAMES if TINY[name].videos is not None]
+LAYERS = (None, 0, 1)
+GREEDY = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS, "min_new_tokens": NUM_NEW_TOKENS}
+DETAILS = {"return_dict_in_generate": True, "output_logits": True}
+CLOSE = {"atol": 2e-4, "rtol": 2e-3}
+Features = dict[str, list[Tensor]]  # by modality: the visual tokens, then what is added to them in the decoder
+
+
+# ---------------------------------------------------------------------------------------------- models and prompts
+
+
+@cache
+def tower_model(name: str, attention: str = "sdpa") -> PreTrainedModel:
+    """A tiny model whose vision tower has three layers."""
+    tiny = TINY[name]
+
+    def config(num_layers: int) -> Any:
+        made = tiny.config(num_layers)
+        setattr(made.vision_config, "depth" if hasattr(made.vision_config, "depth") else "num_hidden_layers", 3)
+        return made
+
+    with patch.dict(TINY, {name: replace(tiny, config=config)}):
+        model = tiny_model(name, attn_implementation=attention)
+    assert len(vision_layers(model)) == 3
+    set_tower_attention(model, attention)
+    model.generate(**tiny_samples(name)[0], **GREEDY)  # transformers leaves attributes on a model at its first call
+    return model
+
+
+def set_tower_attention(model: PreTrainedModel, attention: str) -> None:
+    """Chooses the attention function of a model's vision tower."""
+    for module in vision_layers(model).modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = attention
+    model.config.vision_config._attn_implementation = attention
+
+
+def prompts(name: str) -> list[Inputs]:
+    """Prompts with one image, with two images and a video, without any, and with a video."""
+    images, videos = tiny_samples(name, (1, 2, 0), (5, 3, 4)), []
+    if name not in WITH_VIDEOS:
+        return images
+    videos = tiny_samples(name, (1, 1), (2, 6), seed=1, video=True)
+    return [images[0], joined(name, images[1], videos[0]), images[2], videos[1]]
+
+
+def joined(name: str, first: Inputs, second: Inputs) -> Inputs:
+    """One prompt, and another behind it."""
+    sample = {**first, **second}
+    for key in ("input_ids", "attention_mask", *TINY[name].per_token(first["input_ids"])):
+        sample[key] = torch.cat([first[key], second[key]], dim=1)
+    return sample
+
+
+def tiles_of(model: PreTrainedModel, inputs: Inputs) -> VisualTokens:
+    return with_tiles(model.config, inputs, visual_tokens_of(model.config, inputs))
+
+
+def some_tiles(tokens: VisualTokens, seed: int = 0) -> Tensor:
+    """A choice of whole tiles that differs from sample to sample; at least one is kept, and one dropped, of all."""
+    tile = tokens.tile_index + 100 * torch.arange(tokens.batch_size)[:, None]
+    of_all = tile[tokens.valid].unique()
+    kept = torch.rand(len(of_all), generator=torch.Generator().manual_seed(seed)) < 0.5
+    kept[0], kept[-1] = False, True
+    return torch.isin(tile, of_all[kept]) & tokens.valid
+
+
+def some_tokens(tokens: VisualTokens, ratio: float, seed: int) -> Tensor:
+    return (torch.rand(tokens.valid.shape, generator=torch.Generator().manual_seed(seed)) < ratio) & tokens.valid
+
+
+# ------------------------------------------------------------------------------------------------------- features
+
+
+def features(model: PreTrainedModel, inputs: Inputs) -> Features:
+    """What a model makes of images and of videos, `(num_tokens, width)` each."""
+    found = {}
+    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels in inputs:
+            function = getattr(model.base_model, f"get_{modality}_features", None)
+            function = function or getattr(model, f"get_{modality}_features")
+            names = signature(function).parameters
+            with torch.no_grad():
+                output = function(**{key: value for key, value in inputs.items() if key in names}, return_dict=True)
+            pooled = output.pooler_output
+            tokens = pooled if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+            found[modality] = [tokens.flatten(0, -2), *(getattr(output, "deepstack_features", None) or [])]
+    return found
+
+
+def kept_of(model: PreTrainedModel, inputs: Inputs, tokens: VisualTokens, keep: Tensor) -> dict[str, Tensor]:
+    """Whether each token of each modality is kept, in the order in which it stands in the prompts."""
+    is_video = torch.zeros_like(tokens.valid)
+    if "pixel_values_videos" in inputs:
+        is_video[:] = True
+        if "pixel_values" in inputs:
+            is_video = inputs["input_ids"].gather(1, tokens.positions) == model.config.video_token_id
+    return {"image": keep[tokens.valid & ~is_video], "video": keep[tokens.valid & is_video]}
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def rows_behind(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
+    """Which rows of the tower's hidden states each visual token is made of, `(num_tokens, num_rows)` booleans."""
+    layers = list(vision_layers(model))
+    leaves = []
+
+    def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """In place of the last layer, rows of chance; those before have no say."""
+        generator = torch.Generator().manual_seed(0)
+        leaves.append(torch.randn(output.shape, generator=generator, dtype=output.dtype).requires_grad_())
+        return leaves[-1]
+
+    found = {}
+    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels in inputs:
+            one = {key: value for key, value in inputs.items() if key != {"image": "pixel_values_videos"}.get(modality)}
+            if modality == "video":
+                one.pop("pixel_values", None)
+            with hooked(layers[-1], hook), patch("torch.no_grad", torch.enable_grad):
+                tokens = features(model, one)[modality][0]
+            grads = [torch.autograd.grad(each.sum(), leaves[-1], retain_graph=True)[0] for each in tokens]
+            found[modality] = torch.stack([grad.flatten(0, -2).abs().sum(-1) > 0 for grad in grads])
+    return found
+
+
+class MaskedTower:
+    """A tower in which, from a layer on, no patch sees the dropped ones; they run through all layers nevertheless."""
+
+    NAME = "flash_masked_tower"  # towers hand "flash" attention the whole sequence at once
+
+    def __init__(self, model: PreTrainedModel, dropped: dict[str, Tensor], layer: int) -> None:
+        self.model, self.layer = model, layer
+        self.dropped = dropped
+        self.index = {part: index for index, each in enumerate(vision_layers(model)) for part in each.modules()}
+
+    def features(self, inputs: Inputs) -> Features:
+        AttentionInterface.register(self.NAME, self.attention)
+        before = self.model.config.vision_config._attn_implementation
+        set_tower_attention(self.model, "eager" if "image_sizes" in inputs else self.NAME)
+        try:
+            self.calls = iter(self.dropped.values())
+            return features(self.model, inputs)
+        finally:
+            set_tower_attention(self.model, before)
+
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if self.index[module] == 0:
+            self.now = next(self.calls)
+        place = torch.arange(query.shape[2])
+        image = (place[:, None] >= kwargs["cu_seq_lens_q"]).sum(dim=1)
+        visible = image[:, None] == image
+        if self.index[module] >= self.layer:
+            visible = visible & (~self.now | torch.eye(len(place)).bool())
+        scores = (query @ key.transpose(2, 3) * kwargs["scaling"]).masked_fill(~visible, -torch.inf)
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+def without(model: PreTrainedModel, inputs: Inputs, tokens: VisualTokens, keep: Tensor, layer: int | None) -> ExitStack:
+    """What is not kept is left out of the tower, and of all layers of the decoder."""
+    stack = ExitStack()
+    stack.enter_context(VisionTowerPruner(model, inputs, tokens, keep, layer))
+    stack.enter_context(VisualTokenPruner(model, tokens.prompt_keep_mask(keep), 0))
+    return stack
+
+
+# ---------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_patches_are_those_behind_each_token(name: str) -> None:
+    model = tower_model(name)
+    inputs = tiny_batch(name, prompts(name))
+    calls = list(encoded_tokens(model.config, inputs, visual_tokens_of(model.config, inputs)))
+    wanted = list(rows_behind(model, inputs).values())
+    for call, behind in zip(calls, wanted, strict=True):
+        rows = torch.zeros_like(behind).scatter(1, call.patches.rows, True)
+        assert torch.equal(rows, behind)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiles_are_images_and_frames(name: str) -> None:
+    model = tower_model(name)
+    for inputs in prompts(name):
+        tokens = tiles_of(model, inputs)
+        frames = tokens.tile_index[0].unique_consecutive(return_counts=True)[1].tolist()
+        wanted = []
+        ...
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_kept_is_stock(name: str, attention: str) -> None:
+    model = tower_model(name, attention)
+    inputs = tiny_batch(name, prompts(name))
+    tokens = tiles_of(model, inputs)
+    stock, answer = features(model, inputs), model.generate(**inputs, **GREEDY, **DETAILS)
+    before = state(model)
+    for layer in LAYERS:
+        with VisionTowerPruner(model, inputs, tokens, tokens.valid, layer) as pruner:
+            found = features(model, inputs)
+            output = model.generate(**inputs, **GREEDY, **DETAILS)
+        assert torch.equal(pruner.share, (tokens.counts > 0).double())
+        assert found.keys() == stock.keys()
+        for modality, each in stock.items():
+            assert all(torch.equal(*pair) for pair in zip(found[modality], each, strict=True))
+        assert torch.equal(output.sequences, answer.sequences)
+        assert all(torch.equal(*pair) for pair in zip(output.logits, answer.logits, strict=True))
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_images_and_frames_are_stock(name: str, attention: str) -> None:
+    model = tower_model(name, attention)
+    inputs = tiny_batch(name, prompts(name))
+    tokens = tiles_of(model, inputs)
+    stock = features(model, inputs)
+    for seed, layer in enumerate(LAYERS):
+        keep = some_tiles(tokens, seed)
+        with VisionTowerPruner(model, inputs, tokens, keep, layer):
+            found = features(model, inputs)
+        kept = kept_of(model, inputs, tokens, keep)
+        for modality, each in stock.items():
+            for one, other in zip(found[modality], each, strict=True):
+                assert torch.equal(one[kept[modality]], other[kept[modality]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answer_is_that_without_the_dropped_images(name: str) -> None:
+    model = tower_model(name)
+    samples = prompts(name)
+    inputs = tiny_batch(name, samples)
+    tokens = tiles_of(model, inputs)
+    keep = some_tiles(tokens)
+    with without(model, inputs, tokens, keep, None):
+        output = model.generate(**inputs, **GREEDY, **DETAILS)
+    for number, sample in enumerate(samples):
+        own = visual_tokens_of(model.config, sample)
+        wanted = answer_without(model, sample, own, keep[number : number + 1, : own.num_visual_tokens])
+        assert output.sequences[number, -NUM_NEW_TOKENS:].tolist() == wanted.sequences[0, -NUM_NEW_TOKENS:].tolist()
+        for logits, each in zip(output.logits, wanted.logits, strict=True):
+            torch.testing.assert_close(logits[number], each[0], **CLOSE)
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_the_tower_dropped_patches_are_masked(name: str, layer: int) -> None:
+    model = tower_model(name)
+    inputs = tiny_batch(name, prompts(name))
+    tokens = tiles_of(model, inputs)
+    behind = rows_behind(model, inputs)
+    for ratio in (0.1, 0.5, 0.9):
+        keep = some_tokens(tokens, ratio, seed=layer)
+        kept = kept_of(model, inputs, tokens, keep)
+        dropped = {modality: ~rows[kept[modality]].any(dim=0) for modality, rows in behind.items()}
+        wanted = MaskedTower(model, dropped, layer).features(inputs)
+        with VisionTowerPruner(model, inputs, tokens, keep, layer):
+            found = features(model, inputs)
+        for modality, each in wanted.items():
+            for one, other in zip(found[modality], each, strict=True):
+                torch.testing.assert_close(one[kept[modality]], other[kept[modality]], **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_its_samples(name: str) -> None:
+    model = tower_model(name)
+    samples = prompts(name)
+    inputs = tiny_batch(name, samples)
+    tokens = tiles_of(model, inputs)
+    keep = some_tokens(tokens, 0.5, seed=0)
+    keep[:, 0] = tokens.valid[:, 0]
+    with without(model, inputs, tokens, keep, 1):
+        together = model.generate(**inputs, **GREEDY, **DETAILS)
+    for number, sample in enumerate(samples):
+        own = tiles_of(model, sample)
+        own_keep = keep[number : number + 1, : own.num_visual_tokens]
+        with without(model, sample, own, own_keep, 1):
+            alone = model.generate(**sample, **GREEDY, **DETAILS)
+        assert together.sequences[number, -NUM_NEW_TOKENS:].tolist() == alone.sequences[0, -NUM_NEW_TOKENS:].tolist()
+        for logits, each in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(logits[number], each[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exception_in_the_tower_leaves_no_hook(name: str) -> None:
+    model = tower_model(name)
+    inputs = prompts(name)[1]
+    tokens = tiles_of(model, inputs)
+    before = state(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"), hooked(vision_layers(model)[1], fail):
+        with VisionTowerPruner(model, inputs, tokens, some_tiles(tokens), 1) as pruner:
+            model.generate(**inputs, **GREEDY)
+    assert state(model) == before
+    assert pruner is not None
