@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
@@ -39,7 +40,7 @@ class Patches:
     Attributes:
         rows (`Tensor` of shape `(num_tokens, patches_per_token)`): The rows of each token's patches in the tower's
             hidden states, `(tiles, rows_per_tile, width)` or `(rows, width)`, whose leading dimensions are flattened;
-            -1 for a token that the tower does not make, like the end of a row.
+            a token of fewer patches than others repeats one; -1 for a token that the tower does not make, like the end of a row.
         tile (`Tensor` of shape `(num_tokens,)`): The tile of each token; -1 likewise.
         num_tiles (`int`): The number of tiles.
         num_rows (`int`): The number of rows of the hidden states.
@@ -134,9 +135,14 @@ def _packed_grids(
         if inputs.get(pixels) is None:
             return None
         grid_thw = inputs[grid].cpu()
-        return _packed(order(config.vision_config, grid_thw), grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0))
+        return _packed(order(config.vision_config, grid_thw), _frames(grid_thw))
 
     return patches
+
+
+def _frames(grid_thw: Tensor) -> Tensor:
+    """The height and width of each image and of each frame of a video, in patches; `(num_frames, 2)`."""
+    return grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
 
 
 def _packed(rows: Tensor, grids: Tensor) -> Patches:
@@ -160,7 +166,7 @@ def _in_windows(vision_config: Any, grid_thw: Tensor) -> Tensor:
 
 def _in_reading_order(vision_config: Any, grid_thw: Tensor) -> Tensor:
     """The patches of a frame stand row by row."""
-    return _packed_rows(grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0), vision_config.spatial_merge_size)
+    return _packed_rows(_frames(grid_thw), vision_config.spatial_merge_size)
 
 
 def _packed_rows(grids: Tensor, merge: int) -> Tensor:
@@ -180,11 +186,29 @@ def _native_sizes(config: Any, inputs: dict[str, Any], modality: str) -> Patches
     return _packed(_packed_rows(grids, config.spatial_merge_size), grids)
 
 
+def _video_llama_grids(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
+    """Grids with a size of token for each; of videos, some tokens are left out behind the tower."""
+    pixels, grid = _GRID_INPUTS[modality]
+    if inputs.get(pixels) is None:
+        return None
+    grid_thw, areas = inputs[grid].cpu(), inputs[f"{modality}_merge_sizes"].cpu() ** 2
+    rows, first = [], 0
+    for count, area in zip(grid_thw.prod(dim=1).tolist(), areas.tolist(), strict=True):
+        blocks = torch.arange(first, first + count).view(-1, area)
+        rows.append(torch.cat([blocks, blocks[:, :1].expand(-1, int(areas.max()) - area)], dim=1))
+        first += count
+    made = inputs.get("video_compression_mask") if modality == "video" else None
+    chosen = torch.cat(rows) if made is None else torch.cat(rows)[made.cpu()]
+    return _packed(chosen, _frames(grid_thw))
+
+
 def _qwen(path: str, order: Callable[[Any, Tensor], Tensor], *mergers: str) -> VisionTower:
     """A tower in the manner of Qwen-VL."""
     paths = tuple(f"{path}.{merger}" for merger in ("merger", *mergers))
     return VisionTower(f"{path}.blocks", _packed_grids(order), mergers=paths)
 
+
+_GLM = VisionTower("model.visual.blocks", _packed_grids(_in_blocks))
 
 VISION_TOWERS: dict[str, VisionTower] = {
     "internvl": VisionTower(
@@ -192,8 +216,27 @@ VISION_TOWERS: dict[str, VisionTower] = {
         _square_tiles(lambda config: round(1 / config.downsample_ratio), prefix=1),
         overview=-1,
     ),
-    "qwen2_vl": _qwen("model.visual", _in_blocks),
+    "cohere_compass": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
+    "cosmos3_omni": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
+    "exaone4_5": _qwen("model.visual", _in_windows),
+    "glm46v": _GLM,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm_ocr": _GLM,
+    "glmga": _GLM,
+    "hyperclovax_vision_v2": _qwen("model.vision_model", _in_windows),
+    "lighton_ocr": VisionTower("model.vision_encoder.transformer.layers", _native_sizes),
+    "mistral3": VisionTower("model.vision_tower.transformer.layers", _native_sizes),
+    "paddleocr_vl": VisionTower("model.visual.vision_model.encoder.layers", _packed_grids(_in_reading_order)),
+    "qwen2_5_omni_thinker": _qwen("base_model.visual", _in_windows),
     "qwen2_5_vl": _qwen("model.visual", _in_windows),
+    "qwen2_vl": _qwen("model.visual", _in_blocks),
+    "qwen3_5": _qwen("model.visual", _in_blocks),
+    "qwen3_5_moe": _qwen("model.visual", _in_blocks),
+    "qwen3_omni_moe_thinker": _qwen("base_model.visual", _in_blocks, "merger_list"),
+    "qwen3_vl": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
+    "qwen3_vl_moe": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
+    "video_llama_3": VisionTower("model.vision_model.encoder.layers", _video_llama_grids),
 }
 
 # Why the towers of the others cannot be pruned.
@@ -263,7 +306,7 @@ def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: 
         first += call.patches.num_tiles
     # Tiles are counted within each sample.
     none = tile_index < 0
-    smallest = tile_index.masked_fill(none, first).amin(dim=1, keepdim=True)
+    smallest = pad(tile_index.masked_fill(none, first), (0, 1), value=first).amin(dim=1, keepdim=True)
     tile_index = (tile_index - smallest).masked_fill(none, -1)
 
     overview = check_tower_prunable(config).overview

@@ -131,7 +131,7 @@ class VisionTowerPruner(HookContext):
         kwargs = named_arguments(layer, args, kwargs)
         hidden_states = kwargs.pop("hidden_states")
         if self._index[layer] == 0:
-            self._pass.kept = next(self._pass.calls)
+            self._pass.kept = next(self._pass.calls, _KeptRows(torch.empty(0), None, None))
         kept = self._pass.kept
         if hidden_states.shape[:-1].numel() != len(kept.tile_of_row):
             raise ValueError(
@@ -201,6 +201,8 @@ class _KeptRows:
         has_kept[tile_of_row[kept]] = True
         in_tiles = has_kept[tile_of_row]
         if patches.tile_sizes is not None:
+            is_spare = torch.ones_like(kept).index_fill(0, patches.rows[made].flatten(), False)
+            kept |= is_spare & in_tiles
             of_tiles, within = in_tiles.nonzero()[:, 0], kept.nonzero()[:, 0]
         else:
             kept[(torch.arange(patches.num_rows, device=keep.device) % per_tile < patches.prefix) & in_tiles] = True
