@@ -40,7 +40,8 @@ class Patches:
     Attributes:
         rows (`Tensor` of shape `(num_tokens, patches_per_token)`): The rows of each token's patches in the tower's
             hidden states, `(tiles, rows_per_tile, width)` or `(rows, width)`, whose leading dimensions are flattened;
-            a token of fewer patches than others repeats one; -1 for a token that the tower does not make, like the end of a row.
+            a token of fewer patches than others repeats one; -1 for a token that the tower does not make, like the end
+            of a row.
         tile (`Tensor` of shape `(num_tokens,)`): The tile of each token; -1 likewise.
         num_tiles (`int`): The number of tiles.
         num_rows (`int`): The number of rows of the hidden states.
