@@ -6,6 +6,7 @@ outside this file asks for a model's type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -17,8 +18,17 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
+from transformers_sgl.packed_patches import (
+    in_blocks,
+    in_reading_order,
+    in_windows,
+    native_sizes,
+    packed_grids,
+    video_llama_grids,
+)
+from transformers_sgl.patches import Patches, grid_rows, places
 from transformers_sgl.tokens.visual_tokens import VisualTokens
-from transformers_sgl.transformers_interface import vision_window_index
+from transformers_sgl.transformers_interface import best_resolution
 
 __all__ = [
     "NOT_PRUNABLE",
@@ -34,36 +44,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Patches:
-    """The patches behind the visual tokens that one call of a vision tower makes, in the order of the tokens.
-
-    Attributes:
-        rows (`Tensor` of shape `(num_tokens, patches_per_token)`): The rows of each token's patches in the tower's
-            hidden states, `(tiles, rows_per_tile, width)` or `(rows, width)`, whose leading dimensions are flattened;
-            a token of fewer patches than others repeats one; -1 for a token that the tower does not make, like the end
-            of a row.
-        tile (`Tensor` of shape `(num_tokens,)`): The tile of each token; -1 likewise.
-        num_tiles (`int`): The number of tiles.
-        num_rows (`int`): The number of rows of the hidden states.
-        prefix (`int`): How many rows of each tile are no patches, like a class token; they come first.
-        tile_sizes (`Tensor` of shape `(num_tiles,)`, *optional*): The number of rows of each tile in a packed tower,
-            whose hidden states are `(rows, width)`, one tile behind the other. In other towers all tiles are alike.
-    """
-
-    rows: Tensor
-    tile: Tensor
-    num_tiles: int
-    num_rows: int
-    prefix: int = 0
-    tile_sizes: Tensor | None = None
-
-    def to(self, device: torch.device) -> Patches:
-        """The same on another device."""
-        sizes = self.tile_sizes if self.tile_sizes is None else self.tile_sizes.to(device)
-        return replace(self, rows=self.rows.to(device), tile=self.tile.to(device), tile_sizes=sizes)
-
-
-@dataclass(frozen=True)
 class VisionTower:
     """Where a model's vision tower can leave patches out.
 
@@ -74,12 +54,18 @@ class VisionTower:
         mergers (`tuple` of `str`): Paths to the modules, or lists of modules, that make visual tokens out of groups of
             neighbouring rows, behind the last layer or others.
         overview (`int`, *optional*): Which of an image's tiles shows the whole of it, as an index: 0 or -1.
+        tiles_apart (`bool`): Whether text stands between the tiles of an image. It is not told from the text between
+            images, so all tiles of a prompt are taken for those of one image.
+        kinds (`tuple` of `str`): The types of vision towers, by their own configuration, for which this holds; all
+            that there are if empty.
     """
 
     layers: str
     patches: Callable[[Any, dict[str, Any], str], Patches | None]
     mergers: tuple[str, ...] = ()
     overview: int | None = None
+    tiles_apart: bool = False
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,14 +84,14 @@ class EncodedTokens:
 # ------------------------------------------------------------------------------------------- how patches become tokens
 
 
-def _grid_rows(num_rows: int, num_columns: int, merge: int) -> Tensor:
-    """The patches of a grid, row by row, behind each token of `merge` x `merge` of them; `(num_tokens, merge**2)`."""
-    grid = torch.arange(num_rows * num_columns).view(num_rows // merge, merge, num_columns // merge, merge)
-    return grid.permute(0, 2, 1, 3).reshape(-1, merge * merge)
+def _tiles_of(
+    merge: Callable[[Any], int] = lambda config: 1, real: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Any, dict[str, Any], str], Patches | None]:
+    """Tiles of one size, each with as many tokens, row by row.
 
-
-def _square_tiles(merge: Callable[[Any], int], prefix: int) -> Callable[[Any, dict[str, Any], str], Patches | None]:
-    """Tiles of one size, each with as many tokens, row by row; `merge` tells how many patches wide a token is."""
+    `merge` tells from the configuration how many patches wide a token is, `real` from the pixels, `(..., 3, height,
+    width)`, which of them the model does not leave out itself.
+    """
 
     def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
         pixels = inputs.get("pixel_values") if modality == "image" else None
@@ -113,135 +99,242 @@ def _square_tiles(merge: Callable[[Any], int], prefix: int) -> Callable[[Any, di
             return None
         size = config.vision_config.patch_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        of_tile = _grid_rows(pixels.shape[-2] // height, pixels.shape[-1] // width, merge(config)) + prefix
-        num_tiles = pixels.shape[:-3].numel()
-        per_tile = pixels.shape[-2] // height * (pixels.shape[-1] // width) + prefix
-        tile = torch.arange(num_tiles)
-        rows = (of_tile + per_tile * tile[:, None, None]).flatten(0, 1)
-        return Patches(rows, tile.repeat_interleave(len(of_tile)), num_tiles, per_tile * num_tiles, prefix)
+        num_patches, prefix = pixels.shape[-2] // height * (pixels.shape[-1] // width), _prefix(config)
+        num_columns = pixels.shape[-1] // width
+        of_tile = grid_rows(pixels.shape[-2] // height, num_columns, merge(config)) + prefix
+        place = places(len(of_tile), num_columns // merge(config))
+        if prefix and getattr(config, "vision_feature_select_strategy", "default") == "full":
+            # Class tokens are visual tokens as well; they lie beside the tile.
+            of_tile = torch.cat([torch.arange(prefix)[:, None], of_tile])
+            place = torch.cat([torch.full((prefix, 2), -1), place])
+        num_tiles = pixels.shape[:-3].numel() if real is None else int(real(pixels).sum())
+        return _alike(of_tile, place, num_tiles, num_patches + prefix, prefix)
 
     return patches
 
 
-_GRID_INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+def _alike(of_tile: Tensor, place: Tensor, num_tiles: int, rows_per_tile: int, prefix: int) -> Patches:
+    """The patches of tiles that give as many tokens each, with these rows of the tile, `(num_tokens, num_patches)`."""
+    tile = torch.arange(num_tiles)
+    rows = (of_tile + rows_per_tile * tile[:, None, None]).flatten(0, 1)
+    tile, place = tile.repeat_interleave(len(of_tile)), place.repeat(num_tiles, 1)
+    return Patches(rows, tile, place, num_tiles, rows_per_tile * num_tiles, prefix)
 
 
-def _packed_grids(
-    order: Callable[[Any, Tensor], Tensor],
-) -> Callable[[Any, dict[str, Any], str], Patches | None]:
-    """Images and frames in one sequence; `order` tells each token's rows from the tower's settings and the grids."""
+def _prefix(config: Any) -> int:
+    """How many class tokens stand before a tile's patches."""
+    return 1 if config.vision_config.model_type in _WITH_CLASS_TOKEN else 0
+
+
+def _is_no_padding(pixels: Tensor) -> Tensor:
+    """The tiles that are not all zeros, with which samples of fewer tiles are padded."""
+    return (pixels != 0).flatten(-3).any(dim=-1)
+
+
+def _next_tiles(has_newlines_in_videos: bool) -> Callable[[Any, dict[str, Any], str], Patches | None]:
+    """The whole of an image, then its tiles put together, without margins and with a token behind each row."""
 
     def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
-        pixels, grid = _GRID_INPUTS[modality]
-        if inputs.get(pixels) is None:
+        if modality == "video":
+            return _pooled_frames(config, inputs, has_newlines_in_videos)
+        if inputs.get("pixel_values") is None:
             return None
-        grid_thw = inputs[grid].cpu()
-        return _packed(order(config.vision_config, grid_thw), _frames(grid_thw))
+        side, prefix, per_tile = _square_tile(config)
+        sizes = inputs["image_sizes"].tolist()
+        companies = inputs.get("batch_num_images")
+        is_cut = [True] * len(sizes) if companies is None else [n == 1 for n in companies.tolist() for _ in range(n)]
+        tokens, first = [], 0
+        for size, cut in zip(sizes, is_cut, strict=True):
+            tokens.append(torch.arange(side * side)[:, None] + prefix + first * per_tile)
+            first += 1
+            if not cut:
+                tokens.append(torch.tensor([[-1]]))  # the end of the only row
+                continue
+            height, width = best_resolution(tuple(size), config.image_grid_pinpoints)
+            num_rows, num_columns = height // config.vision_config.image_size, width // config.vision_config.image_size
+            grid = torch.arange(num_rows * num_columns)[:, None, None] + first
+            grid = per_tile * grid + prefix + torch.arange(side * side).view(side, side)
+            grid = grid.unflatten(0, (num_rows, num_columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            grid = _shrunk(_without_margins(grid, size), side, getattr(config, "vision_aspect_ratio", ""))
+            tokens.append(pad(grid, (0, 0, 0, 1), value=-1).flatten(0, 1))
+            first += num_rows * num_columns
+        most = max(each.shape[1] for each in tokens)
+        rows = torch.cat([each.expand(-1, most) for each in tokens])
+        tile = torch.where(rows[:, 0] >= 0, rows[:, 0] // per_tile, -1)
+        place = places(side * side, side)[(rows[:, 0] % per_tile - prefix).clamp(min=0)]
+        return Patches(rows, tile, place.masked_fill(tile[:, None] < 0, -1), first, first * per_tile, prefix)
 
     return patches
 
 
-def _frames(grid_thw: Tensor) -> Tensor:
-    """The height and width of each image and of each frame of a video, in patches; `(num_frames, 2)`."""
-    return grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
+def _square_tile(config: Any) -> tuple[int, int, int]:
+    """How many patches a side a tile of the usual size has, how many class tokens, and how many rows in all."""
+    side, prefix = config.vision_config.image_size // config.vision_config.patch_size, _prefix(config)
+    return side, prefix, prefix + side * side
 
 
-def _packed(rows: Tensor, grids: Tensor) -> Patches:
-    """Grids, `(num_tiles, 2)`, in one sequence, whose tokens have those rows, `(num_tokens, patches_per_token)`."""
-    sizes = grids.prod(dim=1)
-    tile = torch.arange(len(sizes)).repeat_interleave(sizes)
-    return Patches(rows, tile[rows[:, 0]], len(sizes), len(tile), tile_sizes=sizes)
+def _without_margins(grid: Tensor, size_px: list[int]) -> Tensor:
+    """The part of a grid, `(height, width)`, that shows an image of that height and width, as LLaVA reckons it."""
+    (height, width), (image_height, image_width) = grid.shape, size_px
+    if image_width / image_height > width / height:
+        margin = (height - int(round(image_height * (width / image_width), 7))) // 2
+        return grid[margin : height - margin]
+    margin = (width - int(round(image_width * (height / image_height), 7))) // 2
+    return grid[:, margin : width - margin]
 
 
-def _in_blocks(vision_config: Any, grid_thw: Tensor) -> Tensor:
-    """The patches of a token stand side by side."""
-    return torch.arange(int(grid_thw.prod(dim=1).sum())).view(-1, vision_config.spatial_merge_size**2)
+def _shrunk(grid: Tensor, side: int, aspect_ratio: str) -> Tensor:
+    """The patches of each cell, `(height, width, num_patches)`, once a grid that is too large has been shrunk."""
+    most = aspect_ratio.removeprefix("anyres_max_")
+    ratio = math.sqrt(grid.numel() / (int(most) * side**2)) if most else 0.0
+    if ratio <= 1.1:
+        return grid[..., None]
+    return _interpolated(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
 
 
-def _in_windows(vision_config: Any, grid_thw: Tensor) -> Tensor:
-    """The same, after the blocks have been sorted by windows."""
-    config = vision_config
-    index = vision_window_index(grid_thw, config.spatial_merge_size, config.window_size, config.patch_size)
-    return _in_blocks(config, grid_thw)[index.argsort()]
+def _interpolated(grid: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """The four cells of a grid between which each of another size lies, `(num_rows, num_columns, 4)`."""
+
+    def neighbours(number: int, wanted: int) -> Tensor:
+        place = ((torch.arange(wanted).double() + 0.5) * (number / wanted) - 0.5).clamp(min=0)
+        return torch.stack([place.long(), place.long() + 1], dim=1).clamp(max=number - 1)
+
+    rows, columns = neighbours(grid.shape[0], num_rows), neighbours(grid.shape[1], num_columns)
+    return grid[rows[:, None, :, None], columns[None, :, None, :]].flatten(2)
 
 
-def _in_reading_order(vision_config: Any, grid_thw: Tensor) -> Tensor:
-    """The patches of a frame stand row by row."""
-    return _packed_rows(_frames(grid_thw), vision_config.spatial_merge_size)
-
-
-def _packed_rows(grids: Tensor, merge: int) -> Tensor:
-    """The patches behind each token of several grids, `(num_tiles, 2)`, each row by row."""
-    rows, first = [], 0
-    for height, width in grids.tolist():
-        rows.append(_grid_rows(height, width, merge) + first)
-        first += height * width
-    return torch.cat(rows)
-
-
-def _native_sizes(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
-    """Images of any size in one sequence, row by row."""
-    if modality != "image" or inputs.get("pixel_values") is None:
+def _pooled_frames(config: Any, inputs: dict[str, Any], has_newlines: bool) -> Patches | None:
+    """Frames whose patches are pooled, perhaps with a token behind each video."""
+    pixels = inputs.get("pixel_values_videos")
+    if pixels is None:
         return None
-    grids = torch.as_tensor(inputs["image_sizes"]).cpu() // config.vision_config.patch_size
-    return _packed(_packed_rows(grids, config.spatial_merge_size), grids)
-
-
-def _video_llama_grids(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
-    """Grids with a size of token for each; of videos, some tokens are left out behind the tower."""
-    pixels, grid = _GRID_INPUTS[modality]
-    if inputs.get(pixels) is None:
-        return None
-    grid_thw, areas = inputs[grid].cpu(), inputs[f"{modality}_merge_sizes"].cpu() ** 2
-    rows, first = [], 0
-    for count, area in zip(grid_thw.prod(dim=1).tolist(), areas.tolist(), strict=True):
-        blocks = torch.arange(first, first + count).view(-1, area)
-        rows.append(torch.cat([blocks, blocks[:, :1].expand(-1, int(areas.max()) - area)], dim=1))
-        first += count
-    made = inputs.get("video_compression_mask") if modality == "video" else None
-    chosen = torch.cat(rows) if made is None else torch.cat(rows)[made.cpu()]
-    return _packed(chosen, _frames(grid_thw))
+    side, prefix, per_tile = _square_tile(config)
+    if has_newlines:
+        half = math.ceil(side / 2)
+        of_frame = _interpolated(torch.arange(side * side).view(side, side), half, half).flatten(0, 1)
+    else:
+        half = side // config.spatial_pool_stride
+        of_frame = grid_rows(side, side, config.spatial_pool_stride)
+    num_videos, num_frames = pixels.shape[:2]
+    found = _alike(of_frame + prefix, places(len(of_frame), half), num_videos * num_frames, per_tile, prefix)
+    if not has_newlines:
+        return found
+    rows, tile, place = (
+        pad(each.reshape(num_videos, -1, each[0].numel()), (0, 0, 0, 1), value=-1).flatten(0, 1)
+        for each in (found.rows, found.tile, found.place)
+    )
+    return replace(found, rows=rows, tile=tile[:, 0], place=place)
 
 
 def _qwen(path: str, order: Callable[[Any, Tensor], Tensor], *mergers: str) -> VisionTower:
     """A tower in the manner of Qwen-VL."""
     paths = tuple(f"{path}.{merger}" for merger in ("merger", *mergers))
-    return VisionTower(f"{path}.blocks", _packed_grids(order), mergers=paths)
+    return VisionTower(f"{path}.blocks", packed_grids(order), mergers=paths)
 
 
-_GLM = VisionTower("model.visual.blocks", _packed_grids(_in_blocks))
+_WITH_CLASS_TOKEN = ("clip_vision_model", "internvl_vision", "qianfan_ocr_vision")
+_CLIP_OR_SIGLIP = ("clip_vision_model", "siglip_vision_model")
+_SIGLIP = ("siglip_vision_model",)
+_PIXTRAL = ("pixtral",)
+
+
+def _gemma3_merge(config: Any) -> int:
+    """How many patches wide a token is that pools them, so many tokens a side."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image))
+
+
+_CLIP = "model.vision_tower.encoder.layers"
+_EVERY_PATCH = _tiles_of()
+_INTERNVL = _tiles_of(lambda config: round(1 / config.downsample_ratio))
+_GEMMA3 = _tiles_of(_gemma3_merge)
+_COHERE = _tiles_of(lambda config: config.downsample_factor)
+_IDEFICS3 = VisionTower(
+    "model.vision_model.encoder.layers",
+    _tiles_of(lambda config: config.scale_factor, real=_is_no_padding),
+    overview=-1,
+    tiles_apart=True,
+)
+_LLAVA_NEXT = VisionTower(_CLIP, _next_tiles(has_newlines_in_videos=False), overview=0, kinds=_CLIP_OR_SIGLIP)
+
+_GLM = VisionTower("model.visual.blocks", packed_grids(in_blocks))
 
 VISION_TOWERS: dict[str, VisionTower] = {
-    "internvl": VisionTower(
-        "model.vision_tower.encoder.layer",
-        _square_tiles(lambda config: round(1 / config.downsample_ratio), prefix=1),
-        overview=-1,
-    ),
-    "cohere_compass": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
-    "cosmos3_omni": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
-    "exaone4_5": _qwen("model.visual", _in_windows),
+    "aya_vision": VisionTower(_CLIP, _COHERE, overview=-1, tiles_apart=True, kinds=_SIGLIP),
+    "cohere2_vision": VisionTower(_CLIP, _COHERE, overview=-1, tiles_apart=True, kinds=_SIGLIP),
+    "cohere_compass": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
+    "cosmos3_omni": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
+    "deepseek_vl": VisionTower("model.vision_model.encoder.layers", _EVERY_PATCH, kinds=_SIGLIP),
+    "exaone4_5": _qwen("model.visual", in_windows),
+    "gemma3": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
     "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "glm_ocr": _GLM,
     "glmga": _GLM,
-    "hyperclovax_vision_v2": _qwen("model.vision_model", _in_windows),
-    "lighton_ocr": VisionTower("model.vision_encoder.transformer.layers", _native_sizes),
-    "mistral3": VisionTower("model.vision_tower.transformer.layers", _native_sizes),
-    "paddleocr_vl": VisionTower("model.visual.vision_model.encoder.layers", _packed_grids(_in_reading_order)),
-    "qwen2_5_omni_thinker": _qwen("base_model.visual", _in_windows),
-    "qwen2_5_vl": _qwen("model.visual", _in_windows),
-    "qwen2_vl": _qwen("model.visual", _in_blocks),
-    "qwen3_5": _qwen("model.visual", _in_blocks),
-    "qwen3_5_moe": _qwen("model.visual", _in_blocks),
-    "qwen3_omni_moe_thinker": _qwen("base_model.visual", _in_blocks, "merger_list"),
-    "qwen3_vl": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
-    "qwen3_vl_moe": _qwen("model.visual", _in_blocks, "deepstack_merger_list"),
-    "video_llama_3": VisionTower("model.vision_model.encoder.layers", _video_llama_grids),
+    "hyperclovax_vision_v2": _qwen("model.vision_model", in_windows),
+    "idefics3": _IDEFICS3,
+    "internvl": VisionTower("model.vision_tower.encoder.layer", _INTERNVL, overview=-1),
+    "lighton_ocr": VisionTower("model.vision_encoder.transformer.layers", native_sizes, kinds=_PIXTRAL),
+    "llava": VisionTower(_CLIP, _EVERY_PATCH, kinds=_CLIP_OR_SIGLIP),
+    "llava_next": _LLAVA_NEXT,
+    "llava_next_video": _LLAVA_NEXT,
+    "llava_onevision": replace(_LLAVA_NEXT, patches=_next_tiles(has_newlines_in_videos=True)),
+    "mistral3": VisionTower("model.vision_tower.transformer.layers", native_sizes, kinds=_PIXTRAL),
+    "ovis2": VisionTower(
+        "model.vision_tower.transformer.encoder.layers",
+        _tiles_of(lambda config: config.vision_config.hidden_stride),
+        overview=0,
+        tiles_apart=True,
+    ),
+    "paddleocr_vl": VisionTower("model.visual.vision_model.encoder.layers", packed_grids(in_reading_order)),
+    "paligemma": VisionTower(_CLIP, _EVERY_PATCH, kinds=_SIGLIP),
+    "qianfan_ocr": VisionTower("model.vision_tower.layers", _INTERNVL, overview=-1),
+    "qwen2_5_omni_thinker": _qwen("base_model.visual", in_windows),
+    "qwen2_5_vl": _qwen("model.visual", in_windows),
+    "qwen2_vl": _qwen("model.visual", in_blocks),
+    "qwen3_5": _qwen("model.visual", in_blocks),
+    "qwen3_5_moe": _qwen("model.visual", in_blocks),
+    "qwen3_omni_moe_thinker": _qwen("base_model.visual", in_blocks, "merger_list"),
+    "qwen3_vl": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
+    "qwen3_vl_moe": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
+    "shieldgemma2": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
+    "smolvlm": _IDEFICS3,
+    "video_llama_3": VisionTower("model.vision_model.encoder.layers", video_llama_grids),
+    "vipllava": VisionTower(_CLIP, _EVERY_PATCH, kinds=("clip_vision_model",)),
 }
 
+_CODEBOOK = "convolutions turn an image into entries of a codebook"
+_CONVOLUTIONS = "it attends within windows of an image, and convolutions shrink its map of features"
+_RESAMPLED = "each of its visual tokens is made of all patches of a tile"
+_TIMM = "it comes from timm, where every tower has layers of its own"
+_NO_TOWER = "it has none: the decoder reads the patches themselves"
+_SHRINKS = "it joins patches between its layers"
+
 # Why the towers of the others cannot be pruned.
-NOT_PRUNABLE: dict[str, str] = {}
+NOT_PRUNABLE: dict[str, str] = {
+    "apertus1p5": _CODEBOOK,
+    "aria": _RESAMPLED,
+    "chameleon": _CODEBOOK,
+    "deepseek_ocr2": _RESAMPLED,
+    "deepseek_vl_hybrid": _CONVOLUTIONS,
+    "emu3": _CODEBOOK,
+    "fast_vlm": _TIMM,
+    "fuyu": _NO_TOWER,
+    "gemma3n": _TIMM,
+    "gemma4_unified": _NO_TOWER,
+    "got_ocr2": _CONVOLUTIONS,
+    "granite4_vision": "each of its visual tokens is made of all patches in a window",
+    "idefics2": _RESAMPLED,
+    "llama4": "its class token stands behind the patches",
+    "minicpm_ocr": _SHRINKS,
+    "minicpmv4_6": _SHRINKS,
+    "minicpmv4_7": _SHRINKS,
+    "perception_lm": _TIMM,
+    "pp_chart2table": _CONVOLUTIONS,
+    "step3p7": "convolutions over neighbouring patches make its visual tokens",
+    "video_llava": "it has one for images and another for videos",
+}
 _UNVERIFIED = "leaving patches out has not been verified on its vision tower"
 
 
@@ -254,7 +347,15 @@ def check_tower_prunable(config: PreTrainedConfig) -> VisionTower:
             f"{NOT_PRUNABLE.get(config.model_type, _UNVERIFIED)}: leave out `vision_retention_ratio`, "
             f"`vision_prune_layer` and `vision_processor`, or use one of {', '.join(sorted(VISION_TOWERS))}."
         )
-    return VISION_TOWERS[config.model_type]
+    tower = VISION_TOWERS[config.model_type]
+    kind = config.vision_config.model_type if tower.kinds else ""
+    if tower.kinds and kind not in tower.kinds:
+        raise ValueError(
+            f"The vision tower of this {config.model_type!r} model is of the type {kind!r}, where leaving patches out "
+            "has not been verified: leave out `vision_retention_ratio`, `vision_prune_layer` and `vision_processor`, "
+            f"or use a model with a tower of the type {' or '.join(map(repr, tower.kinds))}."
+        )
+    return tower
 
 
 def vision_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -286,13 +387,13 @@ def encoded_tokens(
         chosen = visual_tokens.valid
         if is_mixed:
             chosen = chosen & torch.isin(ids, ids.new_tensor(visual_token_ids(config, modality)))
-        places = chosen.nonzero()
-        if len(places) != len(patches.rows):
+        found = chosen.nonzero()
+        if len(found) != len(patches.rows):
             raise ValueError(
-                f"The prompts have {len(places)} visual tokens of the modality {modality!r}, but the vision tower "
+                f"The prompts have {len(found)} visual tokens of the modality {modality!r}, but the vision tower "
                 f"makes {len(patches.rows)} of the pixels: pass the images that the prompts speak of, once each."
             )
-        yield EncodedTokens(places, patches.to(places.device))
+        yield EncodedTokens(found, patches.to(found.device))
 
 
 def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: VisualTokens) -> VisualTokens:
@@ -301,22 +402,25 @@ def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: 
     Arguments and errors are those of [`encoded_tokens`].
     """
     tile_index = torch.full_like(visual_tokens.positions, -1)
+    tile_place = tile_index[..., None].repeat(1, 1, 2)
     first = 0
     for call in encoded_tokens(config, inputs, visual_tokens):
         tile_index[tuple(call.places.T)] = torch.where(call.patches.tile >= 0, call.patches.tile + first, -1)
+        tile_place[tuple(call.places.T)] = call.patches.place
         first += call.patches.num_tiles
     # Tiles are counted within each sample.
     none = tile_index < 0
     smallest = pad(tile_index.masked_fill(none, first), (0, 1), value=first).amin(dim=1, keepdim=True)
     tile_index = (tile_index - smallest).masked_fill(none, -1)
 
-    overview = check_tower_prunable(config).overview
+    tower = check_tower_prunable(config)
     is_overview = torch.zeros_like(visual_tokens.valid)
-    if overview is not None:
-        for sample, images in enumerate(visual_tokens.image_index):
+    if tower.overview is not None:
+        image_index = visual_tokens.valid.long() - 1 if tower.tiles_apart else visual_tokens.image_index
+        for sample, images in enumerate(image_index):
             for image in images[images >= 0].unique():
                 tiles = tile_index[sample, images == image]
                 tiles = tiles[tiles >= 0].unique()
                 if len(tiles) > 1:
-                    is_overview[sample] |= tile_index[sample] == tiles[overview]
-    return replace(visual_tokens, tile_index=tile_index, is_overview=is_overview)
+                    is_overview[sample] |= tile_index[sample] == tiles[tower.overview]
+    return replace(visual_tokens, tile_index=tile_index, tile_place=tile_place, is_overview=is_overview)

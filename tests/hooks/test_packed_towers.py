@@ -20,6 +20,7 @@ import torch
 import transformers
 from architectures import TINY, Inputs, tiny_batch, tiny_model, tiny_samples
 from architectures.conformance import NUM_NEW_TOKENS, _masked
+from architectures.vision import PACKED
 from packaging.version import Version
 from tiny_models import state
 from torch import Tensor, nn
@@ -38,12 +39,7 @@ from transformers_sgl.vision_towers import (
 pytestmark = pytest.mark.mechanics
 
 MAIN = [name for name in ("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe") if name in TINY]
-OTHERS = (
-    *("cohere_compass", "cosmos3_omni", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
-    *("hyperclovax_vision_v2", "lighton_ocr", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen3_5", "qwen3_5_moe"),
-    *("qwen3_omni_moe_thinker", "video_llama_3"),
-)
-NAMES = [*MAIN, *(name for name in OTHERS if name in TINY)]
+NAMES = [*MAIN, *(name for name in PACKED if name in TINY and name not in MAIN)]
 # The stock models read images or videos, but not both.
 UNMIXED = [name for name in NAMES if name.startswith("glm")]
 CASES = [*NAMES, *(f"{name} videos" for name in UNMIXED)]

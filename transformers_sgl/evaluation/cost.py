@@ -6,6 +6,9 @@ is `2 * m * k * n` for the product of an `(m, k)` and a `(k, n)` matrix, likewis
 `2 * queries * keys * (key width + value width)` for each head of an attention, masked or not. Attention kernels are
 registered here: PyTorch's counter leaves out the CPU's until 2.14, and 2.11 refuses heads that share their keys.
 
+Where a pair answers, the operations are also told apart: the large model's vision encoder, its decoder, and all else,
+which is the small model.
+
 Peak memory includes the weights of both models: on CUDA devices what PyTorch allocated, elsewhere (Linux) the
 process's resident memory.
 """
@@ -15,15 +18,18 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from transformers_sgl.architectures import decoder
 
 __all__ = ["Cost", "flop_counter", "measure_cost"]
 
@@ -43,13 +49,64 @@ class Cost:
 
     flops: int  # floating-point operations of the whole batch
     peak_memory_bytes: int | None  # the most memory held at a time; `None` where the system does not tell
+    vision_flops: int = 0  # those of the large model's vision encoder
+    decoder_flops: int = 0  # those of its decoder; the rest is the small model's
 
 
-def measure_cost(answer: Callable[[], Any], device: torch.device | str = "cpu") -> Cost:
-    """Runs something and counts; that takes longer than usual, so time is not measured."""
-    with _peak_memory(torch.device(device)) as peak, flop_counter() as counter:
+def measure_cost(
+    answer: Callable[[], Any], device: torch.device | str = "cpu", large: nn.Module | None = None
+) -> Cost:
+    """Runs something and counts; that takes longer than usual, so time is not measured.
+
+    Of the `large` model's operations it tells its vision encoder's and its decoder's.
+    """
+    vision, of_decoder = ([], []) if large is None else _parts(large)
+    with ExitStack() as stack:
+        peak = stack.enter_context(_peak_memory(torch.device(device)))
+        counter = stack.enter_context(flop_counter())
+        flops = [stack.enter_context(_flops_within(modules, counter)) for modules in (vision, of_decoder)]
         answer()
-    return Cost(counter.get_total_flops(), peak[0] if peak else None)
+    return Cost(counter.get_total_flops(), peak[0] if peak else None, *(total for (total,) in flops))
+
+
+def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules of a model's vision encoder, whatever encloses them, and those of its decoder."""
+    of_decoder = [decoder(model), model.get_output_embeddings()]
+    path = next(name for name, module in model.named_modules() if module is of_decoder[0]).split(".")
+    parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    beside = [
+        child
+        for parent, name in zip(parents, path, strict=True)
+        for key, child in parent.named_children()
+        if key != name
+    ]
+    return [module for module in beside if module is not of_decoder[1]], of_decoder
+
+
+@contextmanager
+def _flops_within(modules: Sequence[nn.Module], counter: FlopCounterMode) -> Iterator[list[int]]:
+    """Adds up, in a list of one number, what is counted while one of the modules runs."""
+    total = [0]
+
+    def begin(*_: Any) -> None:
+        total[0] -= counter.get_total_flops()
+
+    def end(*_: Any) -> None:
+        total[0] += counter.get_total_flops()
+
+    handles = [
+        handle
+        for module in modules
+        for handle in (
+            module.register_forward_pre_hook(begin, prepend=True),
+            module.register_forward_hook(end, always_call=True),
+        )
+    ]
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def flop_counter(halves_causal: bool = False) -> FlopCounterMode:

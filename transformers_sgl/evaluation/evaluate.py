@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from transformers_sgl.evaluation.calibration import KeepAccuracy, Record, allowed_failures
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import Sample, load_samples
-from transformers_sgl.evaluation.methods import METHODS, SGL, SGP, Method, Pair, Setting, find_method
+from transformers_sgl.evaluation.methods import METHODS, SGL, Method, Pair, Setting, find_method
 from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import as_markdown, summarise, write_report
@@ -103,11 +103,12 @@ def evaluate(
         methods (`Sequence[str]`, *optional*): Names in [`METHODS`]; by default all.
         retentions (`Sequence[float]`): Average retentions, in `(0, 1)`.
         metric (`str`, defaults to `"exact_match"`): A name in [`METRICS`].
-        calibration_data (`str`, *optional*): Other questions, on which the method `sgl` chooses its threshold.
+        calibration_data (`str`, *optional*): Other questions, on which `sgl` and `sgl-vision` choose thresholds.
         columns (`Mapping[str, str]`, *optional*): As for [`load_samples`].
         limit (`int`, *optional*): The most questions; by default all.
         calibration_limit (`int`, defaults to 2000): The most questions for calibration.
-        keep_accuracy (`float`, defaults to 0.99): For `sgl`, the fraction of right answers to keep; [`KeepAccuracy`].
+        keep_accuracy (`float`, defaults to 0.99): For the same, the fraction of right answers to keep;
+            [`KeepAccuracy`].
         batch_size (`int`, defaults to 8): How many questions are answered at once.
         max_new_tokens (`int`, defaults to 64): The length limit of an answer.
         seed (`int`, defaults to 0): What everything random is drawn from.
@@ -128,7 +129,7 @@ def evaluate(
     load = partial(load_scorable, metric_name=metric, columns=columns, seed=seed)
     samples = load(data, limit=limit)
     calibration: list[Sample] = []
-    if "sgl" in chosen:
+    if any(isinstance(method, SGL) for method in chosen.values()):
         calibration = load(calibration_data or other_split(data), limit=calibration_limit)
         check_disjoint(samples, calibration)
         check_enough(calibration, keep_accuracy)
@@ -156,21 +157,25 @@ def _compare(
     runs = plan(methods, retentions, pair.num_layers)
     check_claim(out, _facts(known, samples, runs))
     score, batch_size = find_metric(known["metric_name"]), known["batch_size"]
-    thresholds: dict[float, float] = {}
-    if calibration:
-        thresholds = choose_thresholds(
-            pair,
-            calibration,
-            retentions,
-            out / "calibration",
-            _facts(known, calibration, []),
-            keep_accuracy=keep_accuracy,
-            num_evaluated=len(samples),
-            score=score,
-            batch_size=batch_size,
-        )
-        runs = plan({**methods, "sgl": SGL(thresholds=thresholds)}, retentions, pair.num_layers)
-    facts = {**_facts(known, samples, runs), "thresholds": [thresholds.get(average) for average in retentions]}
+    calibrated: dict[str, SGL] = {}
+    for name, method in methods.items():
+        if isinstance(method, SGL):
+            thresholds = choose_thresholds(
+                pair,
+                calibration,
+                method.without_exit(),
+                retentions,
+                out / "calibration" / name,
+                _facts(known, calibration, []),
+                keep_accuracy=keep_accuracy,
+                num_evaluated=len(samples),
+                score=score,
+                batch_size=batch_size,
+            )
+            calibrated[name] = replace(method, thresholds=thresholds)
+    runs = plan({**methods, **calibrated}, retentions, pair.num_layers)
+    chosen = {name: list(method.thresholds.values()) for name, method in calibrated.items()}
+    facts = {**_facts(known, samples, runs), "thresholds": chosen}
     results = run_methods(pair, samples, runs, out, facts, score=score, batch_size=batch_size)
     processes = all_processes()
     written: list[Path] = []
@@ -247,6 +252,7 @@ def check_enough(calibration: Sequence[Sample], keep_accuracy: float) -> None:
 def choose_thresholds(
     pair: Pair,
     samples: Sequence[Sample],
+    method: Method,
     retentions: Sequence[float],
     folder: Path,
     facts: dict[str, Any],
@@ -259,10 +265,11 @@ def choose_thresholds(
     """Chooses, on questions that are not evaluated, a decision score from which on drafts are returned.
 
     An answer counts as right from a score of 0.5 on. The promise has to hold for the `num_evaluated` questions of the
-    evaluation, with 99 % confidence. Returns the threshold for each average retention.
+    evaluation, with 99 % confidence. `method` scores drafts and returns none. Returns the threshold for each average
+    retention.
     """
     promise = KeepAccuracy(keep_accuracy)
-    runs = plan({"sgp": SGP(scores_draft=True)}, retentions, pair.num_layers)
+    runs = plan({"sgp": method}, retentions, pair.num_layers)
     options: dict[str, Any] = {"score": score, "batch_size": batch_size, "title": "calibrate"}
     results = run_methods(pair, samples, runs, folder, facts, **options)
     thresholds = {}

@@ -16,6 +16,8 @@ __all__ = ["draw_figure", "new_figure", "save_figure"]
 _STYLES = {
     "sgp": ("#0072B2", "o"),
     "sgl": ("#56B4E9", "D"),
+    "sgp-vision": ("#004B75", "p"),
+    "sgl-vision": ("#E69F00", "d"),
     "oracle": ("#000000", "*"),
     "divprune": ("#009E73", "s"),
     "divprune-late": ("#009E73", "x"),
@@ -23,7 +25,7 @@ _STYLES = {
     "random": ("#999999", "v"),
     "downsample": ("#CC79A7", "P"),
 }
-_SPARE_STYLES = [("#E69F00", marker) for marker in "<>dhpX18"]
+_SPARE_STYLES = [("#E69F00", marker) for marker in "<>hpX18H"]
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -21,8 +21,8 @@ from transformers_sgl.storage.files import write_atomically
 
 __all__ = ["as_markdown", "p_value", "points", "summarise", "write_report"]
 
-# Guided methods, each compared with every other method.
-_OURS = ("sgp", "sgl")
+# Guided methods, each compared with every other method, and with what it adds to.
+_OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
 
 
 def summarise(
@@ -75,6 +75,8 @@ def _row(
         "num_tokens": float(np.mean([result.num_tokens for result in found])),
         "num_draft_tokens_accepted": float(np.mean(accepted)) if accepted else None,
         "gigaflops": cost.flops / 1e9,
+        "vision_gigaflops": cost.vision_flops / 1e9,
+        "decoder_gigaflops": cost.decoder_flops / 1e9,
     }
     if ("large", None) in scores and run.name != "large":
         row["vs_large"] = vars(paired.difference(own, scores["large", None]))
@@ -97,8 +99,12 @@ def _comparisons(scores: dict[RunKey, Array], paired: PairedScores) -> list[dict
         for ours, retention in scores
         if ours in _OURS
         for other, same in scores
-        if same == retention and other not in _OURS
+        if same == retention and _is_compared(ours, other)
     ]
+
+
+def _is_compared(ours: str, other: str) -> bool:
+    return ours in _OURS and (other not in _OURS or other == _OURS[ours])
 
 
 def _at_equal_cost(
@@ -106,11 +112,12 @@ def _at_equal_cost(
 ) -> list[dict[str, Any]]:
     """The guided methods against what all others score at the same cost; unpruned is a setting of each of them."""
     unpruned = [(costs["large", None], scores["large", None])] if ("large", None) in scores else []
-    others = {name for name, retention in scores if retention is not None and name not in _OURS}
+    others = {name for name, retention in scores if retention is not None}
     found = []
     for (ours, retention), other in product(scores, sorted(others)):
         points = [(costs[key], values) for key, values in scores.items() if key[0] == other]
-        expected = at_equal_cost(costs[ours, retention], points + unpruned) if ours in _OURS else None
+        compared = _is_compared(ours, other)
+        expected = at_equal_cost(costs[ours, retention], points + unpruned) if compared else None
         if expected is not None:
             versus = {"method": ours, "other": other, "target_retention": retention}
             difference = paired.difference(scores[ours, retention], expected)

@@ -198,9 +198,11 @@ def measure_costs(
     for run in tqdm(runs, desc="operations and memory", unit="run", disable=None):
         if run.key not in costs:
             answers = (partial(run.method.answer, pair, batch, run.setting) for batch in batches)
-            found = [measure_cost(answer, pair.model.device) for answer in answers]
+            found = [measure_cost(answer, pair.model.device, pair.model.large) for answer in answers]
             peaks = [cost.peak_memory_bytes for cost in found if cost.peak_memory_bytes is not None]
-            cost = Cost(sum(cost.flops for cost in found) // number, max(peaks, default=None))
+            names = ("flops", "vision_flops", "decoder_flops")
+            flops = {name: sum(getattr(cost, name) for cost in found) // number for name in names}
+            cost = Cost(peak_memory_bytes=max(peaks, default=None), **flops)
             fields = {"method": run.name, "average_retention": run.average_retention, **asdict(cost)}
             append(file, json.dumps(fields) + "\n")
             costs[run.key] = cost

@@ -41,6 +41,8 @@ METHODS: dict[str, Method] = {
     "small": Small(),
     "sgp": SGP(),
     "sgl": SGL(),
+    "sgp-vision": SGP(vision=True),
+    "sgl-vision": SGL(vision=True),
     "random": Random(),
     "fastv": FastV(),
     "oracle": Oracle(),

@@ -18,7 +18,17 @@ from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.opening import chat_inputs, user_turn
 
-__all__ = ["Answer", "Batch", "Method", "Pair", "Setting"]
+__all__ = ["VISION_POINTS", "Answer", "Batch", "Method", "Pair", "Setting"]
+
+# What a vision method does at an average retention, in ascending order: the fraction of visual tokens that the vision
+# tower encodes, and the depth from which on the decoder sees fewer still. Between two rows the values lie on a line.
+VISION_POINTS = (
+    # average retention, vision_retention_ratio, prune_layer
+    (0.0, 0.0, 0.0),
+    (1.0, 1.0, 0.0),
+)
+# Where the tower drops the patches of the others, as a fraction of its depth; `None`: as whole tiles.
+VISION_PRUNE_LAYER: float | None = 0.25
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class Setting:
     average_retention: float  # the target: visual tokens averaged over the large model's layers, as a fraction
     prune_layer: int  # the first layer that sees fewer tokens
     num_layers: int  # the large model's layers
+    vision_retention_ratio: float = 1.0  # the fraction of them that the large model's vision tower encodes
+    vision_prune_layer: float | None = None  # where it drops the others, as a fraction of its depth
 
     @classmethod
     def of(cls, average: float, num_layers: int) -> Setting:
@@ -55,13 +67,32 @@ class Setting:
     @property
     def retention_ratio(self) -> float:
         """The fraction of tokens that the layers from `prune_layer` on keep to reach the average exactly."""
-        upper = self.num_layers - self.prune_layer
+        lower, upper = self.prune_layer * self.vision_retention_ratio, self.num_layers - self.prune_layer
         # Rounded, so that a tenth of 320 tokens is 32 of them for every number of layers.
-        return round((self.average_retention * self.num_layers - self.prune_layer) / upper, 12)
+        return round((self.average_retention * self.num_layers - lower) / upper, 12)
 
     def from_layer(self, prune_layer: int) -> Setting:
         """The same average from another layer on."""
         return replace(self, prune_layer=prune_layer)
+
+    def with_vision(self) -> Setting:
+        """The same average, reached by leaving tokens out of the vision tower, too, as [`VISION_POINTS`] says.
+
+        Example:
+            ```python
+            >>> from transformers_sgl.evaluation.methods import Setting
+
+            >>> setting = Setting.of(0.35, num_layers=48).with_vision()
+            >>> setting.vision_retention_ratio, setting.prune_layer, setting.retention_ratio
+            (0.35, 0, 0.35)
+
+            ```
+        """
+        averages, ratios, depths = zip(*VISION_POINTS, strict=True)
+        ratio, depth = (float(np.interp(self.average_retention, averages, values)) for values in (ratios, depths))
+        last = math.ceil(self.average_retention / ratio * self.num_layers) - 1  # later ones exceed the average
+        layer = min(resolve_prune_layer(depth, self.num_layers), last)
+        return Setting(self.average_retention, layer, self.num_layers, round(ratio, 12), VISION_PRUNE_LAYER)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,14 @@ class SGP(Method):
     queries: str = "both"  # whose attention ranks the visual tokens: `"prompt"`, `"last"`, `"generated"` or `"both"`
     layers: float = 1.0  # the fraction of the small model's layers that count, from the first one on
     scores_draft: bool = False  # whether the draft is scored although nothing exits; a calibration needs that
+    vision: bool = False  # whether the large model's vision tower is pruned, too
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
+        if self.vision:
+            setting = setting.with_vision()
         return pair_answers(
             pair,
             batch,
@@ -30,6 +33,8 @@ class SGP(Method):
             num_beams=1,
             retention_ratio=setting.retention_ratio,
             prune_layer=setting.prune_layer,
+            vision_retention_ratio=setting.vision_retention_ratio,
+            vision_prune_layer=setting.vision_prune_layer,
             guidance_queries=self.queries,
             guidance_layers=self.layers,
             early_exit_threshold=threshold,
@@ -46,6 +51,10 @@ class SGL(SGP):
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         return self._generate(pair, batch, setting, self.thresholds[setting.average_retention])
+
+    def without_exit(self) -> SGP:
+        """The same with scored drafts, of which none is returned."""
+        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision)
 
 
 def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
