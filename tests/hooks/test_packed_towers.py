@@ -20,7 +20,7 @@ import torch
 import transformers
 from architectures import TINY, Inputs, tiny_batch, tiny_model, tiny_samples
 from architectures.conformance import NUM_NEW_TOKENS, _masked
-from architectures.vision import PACKED
+from architectures.vision import PACKED, check_pair
 from packaging.version import Version
 from tiny_models import state
 from torch import Tensor, nn
@@ -87,10 +87,10 @@ def prompts(case: str) -> list[Inputs]:
     name, _, videos = case.partition(" ")
     if videos:
         return tiny_samples(name, (2,), (6,), video=True)
-    images = tiny_samples(name, (1, 2, 0), (5, 3, 4))
+    images = tiny_samples(name, (1, 2, 0), (5, 3, 4), seed=3)  # of odd sides, where orders differ from their inverse
     if TINY[name].videos is None or name in UNMIXED:
         return images if name in MAIN else images[1:2]
-    with_videos = tiny_samples(name, (1, 1), (2, 6), seed=1, video=True)
+    with_videos = tiny_samples(name, (1, 1), (2, 6), video=True)
     mixed = joined(name, images[1], with_videos[0])
     return [images[0], mixed, images[2], with_videos[1]] if name in MAIN else [mixed]
 
@@ -340,6 +340,11 @@ def test_a_batch_is_its_samples(case: str) -> None:
         with without(model, sample, own, keep[number : number + 1, : own.num_visual_tokens], 1) as (alone, _):
             check_same_answer(together, number, model.generate(**sample, **GREEDY, **DETAILS))
         torch.testing.assert_close(alone.share[0], pruner.share[number])
+
+
+@pytest.mark.parametrize(("name", "video"), [(name, name in ("qwen2_5_vl", "qwen3_vl")) for name in MAIN[:4]])
+def test_a_pair_writes_for_a_batch_what_it_does_for_its_samples(name: str, video: bool) -> None:
+    check_pair(name, video)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if VISION_TOWERS[case.partition(" ")[0]].mergers])
