@@ -424,9 +424,11 @@ def _reference_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     weights = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    hidden = _HIDDEN[module][:, None]
     if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.masked_fill(_HIDDEN[module][:, None], -torch.inf).softmax(dim=-1)
+        hidden = hidden | (attention_mask < 0)
+    weights = weights.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    weights = weights.nan_to_num(0.0)  # of a patch that sees nothing, because all that is kept of its tile is padding
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
