@@ -19,7 +19,7 @@ pytestmark = pytest.mark.mechanics
 NAMES = vision.prunable()
 # With images, and where an architecture knows videos of their own, with these.
 names = pytest.mark.parametrize(
-    ("name", "video"), [(name, video) for name in NAMES for video in ([False, True] if TINY[name].videos else [False])]
+    ("name", "video"), [(name, video) for name in NAMES for video in vision.modalities(name)]
 )
 
 

@@ -22,6 +22,7 @@ from transformers_sgl.transformers_interface import best_resolution
 
 __all__ = [
     "NOT_PRUNABLE",
+    "UNVERIFIED",
     "VISION_TOWERS",
     "EncodedTokens",
     "Patches",
@@ -318,7 +319,7 @@ NOT_PRUNABLE: dict[str, str] = {
     "step3p7": "convolutions over neighbouring patches make its visual tokens",
     "video_llava": "it has one for images and another for videos",
 }
-_UNVERIFIED = "leaving patches out has not been verified on its vision tower"
+UNVERIFIED = "leaving patches out has not been verified on its vision tower"
 
 
 def check_tower_prunable(config: PreTrainedConfig) -> VisionTower:
@@ -327,7 +328,7 @@ def check_tower_prunable(config: PreTrainedConfig) -> VisionTower:
     if config.model_type not in VISION_TOWERS:
         raise ValueError(
             f"The vision tower of a {config.model_type!r} model cannot be pruned, because "
-            f"{NOT_PRUNABLE.get(config.model_type, _UNVERIFIED)}: leave out `vision_retention_ratio`, "
+            f"{NOT_PRUNABLE.get(config.model_type, UNVERIFIED)}: leave out `vision_retention_ratio`, "
             f"`vision_prune_layer` and `vision_processor`, or use one of {', '.join(sorted(VISION_TOWERS))}."
         )
     tower = VISION_TOWERS[config.model_type]

@@ -214,6 +214,14 @@ def check_leaves_nothing_behind(name: str) -> None:
     assert state(model) == before
 
 
+def modalities(name: str) -> tuple[bool, ...]:
+    """Whether prompts have videos: without them, and with them where the architecture knows videos of its own."""
+    return (False, True) if TINY[name].videos else (False,)
+
+
+CHECKS = (check_keeps_everything, check_leaves_tiles_out, check_leaves_patches_out, check_pair)
+
+
 def check_answers(
     model: PreTrainedModel,
     batch: Inputs,
