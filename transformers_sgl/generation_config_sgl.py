@@ -135,6 +135,10 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
             continues after the part it agrees with. The output stays the same. By default wherever the small model has
             answered; with `True` the small model answers for this even where nothing is pruned; with `False` never.
+        confirmation_threshold (`float`, *optional*): With a number from 0 to 1 the pruned large model only confirms
+            the small model's answer: where it would have written the same, with at least this probability, that is
+            the answer; where not, it reads the prompt again with every visual token. By default its own pruned answer
+            stands.
         **kwargs: Every field of `GenerationConfig`.
 
     Raises:
@@ -206,6 +210,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "consistency_reduction": "product",
             "score_draft": None,
             "verify_draft": None,
+            "confirmation_threshold": None,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -271,6 +276,12 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             raise ValueError(
                 f"`early_exit_threshold` is {threshold!r}, but it is compared with scores between 0 and 1: pass a "
                 "number of 0 or more, or None never to exit early."
+            )
+        confirmation = self.confirmation_threshold
+        if confirmation is not None and not (_is_number(confirmation) and 0 <= confirmation <= 1):
+            raise ValueError(
+                f"`confirmation_threshold` is {confirmation!r}, but it is compared with the probability of an answer: "
+                "pass a number from 0 to 1, or None to let the pruned answer stand."
             )
         for name in ("score_draft", "verify_draft"):
             value = getattr(self, name)

@@ -70,7 +70,7 @@ class VisionTowerPruner(HookContext):
         >>> with VisionTowerPruner(large, inputs, tokens, keep, prune_layer=1) as pruner:
         ...     features = large.get_image_features(inputs["pixel_values"]).pooler_output
         >>> features.shape, pruner.share
-        (torch.Size([2, 64, 192]), tensor([0.3359], dtype=torch.float64))
+        (torch.Size([2, 64, 128]), tensor([0.3359], dtype=torch.float64))
 
         ```
     """
