@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
-from architectures import TINY, Inputs, tiles, tiny_samples, vision
-from transformers import LlavaConfig, PreTrainedConfig
+from architectures import TINY, Inputs, tiles, tiny_model, tiny_samples, vision
+from architectures.tiles import unpadded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.architectures import ARCHITECTURES, visual_tokens_of
 from transformers_sgl.transformers_interface import stock_fault
@@ -117,3 +121,51 @@ def test_the_tile_that_shows_the_whole_image_is_known(name: str, index: int) -> 
 
 def _num_tiles(sample: Inputs) -> int:
     return sample["pixel_values"].shape[:-3].numel()
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), min_size=1, max_size=3))
+def test_tokens_of_images_of_any_size_are_those_that_the_model_packs(name: str, sizes: list[tuple[int, int]]) -> None:
+    """Features are rows of a unit matrix, so what the model makes of them tells of which patches, and how much."""
+    model = _tiny_model(name)
+    counts = [unpadded(size)[0] + 1 for size in sizes]
+    of_patches = torch.eye(sum(counts) * tiles.GRID**2).unflatten(0, (-1, tiles.GRID**2))
+    arguments = {"image_newline": torch.zeros(of_patches.shape[-1])}
+    if name == "llava_next":
+        arguments["vision_feature_select_strategy"] = "default"
+    else:
+        arguments["vision_aspect_ratio"] = "anyres_max_2"
+    packed, _ = model.pack_image_features(of_patches.split(counts), sizes, **arguments)
+    weights = torch.cat(packed)
+
+    inputs = {"pixel_values": torch.zeros(len(sizes), max(counts), 3, 1, 1), "image_sizes": torch.tensor(sizes)}
+    patches = VISION_TOWERS[name].patches(model.config, inputs, "image")
+    in_tile = patches.rows % (patches.num_rows // patches.num_tiles) - patches.prefix
+    place = patches.rows // (patches.num_rows // patches.num_tiles) * tiles.GRID**2 + in_tile
+    found = torch.zeros_like(weights).scatter(1, place.clamp(min=0), 1.0) * (patches.tile >= 0)[:, None]
+    assert patches.num_tiles == sum(counts)
+    assert torch.equal(weights.any(dim=1), found.any(dim=1))
+    assert not (weights * (1 - found)).any()
+    if name == "llava_next":
+        assert torch.equal(weights, found)
+
+
+@cache
+def _tiny_model(name: str) -> PreTrainedModel:
+    return tiny_model(name).model
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_pooled_tokens_of_frames_are_those_that_the_model_pools(side: int) -> None:
+    model = tiny_model("llava_onevision").model
+    model.config.vision_config.image_size = side * tiles.PATCH
+    weights = model.apply_pooling(torch.eye(2 * side**2).unflatten(0, (2, -1))).flatten(0, 1)
+    patches = VISION_TOWERS["llava_onevision"].patches(
+        model.config, {"pixel_values_videos": torch.zeros(1, 2, 3, 1, 1)}, "video"
+    )
+    assert patches.num_rows == 2 * side**2
+    assert (patches.rows[-1].tolist(), patches.tile[-1]) == ([-1] * 4, -1)  # the end of the video
+    found = torch.zeros_like(weights).scatter(1, patches.rows[:-1], 1.0)
+    assert not (weights * (1 - found)).any()
+    assert patches.tile[:-1].tolist() == (weights[:, side**2 :].any(dim=1)).long().tolist()
