@@ -8,12 +8,13 @@ from functools import cache
 
 import pytest
 import torch
-from architectures import TINY, Inputs, tiles, tiny_model, tiny_samples, vision
+from architectures import TINY, Inputs, tiles, tiny_batch, tiny_model, tiny_samples, vision
 from architectures.tiles import unpadded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 
+from transformers_sgl import VisionTowerPruner
 from transformers_sgl.architectures import ARCHITECTURES, visual_tokens_of
 from transformers_sgl.transformers_interface import stock_fault
 from transformers_sgl.vision_towers import NOT_PRUNABLE, VISION_TOWERS, check_tower_prunable, with_tiles
@@ -169,3 +170,22 @@ def test_pooled_tokens_of_frames_are_those_that_the_model_pools(side: int) -> No
     found = torch.zeros_like(weights).scatter(1, patches.rows[:-1], 1.0)
     assert not (weights * (1 - found)).any()
     assert patches.tile[:-1].tolist() == (weights[:, side**2 :].any(dim=1)).long().tolist()
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
+def test_images_and_videos_of_one_call_are_told_apart(name: str) -> None:
+    model = vision.vision_model(name, torch.float)
+    samples = [tiny_samples(name, (1,), (3,))[0], tiny_samples(name, (1,), (4,), video=True)[0]]
+    batch = tiny_batch(name, samples)
+    tokens = with_tiles(model.config, batch, visual_tokens_of(model.config, batch))
+    stock, _ = vision.features_of(model, batch, tokens)
+    tile, sample = tokens.tile_index[tokens.valid], tokens.valid.nonzero()[:, 0]
+    for number in range(2):
+        kept = (tile < 0) | (sample != number) | (tile == 1)
+        mask = tokens.valid.masked_scatter(tokens.valid, kept)
+        with VisionTowerPruner(model, batch, tokens, mask) as pruner:
+            found, _ = vision.features_of(model, batch, tokens)
+        assert torch.equal(found[kept], stock[kept])
+        assert not torch.isclose(found[~kept], stock[~kept]).all(dim=1).any()
+        assert pruner.share[1 - number] == 1
+        assert pruner.share[number] < 0.7

@@ -285,7 +285,7 @@ VISION_TOWERS: dict[str, VisionTower] = {
     "deepseek_vl": VisionTower("model.vision_model.encoder.layers", _EVERY_PATCH, kinds=_SIGLIP),
     "gemma3": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
     "idefics3": _IDEFICS3,
-    "internvl": VisionTower("model.vision_tower.encoder.layer", _INTERNVL, overview=-1),
+    "internvl": VisionTower("model.vision_tower.encoder.layer", _INTERNVL, overview=-1, kinds=("internvl_vision",)),
     "llava": VisionTower(_CLIP, _EVERY_PATCH, kinds=_CLIP_OR_SIGLIP),
     "llava_next": _LLAVA_NEXT,
     "llava_next_video": _LLAVA_NEXT,
