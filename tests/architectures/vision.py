@@ -34,6 +34,12 @@ from .conformance import NUM_NEW_TOKENS, _masked, _pair
 
 NUM_VISION_LAYERS = 3
 PRUNE_LAYERS = (0, 1, 2)
+# Their towers read all images as one sequence: `tests/hooks/test_packed_towers.py` has the promises for them.
+PACKED = (
+    *("cohere_compass", "cosmos3_omni", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+    *("hyperclovax_vision_v2", "lighton_ocr", "mistral3", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "video_llama_3"),
+)
 _REFERENCE = "vision_reference"
 _TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}  # some norms compute in single precision, whatever they are given
 _HIDDEN: dict[
@@ -42,11 +48,12 @@ _HIDDEN: dict[
 
 
 def prunable() -> list[str]:
-    """The tiny architectures whose vision towers can be pruned."""
+    """The tiny architectures whose vision towers read tiles, and can be pruned."""
 
     def is_prunable(name: str) -> bool:
+        config = TINY[name].config(1)
         try:
-            return bool(check_tower_prunable(TINY[name].config(1)))
+            return bool(check_tower_prunable(config)) and config.model_type not in PACKED
         except ValueError:
             return False
 
