@@ -107,9 +107,11 @@ def survey(name: str) -> dict[str, Any]:
 
 def tower(name: str) -> bool | None:
     """Whether its vision tower can leave out what is not kept; `None` where that is refused."""
-    if name not in vision.prunable():
+    reads_tiles = name in vision.prunable()
+    if not reads_tiles and name not in vision.prunable(packed=True):
         return None
-    return all(keeps(check, name, video=video) for check in vision.CHECKS for video in vision.modalities(name))
+    checks = (*vision.CHECKS, *vision.CHECKS_OF_TILES) if reads_tiles else vision.CHECKS
+    return all(keeps(check, name, video=video) for check in checks for video in vision.modalities(name))
 
 
 def keeps(check: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
@@ -166,7 +168,7 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             [
                 f"`{model_type}`",
-                *(words[found[field]] for field in FIELDS),
+                *(words[found.get(field)] for field in FIELDS),
                 words[other_families(model_type)],
                 ", ".join(".".join(version.split(".")[:2]) for version in passed),
                 "; ".join(found["limits"]),
@@ -183,7 +185,8 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         "its eager attentions; guided: pruned, it writes what it writes with the dropped tokens masked, in batches as "
         "alone, with drafts and early exits; across families: it is known which part of an image each of its tokens "
         "stands for; video: not every one that the processor takes was tried; vision tower: it can leave out tiles "
-        "and patches, and what it still makes is what it makes where nobody sees them."
+        "and patches, with everything kept it is stock's to the last bit, and a batch encodes and writes what its "
+        "samples do."
     )
     reasons = [
         [f"`{model_type}`", UNSUPPORTED[model_type]] for model_type in sorted(UNSUPPORTED) if model_type in types
@@ -208,7 +211,7 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
 
 def passes(found: dict[str, Any] | None) -> bool:
     """Whether every promise is kept."""
-    return found is not None and all(found[field] is not False for field in FIELDS)
+    return found is not None and all(found.get(field) is not False for field in FIELDS)
 
 
 def other_families(model_type: str) -> bool:
