@@ -19,7 +19,8 @@ def evaluate(
     ],
     out: Annotated[Path, shared.option("DIR", "Folder for records, tables and figure.")],
     calibration: Annotated[
-        str | None, shared.option("DATA", "Other questions, for the thresholds of sgl (default: another split).", _DATA)
+        str | None,
+        shared.option("DATA", "Other questions, for the thresholds of sgl (default: another split).", _DATA),
     ] = None,
     columns: Annotated[
         str | None,
@@ -33,7 +34,10 @@ def evaluate(
         str, shared.option("NAME", "exact_match, vqa_accuracy, anls, relaxed_accuracy or choice_accuracy.", _HOW)
     ] = "exact_match",
     keep_accuracy: Annotated[
-        float, shared.option("A", "For sgl and sgl-vision: fraction of the large model's right answers that stay right.", _HOW)
+        float,
+        shared.option(
+            "A", "For sgl and sgl-vision: fraction of the large model's right answers that stay right.", _HOW
+        ),
     ] = 0.99,
     batch_size: shared.BatchSize = 8,
     seed: Annotated[int, shared.option("N", "What everything random is drawn from.")] = 0,

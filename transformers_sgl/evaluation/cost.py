@@ -74,7 +74,12 @@ def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     of_decoder = [decoder(model), model.get_output_embeddings()]
     path = next(name for name, module in model.named_modules() if module is of_decoder[0]).split(".")
     parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
-    beside = [child for parent, name in zip(parents, path, strict=True) for key, child in parent.named_children() if key != name]
+    beside = [
+        child
+        for parent, name in zip(parents, path, strict=True)
+        for key, child in parent.named_children()
+        if key != name
+    ]
     return [module for module in beside if module is not of_decoder[1]], of_decoder
 
 
