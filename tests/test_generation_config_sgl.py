@@ -23,6 +23,8 @@ RANDOMLY = settings(max_examples=40, deadline=None)
 SGL_FIELDS = (
     "retention_ratio",
     "prune_layer",
+    "vision_retention_ratio",
+    "vision_prune_layer",
     "min_tokens_per_image",
     "guidance_queries",
     "guidance_layers",
@@ -32,6 +34,7 @@ SGL_FIELDS = (
     "consistency_reduction",
     "score_draft",
     "verify_draft",
+    "confirm_draft",
 )
 
 

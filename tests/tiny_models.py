@@ -38,14 +38,19 @@ FLASH_STAND_IN = "flash_stand_in"
 
 
 def tiny_internvl(
-    num_layers: int = 4, seed: int = 0, attn_implementation: str = "sdpa", hidden_size: int = 32, **text: Any
+    num_layers: int = 4,
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+    hidden_size: int = 32,
+    num_vision_layers: int = 1,
+    **text: Any,
 ) -> InternVLForConditionalGeneration:
     """A random InternVL whose tiles are 16x16 pixels and give 16 visual tokens."""
     torch.manual_seed(seed)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=16,
-            num_hidden_layers=1,
+            num_hidden_layers=num_vision_layers,
             num_attention_heads=2,
             intermediate_size=32,
             image_size=(16, 16),

@@ -165,6 +165,29 @@ class AnswerRules:
                 f"leave it out, {cure}"
             )
 
+    def check_confirmations(self, inputs: Mapping[str, Any], earlier: Any) -> None:
+        """Raises `ValueError` if the large model cannot confirm a draft, with cause and cure."""
+        cure = "or leave out `confirm_draft`."
+        if not self.is_greedy:
+            raise ValueError(
+                "A confirmed draft is one greedy answer, but sampling, beams or several answers were asked for: set "
+                f"do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
+            )
+        if self.vocabularies.shared is None:
+            raise ValueError(
+                "A confirmed draft is the small model's tokens, but nothing tells whether they mean the same to the "
+                f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
+            )
+        if inputs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"The small model cannot read `inputs_embeds`, so there is no draft: leave it out, {cure}"
+            )
+        if earlier is not None:
+            raise ValueError(
+                "A later turn of a conversation goes on with the pruned cache, where no draft can be confirmed: pass "
+                f"the whole conversation without this cache, {cure}"
+            )
+
     def check_prunable(self, inputs: Mapping[str, Any]) -> None:
         """Raises `ValueError` if a setting of stock `generate` rules out pruning, with the cure."""
         settings = self.settings

@@ -32,12 +32,14 @@ def read_arguments(
 
     Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; what is `None` in
     it comes from the `model`'s own settings. As in stock `generate`, a setting that is `None` among `kwargs` is unset;
-    one of this package's own is as if it were not passed, but `early_exit_threshold=None` means never to exit.
+    one of this package's own is as if it were not passed, but `early_exit_threshold=None` means never to exit, and
+    `vision_prune_layer=None` to leave out whole tiles.
     """
     if kwargs.get("early_exit_threshold", 0) is None:
         kwargs = {**kwargs, "early_exit_threshold": NEVER_EXIT}
     own = SGLGenerationConfig.extra_defaults()
-    kwargs = {name: value for name, value in kwargs.items() if not (name in own and value is None)}
+    unset = [name for name in own if name != "vision_prune_layer" and kwargs.get(name, 0) is None]
+    kwargs = {name: value for name, value in kwargs.items() if name not in unset}
     preset = kwargs.pop("preset", None)
     if preset is not None:
         SGLGenerationConfig.from_preset(preset)  # raises if there is none of that name

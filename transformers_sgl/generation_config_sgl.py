@@ -135,6 +135,9 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
             continues after the part it agrees with. The output stays the same. By default wherever the small model has
             answered; with `True` the small model answers for this even where nothing is pruned; with `False` never.
+        confirm_draft (`bool`, *optional*, defaults to `False`): Whether the pruned large model only confirms the small
+            model's answer. Where it would have written the same, that is the answer; where not, it reads the prompt
+            again with every visual token.
         **kwargs: Every field of `GenerationConfig`.
 
     Raises:
@@ -206,6 +209,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "consistency_reduction": "product",
             "score_draft": None,
             "verify_draft": None,
+            "confirm_draft": False,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -272,7 +276,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
                 f"`early_exit_threshold` is {threshold!r}, but it is compared with scores between 0 and 1: pass a "
                 "number of 0 or more, or None never to exit early."
             )
-        for name in ("score_draft", "verify_draft"):
+        for name in ("score_draft", "verify_draft", "confirm_draft"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"`{name}` is {value!r}: pass True, False or None.")

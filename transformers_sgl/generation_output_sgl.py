@@ -52,6 +52,9 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             most important visual tokens.
         decision_score (`Tensor` of shape `(batch,)`, *optional*): The mean of both, to which `early_exit_threshold` is
             compared.
+        draft_confirmed (`Tensor` of shape `(batch,)`, *optional*): With `confirm_draft`, `True` where the pruned large
+            model would have written the small model's answer, which then is the answer; where not, it has read
+            everything afterwards.
         num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
             model confirmed.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
@@ -80,6 +83,7 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     confidence: Tensor | None = None
     consistency: Tensor | None = None
     decision_score: Tensor | None = None
+    draft_confirmed: Tensor | None = None
     num_draft_tokens_accepted: Tensor | None = None
     num_large_forward_passes: int | None = None
     timings: dict[str, float] | None = None
@@ -97,7 +101,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             num_layers (`int`): The number of the large model's decoder layers.
 
         Returns:
-            `Tensor` of shape `(batch,)`: Fractions in float64: 1 where nothing was pruned, 0 for an early exit.
+            `Tensor` of shape `(batch,)`: Fractions in float64: 1 where nothing was pruned, 0 for an early exit, and 1
+            more where the large model has read the prompt again.
         """
         if self.keep_mask is None or self.prune_layer is None or self.num_visual_tokens is None:
             found = [1.0] * len(self.sequences)
@@ -105,9 +110,11 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             kept = self.keep_mask.sum(dim=1)
             encoded = self.num_visual_tokens if self.vision_keep_mask is None else self.vision_keep_mask.sum(dim=1)
             number = self.num_visual_tokens.clamp(min=1)
-            ratios = zip(*((each.cpu() / number.cpu()).tolist() for each in (kept, encoded)), strict=True)
+            ratios = zip(*((each.cpu().double() / number.cpu()).tolist() for each in (kept, encoded)), strict=True)
             found = [average_retention(ratio, self.prune_layer, num_layers, first) for ratio, first in ratios]
         retention = torch.tensor(found, dtype=torch.float64)
+        if self.draft_confirmed is not None and self.keep_mask is not None:  # those it has read once more
+            retention += (~self.draft_confirmed).cpu()
         return retention if self.exited_early is None else retention.masked_fill(self.exited_early.cpu(), 0.0)
 
 

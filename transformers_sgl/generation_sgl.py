@@ -19,6 +19,7 @@ from transformers_sgl.architectures import check_prunable, check_supported, deco
 from transformers_sgl.arguments import split_inputs
 from transformers_sgl.batching import merge_answers
 from transformers_sgl.clock import Clock
+from transformers_sgl.confirmation import confirm
 from transformers_sgl.generation_config_sgl import (
     SGLGenerationConfig,
     resolve_prune_layer,
@@ -115,6 +116,9 @@ def generate(
         rules.check_prunable(large_inputs)
     if rules.may_exit:
         rules.check_exits(large_inputs)
+    confirms = prunes and bool(settings.confirm_draft)
+    if confirms:
+        rules.check_confirmations(large_inputs, earlier)
     prompts = large_inputs["input_ids"]
     # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
     prompt = Prompt.of(large.config, large_inputs, as_passed=not prunes and earlier is None)
@@ -152,21 +156,56 @@ def generate(
     if rules.may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
         exits = exits & (num_visual_tokens > 0).to(exits.device)  # as in step 1: text alone is the large model's
-    early = draft[:, : int((draft_mask.sum(dim=1) * exits).max())]
-    whole_batch = WholeBatch(prompts, ~exits, early, rules.pad_token_id)
+
+    # 5. The ranking becomes a choice of tokens. Where the large model has to confirm drafts only, it reads the others
+    # with these tokens; what it would have written itself is the answer, too.
+    def pruning_of(some: Prompt, chosen: Tensor) -> Pruning | None:
+        if guidance.importance is None or some.visual_tokens.num_visual_tokens == 0:
+            return None
+        importance = guidance.importance[chosen, : some.visual_tokens.num_visual_tokens]
+        return Pruning(large, some, importance, of_tower, processors, prune_layer, vision_layer)
+
+    settled, confirmed, num_checks = exits, None, 0
+    pruned: dict[str, Any] = {}
+    if confirms:
+        confirmed, checked = torch.zeros_like(exits), complete & ~exits
+        if checked.any():
+            some = prompt if checked.all() else prompt.select(checked)
+            pruning = pruning_of(some, checked)
+            batch = (
+                None
+                if some.inputs["input_ids"] is prompts
+                else WholeBatch(prompts, checked, draft, rules.pad_token_id)
+            )
+            confirmed[checked], num_checks = confirm(
+                large,
+                some,
+                pruning,
+                draft[checked],
+                draft_mask[checked],
+                rules.large_settings(counts_new_tokens=some is not prompt),
+                batch,
+                **{name: value for name, value in generate_kwargs.items() if name != "generation_config"},
+            )
+            if pruning is not None:
+                pruned = pruning.fields(checked, prompt.visual_tokens.num_visual_tokens)
+        settled = exits | confirmed
+        if "vision_share" in pruned:
+            pruned["vision_share"] += (~settled).cpu()  # which it reads whole
+    early = draft[:, : int((draft_mask.sum(dim=1) * settled).max())]
+    whole_batch = WholeBatch(prompts, ~settled, early, rules.pad_token_id)
     streamer = generate_kwargs.get("streamer")
-    if streamer is not None and exits.any():
+    if streamer is not None and settled.any():
         streamer = WholeBatchStreamer(streamer, whole_batch)
         generate_kwargs["streamer"] = streamer
 
-    # 5. The other samples go on as a smaller batch. The ranking becomes a choice of tokens, and the large model reads
-    # the prompt and the draft, keeps what matters, and writes.
-    rest, output, late, num_accepted = ~exits, None, None, None
-    pruned: dict[str, Any] = {}
+    # 6. The other samples go on as a smaller batch. The large model reads the prompt and the draft, keeps what matters
+    # (or everything, where it has not confirmed the draft), and writes.
+    rest, output, late, num_accepted = ~settled, None, None, None
     verifier = DraftVerifier(large)
     keeps_cache = bool(settings.return_dict_in_generate) or cache is not None
     if rest.any():
-        if exits.any():
+        if settled.any():
             prompt = prompt.select(rest)
             generate_kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
         verifies = settings.verify_draft is not False and vocabularies.shared is not None
@@ -178,27 +217,26 @@ def generate(
         )
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
-            pruning = None
-            if guidance.importance is not None and prompt.visual_tokens.num_visual_tokens > 0:
-                importance = guidance.importance[rest, : prompt.visual_tokens.num_visual_tokens]
-                pruning = Pruning(large, prompt, importance, of_tower, processors, prune_layer, vision_layer)
-                pruned = pruning.fields(rest, guidance.importance.shape[1])
+            pruning = None if confirms else pruning_of(prompt, rest)
             recorded_layer = prune_layer if pruning is not None and keeps_cache else None
-            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest))
-            if pruning is not None:
-                stack.enter_context(pruning)
+            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest, not of_tower))
+            if pruning is not None and guidance.importance is not None:
+                pruned = stack.enter_context(pruning).fields(rest, guidance.importance.shape[1])
             output = verifier.generate(**turn.inputs, **generate_kwargs)
             turn.finish(output)
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
         clock.lap("large_ms")
-    elif streamer is not None:
-        streamer.end()
-    if verifier.num_accepted is not None:
-        num_accepted = torch.zeros_like(rest, dtype=torch.long)
-        num_accepted[rest] = verifier.num_accepted.to(rest.device)
+    else:
+        clock.lap("large_ms")
+        if streamer is not None:
+            streamer.end()
+    if verifier.num_accepted is not None or num_checks:
+        num_accepted = draft_mask.sum(dim=1).masked_fill(~settled | exits, 0)
+        if verifier.num_accepted is not None:
+            num_accepted[rest] = verifier.num_accepted.to(rest.device)
 
-    # 6. The whole batch again, with the prompts as they were passed.
-    answers = merge_answers(early, late, exits, rules.pad_token_id)
+    # 7. The whole batch again, with the prompts as they were passed.
+    answers = merge_answers(early, late, settled, rules.pad_token_id)
     prompts = prompts.repeat_interleave(answers.shape[0] // prompts.shape[0], dim=0)
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
@@ -219,6 +257,7 @@ def generate(
         consistency=guidance.consistency,
         decision_score=guidance.decision_score,
         num_draft_tokens_accepted=num_accepted,
-        num_large_forward_passes=verifier.num_forward_passes,
+        draft_confirmed=confirmed,
+        num_large_forward_passes=verifier.num_forward_passes + num_checks,
         timings=clock.timings,
     )

@@ -6,6 +6,7 @@ outside this file asks for a model's type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.tokens.visual_tokens import VisualTokens
+from transformers_sgl.transformers_interface import best_resolution
 
 __all__ = [
     "NOT_PRUNABLE",
@@ -64,6 +66,10 @@ class VisionTower:
         mergers (`tuple` of `str`): Paths to the modules, after some layers, that make visual tokens out of groups of
             neighbouring rows.
         overview (`int`, *optional*): Which of an image's tiles shows the whole of it, as an index: 0 or -1.
+        tiles_apart (`bool`): Whether text stands between the tiles of an image. It is not told from the text between
+            images, so all tiles of a prompt are taken for those of one image.
+        kinds (`tuple` of `str`): The types of vision towers, by their own configuration, for which this holds; all
+            that there are if empty.
     """
 
     layers: str
@@ -71,6 +77,8 @@ class VisionTower:
     is_packed: bool = False
     mergers: tuple[str, ...] = ()
     overview: int | None = None
+    tiles_apart: bool = False
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,14 @@ def _grid_rows(num_rows: int, num_columns: int, merge: int) -> Tensor:
     return grid.permute(0, 2, 1, 3).reshape(-1, merge * merge)
 
 
-def _square_tiles(merge: Callable[[Any], int], prefix: int) -> Callable[[Any, dict[str, Any], str], Patches | None]:
-    """Tiles of one size, each with as many tokens, row by row; `merge` tells how many patches wide a token is."""
+def _tiles_of(
+    merge: Callable[[Any], int] = lambda config: 1, real: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Any, dict[str, Any], str], Patches | None]:
+    """Tiles of one size, each with as many tokens, row by row.
+
+    `merge` tells from the configuration how many patches wide a token is, `real` from the pixels, `(..., 3, height,
+    width)`, which of them the model does not leave out itself.
+    """
 
     def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
         pixels = inputs.get("pixel_values") if modality == "image" else None
@@ -104,22 +118,172 @@ def _square_tiles(merge: Callable[[Any], int], prefix: int) -> Callable[[Any, di
             return None
         size = config.vision_config.patch_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        num_patches, prefix = pixels.shape[-2] // height * (pixels.shape[-1] // width), _prefix(config)
         of_tile = _grid_rows(pixels.shape[-2] // height, pixels.shape[-1] // width, merge(config)) + prefix
-        num_tiles = pixels.shape[:-3].numel()
-        per_tile = pixels.shape[-2] // height * (pixels.shape[-1] // width) + prefix
-        tile = torch.arange(num_tiles)
-        rows = (of_tile + per_tile * tile[:, None, None]).flatten(0, 1)
-        return Patches(rows, tile.repeat_interleave(len(of_tile)), num_tiles, per_tile * num_tiles, prefix)
+        if prefix and getattr(config, "vision_feature_select_strategy", "default") == "full":
+            of_tile = torch.cat([torch.arange(prefix)[:, None], of_tile])  # class tokens are visual tokens as well
+        num_tiles = pixels.shape[:-3].numel() if real is None else int(real(pixels).sum())
+        return _alike(of_tile, num_tiles, num_patches + prefix, prefix)
 
     return patches
 
 
+def _alike(of_tile: Tensor, num_tiles: int, rows_per_tile: int, prefix: int) -> Patches:
+    """The patches of tiles that give as many tokens each, with these rows of the tile, `(num_tokens, num_patches)`."""
+    tile = torch.arange(num_tiles)
+    rows = (of_tile + rows_per_tile * tile[:, None, None]).flatten(0, 1)
+    return Patches(rows, tile.repeat_interleave(len(of_tile)), num_tiles, rows_per_tile * num_tiles, prefix)
+
+
+def _prefix(config: Any) -> int:
+    """How many class tokens stand before a tile's patches."""
+    return 1 if config.vision_config.model_type in _WITH_CLASS_TOKEN else 0
+
+
+def _is_no_padding(pixels: Tensor) -> Tensor:
+    """The tiles that are not all zeros, with which samples of fewer tiles are padded."""
+    return (pixels != 0).flatten(-3).any(dim=-1)
+
+
+def _next_tiles(has_newlines_in_videos: bool) -> Callable[[Any, dict[str, Any], str], Patches | None]:
+    """The whole of an image, then its tiles put together, without margins and with a token behind each row."""
+
+    def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
+        if modality == "video":
+            return _pooled_frames(config, inputs, has_newlines_in_videos)
+        if inputs.get("pixel_values") is None:
+            return None
+        side, prefix, per_tile = _square_tile(config)
+        sizes = inputs["image_sizes"].tolist()
+        companies = inputs.get("batch_num_images")
+        is_cut = [True] * len(sizes) if companies is None else [n == 1 for n in companies.tolist() for _ in range(n)]
+        tokens, first = [], 0
+        for size, cut in zip(sizes, is_cut, strict=True):
+            tokens.append(torch.arange(side * side)[:, None] + prefix + first * per_tile)
+            first += 1
+            if not cut:
+                tokens.append(torch.tensor([[-1]]))  # the end of the only row
+                continue
+            height, width = best_resolution(tuple(size), config.image_grid_pinpoints)
+            num_rows, num_columns = height // config.vision_config.image_size, width // config.vision_config.image_size
+            grid = torch.arange(num_rows * num_columns)[:, None, None] + first
+            grid = per_tile * grid + prefix + torch.arange(side * side).view(side, side)
+            grid = grid.unflatten(0, (num_rows, num_columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            grid = _shrunk(_without_margins(grid, size), side, getattr(config, "vision_aspect_ratio", ""))
+            tokens.append(torch.nn.functional.pad(grid, (0, 0, 0, 1), value=-1).flatten(0, 1))
+            first += num_rows * num_columns
+        most = max(each.shape[1] for each in tokens)
+        rows = torch.cat([each.expand(-1, most) for each in tokens])
+        tile = torch.where(rows[:, 0] >= 0, rows[:, 0] // per_tile, -1)
+        return Patches(rows, tile, first, first * per_tile, prefix)
+
+    return patches
+
+
+def _square_tile(config: Any) -> tuple[int, int, int]:
+    """How many patches a side a tile of the usual size has, how many class tokens, and how many rows in all."""
+    side, prefix = config.vision_config.image_size // config.vision_config.patch_size, _prefix(config)
+    return side, prefix, prefix + side * side
+
+
+def _without_margins(grid: Tensor, size_px: list[int]) -> Tensor:
+    """The part of a grid, `(height, width)`, that shows an image of that height and width, as LLaVA reckons it."""
+    (height, width), (image_height, image_width) = grid.shape, size_px
+    if image_width / image_height > width / height:
+        margin = (height - int(round(image_height * (width / image_width), 7))) // 2
+        return grid[margin : height - margin]
+    margin = (width - int(round(image_width * (height / image_height), 7))) // 2
+    return grid[:, margin : width - margin]
+
+
+def _shrunk(grid: Tensor, side: int, aspect_ratio: str) -> Tensor:
+    """The patches of each cell, `(height, width, num_patches)`, once a grid that is too large has been shrunk."""
+    most = aspect_ratio.removeprefix("anyres_max_")
+    ratio = math.sqrt(grid.numel() / (int(most) * side**2)) if most else 0.0
+    if ratio <= 1.1:
+        return grid[..., None]
+    return _interpolated(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
+
+
+def _interpolated(grid: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    """The four cells of a grid between which each of another size lies, `(num_rows, num_columns, 4)`."""
+
+    def neighbours(number: int, wanted: int) -> Tensor:
+        place = ((torch.arange(wanted).double() + 0.5) * (number / wanted) - 0.5).clamp(min=0)
+        return torch.stack([place.long(), place.long() + 1], dim=1).clamp(max=number - 1)
+
+    rows, columns = neighbours(grid.shape[0], num_rows), neighbours(grid.shape[1], num_columns)
+    return grid[rows[:, None, :, None], columns[None, :, None, :]].flatten(2)
+
+
+def _pooled_frames(config: Any, inputs: dict[str, Any], has_newlines: bool) -> Patches | None:
+    """Frames whose patches are pooled, perhaps with a token behind each video."""
+    pixels = inputs.get("pixel_values_videos")
+    if pixels is None:
+        return None
+    side, prefix, per_tile = _square_tile(config)
+    if has_newlines:
+        half = math.ceil(side / 2)
+        of_frame = _interpolated(torch.arange(side * side).view(side, side), half, half).flatten(0, 1)
+    else:
+        of_frame = _grid_rows(side, side, config.spatial_pool_stride)
+    num_videos, num_frames = pixels.shape[:2]
+    found = _alike(of_frame + prefix, num_videos * num_frames, per_tile, prefix)
+    if not has_newlines:
+        return found
+    of_video = found.rows.unflatten(0, (num_videos, -1)), found.tile.view(num_videos, -1)
+    rows, tile = (
+        torch.nn.functional.pad(of_video[0], (0, 0, 0, 1), value=-1),
+        torch.nn.functional.pad(of_video[1], (0, 1), value=-1),
+    )
+    return replace(found, rows=rows.flatten(0, 1), tile=tile.flatten())
+
+
+_WITH_CLASS_TOKEN = ("clip_vision_model", "internvl_vision", "qianfan_ocr_vision")
+_CLIP_OR_SIGLIP = ("clip_vision_model", "siglip_vision_model")
+_SIGLIP = ("siglip_vision_model",)
+
+
+def _gemma3_merge(config: Any) -> int:
+    """How many patches wide a token is that pools them, so many tokens a side."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image))
+
+
+_CLIP = "model.vision_tower.encoder.layers"
+_EVERY_PATCH = _tiles_of()
+_INTERNVL = _tiles_of(lambda config: round(1 / config.downsample_ratio))
+_GEMMA3 = _tiles_of(_gemma3_merge)
+_COHERE = _tiles_of(lambda config: config.downsample_factor)
+_IDEFICS3 = VisionTower(
+    "model.vision_model.encoder.layers",
+    _tiles_of(lambda config: config.scale_factor, real=_is_no_padding),
+    overview=-1,
+    tiles_apart=True,
+)
+_LLAVA_NEXT = VisionTower(_CLIP, _next_tiles(has_newlines_in_videos=False), overview=0, kinds=_CLIP_OR_SIGLIP)
+
 VISION_TOWERS: dict[str, VisionTower] = {
-    "internvl": VisionTower(
-        "model.vision_tower.encoder.layer",
-        _square_tiles(lambda config: round(1 / config.downsample_ratio), prefix=1),
-        overview=-1,
+    "aya_vision": VisionTower(_CLIP, _COHERE, overview=-1, tiles_apart=True, kinds=_SIGLIP),
+    "cohere2_vision": VisionTower(_CLIP, _COHERE, overview=-1, tiles_apart=True, kinds=_SIGLIP),
+    "deepseek_vl": VisionTower("model.vision_model.encoder.layers", _EVERY_PATCH, kinds=_SIGLIP),
+    "gemma3": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
+    "idefics3": _IDEFICS3,
+    "internvl": VisionTower("model.vision_tower.encoder.layer", _INTERNVL, overview=-1),
+    "llava": VisionTower(_CLIP, _EVERY_PATCH, kinds=_CLIP_OR_SIGLIP),
+    "llava_next": _LLAVA_NEXT,
+    "llava_next_video": _LLAVA_NEXT,
+    "llava_onevision": replace(_LLAVA_NEXT, patches=_next_tiles(has_newlines_in_videos=True)),
+    "ovis2": VisionTower(
+        "model.vision_tower.transformer.encoder.layers",
+        _tiles_of(lambda config: config.vision_config.hidden_stride),
+        overview=0,
+        tiles_apart=True,
     ),
+    "paligemma": VisionTower(_CLIP, _EVERY_PATCH, kinds=_SIGLIP),
+    "qianfan_ocr": VisionTower("model.vision_tower.layers", _INTERNVL, overview=-1),
+    "smolvlm": _IDEFICS3,
+    "vipllava": VisionTower(_CLIP, _EVERY_PATCH, kinds=("clip_vision_model",)),
 }
 
 # Why the towers of the others cannot be pruned.
@@ -136,7 +300,15 @@ def check_tower_prunable(config: PreTrainedConfig) -> VisionTower:
             f"{NOT_PRUNABLE.get(config.model_type, _UNVERIFIED)}: leave out `vision_retention_ratio`, "
             f"`vision_prune_layer` and `vision_processor`, or use one of {', '.join(sorted(VISION_TOWERS))}."
         )
-    return VISION_TOWERS[config.model_type]
+    tower = VISION_TOWERS[config.model_type]
+    kind = config.vision_config.model_type if tower.kinds else ""
+    if tower.kinds and kind not in tower.kinds:
+        raise ValueError(
+            f"The vision tower of this {config.model_type!r} model is of the type {kind!r}, where leaving patches out "
+            "has not been verified: leave out `vision_retention_ratio`, `vision_prune_layer` and `vision_processor`, "
+            f"or use a model with a tower of the type {' or '.join(map(repr, tower.kinds))}."
+        )
+    return tower
 
 
 def vision_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -194,13 +366,14 @@ def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: 
     smallest = tile_index.masked_fill(none, first).amin(dim=1, keepdim=True)
     tile_index = (tile_index - smallest).masked_fill(none, -1)
 
-    overview = check_tower_prunable(config).overview
+    tower = check_tower_prunable(config)
     is_overview = torch.zeros_like(visual_tokens.valid)
-    if overview is not None:
-        for sample, images in enumerate(visual_tokens.image_index):
+    if tower.overview is not None:
+        image_index = visual_tokens.valid.long() - 1 if tower.tiles_apart else visual_tokens.image_index
+        for sample, images in enumerate(image_index):
             for image in images[images >= 0].unique():
                 tiles = tile_index[sample, images == image]
                 tiles = tiles[tiles >= 0].unique()
                 if len(tiles) > 1:
-                    is_overview[sample] |= tile_index[sample] == tiles[overview]
+                    is_overview[sample] |= tile_index[sample] == tiles[tower.overview]
     return replace(visual_tokens, tile_index=tile_index, is_overview=is_overview)

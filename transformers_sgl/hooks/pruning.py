@@ -58,8 +58,8 @@ class Pruning(HookContext):
             self._tower = VisionTowerPruner(model, prompt.inputs, tokens, encoded, vision_prune_layer)
             importance = importance.masked_fill(~encoded, DROPPED)
         kept = of_decoder.keep_mask(tokens, importance)
-        first = {} if encoded is None else {"first_keep_mask": tokens.prompt_keep_mask(encoded)}
-        self._decoder = VisualTokenPruner(model, tokens.prompt_keep_mask(kept), prune_layer, **first)
+        first = None if encoded is None else tokens.prompt_keep_mask(encoded)
+        self._decoder = VisualTokenPruner(model, tokens.prompt_keep_mask(kept), prune_layer, first)
         self._masks = {"keep_mask": kept, "vision_keep_mask": encoded}
 
     def _register(self, stack: ExitStack) -> None:

@@ -107,8 +107,8 @@ class VisionTowerPruner(HookContext):
             owner = tile_owner[kept.tile_of_row.cpu()]
             for rows, layers in ((kept.of_tiles, self._first_cut), (kept.within, num_layers - self._first_cut)):
                 chosen = owner if rows is None else owner[rows.flatten().cpu()]
-                run += layers / num_layers * torch.bincount(chosen, minlength=self._batch_size)
-            whole += torch.bincount(owner, minlength=self._batch_size)
+                run += layers * torch.bincount(chosen, minlength=self._batch_size)
+            whole += num_layers * torch.bincount(owner, minlength=self._batch_size)
         return run / whole.clamp(min=1)
 
     def _register(self, stack: ExitStack) -> None:
@@ -202,7 +202,9 @@ class _KeptRows:
         has_kept = torch.zeros(patches.num_tiles, dtype=torch.bool, device=keep.device)
         has_kept[tile_of_row[kept]] = True
         in_tiles = has_kept[tile_of_row]
-        if is_packed:
+        if (keep | ~made).all():  # patches behind no token, like those of an image's margins, stay as well
+            of_tiles = within = torch.arange(patches.num_rows)
+        elif is_packed:
             of_tiles, within = in_tiles.nonzero()[:, 0], kept.nonzero()[:, 0]
         else:
             kept[(torch.arange(patches.num_rows, device=keep.device) % per_tile < patches.prefix) & in_tiles] = True
