@@ -33,9 +33,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
 GROUPS = {
     "baselines": ["large", "small", "sgp", "sgl", "random", "fastv", "divprune", "divprune-late", "downsample"],
-    "vision": ["large", "sgp-vision", "sgl-vision"],
+    "vision": ["large", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm"],
 }
-METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision"]
+METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm"]
 METHODS += ["random", "fastv", "divprune", "divprune-late", "downsample"]
 GUIDES = ["large", "sgp", "oracle"]
 GUIDES += [f"sgp-{part}" for part in ("10%", "30%", "50%", "70%", "last", "prompt", "generated")]
@@ -49,6 +49,8 @@ NAMES = {
     "sgl": "**guided, early exit** (`sgl`)",
     "sgp-vision": "**guided, vision tower, too** (`sgp-vision`)",
     "sgl-vision": "**the same, early exit** (`sgl-vision`)",
+    "sgp-confirm": "**vision tower, too; only confirms** (`sgp-confirm`)",
+    "sgl-confirm": "**the same, early exit** (`sgl-confirm`)",
     "random": "random",
     "fastv": "FastV",
     "divprune": "DivPrune, from the first layer",
@@ -128,6 +130,7 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
     tables = {f"methods-{data}": methods_table(found[data]) for data in DATA}
     tables["methods-comparisons"] = comparisons_table(by_name, "sgp", "sgl")
     tables["methods-comparisons-vision"] = comparisons_table(by_name, "sgp-vision", "sgl-vision")
+    tables["methods-comparisons-confirm"] = comparisons_table(by_name, "sgp-confirm", "sgl-confirm")
     tables["methods-verdicts"] = verdicts_table(by_name, NAMES, _PROPORTIONS)
     speed = found["easy-vqa"]["speed"]
     write_record(arguments.output / "sgl_tiny_methods.json", speed, {"tables": tables, "evaluations": found})
@@ -176,8 +179,8 @@ def methods_table(evaluation: dict[str, Any]) -> dict[str, Any]:
         f"Exact match in percent on {summary['num_samples']:,} questions about {summary['num_images']:,} images, with "
         "95 % intervals (bootstrap over images). Where a method cannot reach the average retention of the column, "
         "its own stands behind the interval. Early exit from scores chosen on other questions so that with 99 % "
-        f"confidence 99 % of the large model's right answers stay: {exits} of the questions. GFLOPs for a question (counted on "
-        "four batches) and end-to-end time relative to the large model alone (median over batches of "
+        f"confidence 99 % of the large model's right answers stay: {exits} of the questions. GFLOPs for a question "
+        "(counted on four batches) and end-to-end time relative to the large model alone (median over batches of "
         f"{summary['batch_size']}, methods taking turns, one core of a machine that was busy with other work) at the "
         "three retentions; both models, vision encoders and scores are counted. "
         f"{_PROPORTIONS}: operations relative to the large model alone if each part had the size it has in InternVL "

@@ -23,6 +23,7 @@ __all__ = ["as_markdown", "compare_at_equal_cost", "p_value", "points", "summari
 
 # Guided methods, each compared with every other method, and with what it adds to.
 _OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
+_OURS |= {"sgp-confirm": "sgp-vision", "sgl-confirm": "sgl-vision"}
 
 
 def summarise(

@@ -19,6 +19,7 @@ class SGP(Method):
     layers: float = 1.0  # the fraction of the small model's layers that count, from the first one on
     scores_draft: bool = False  # whether the draft is scored although nothing exits; a calibration needs that
     vision: bool = False  # whether the large model's vision tower is pruned, too
+    confirms: bool = False  # whether the pruned large model only confirms drafts, and else reads everything
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         return self._generate(pair, batch, setting, NEVER_EXIT)
@@ -39,6 +40,7 @@ class SGP(Method):
             guidance_layers=self.layers,
             early_exit_threshold=threshold,
             score_draft=self.scores_draft,
+            confirm_draft=self.confirms,
         )
 
 
@@ -54,7 +56,7 @@ class SGL(SGP):
 
     def without_exit(self) -> SGP:
         """The same with scored drafts, of which none is returned."""
-        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision)
+        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision, confirms=self.confirms)
 
 
 def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
