@@ -7,8 +7,9 @@ Not part of the installed package: `python -m benchmarks --help`, in a checkout,
     run             one part after the other; what was measured is kept
     workbench       the models of a run, and prompts for them
     shapes, random_models   models and inputs
+    uncomputed      operations of models that no memory holds
     timing, memory  what is read off them
     parts/          one file for each thing that is measured
-    tables, verdicts, figure   what people are shown
+    tables, method_tables, cells, verdicts, figure   what people are shown
     results/        figures of all benchmarks, as JSON
 """

@@ -22,12 +22,15 @@ from benchmarks.parts.decode import measure_decode
 from benchmarks.parts.drafts import measure_drafts
 from benchmarks.parts.end_to_end import measure_end_to_end
 from benchmarks.parts.growth import measure_growth
+from benchmarks.parts.growth_tiles import measure_growth_tiles
 from benchmarks.parts.guidance import measure_guidance
+from benchmarks.parts.methods import VISION_SETTINGS, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.prefill import measure_prefill
 from benchmarks.parts.startup import measure_startup
 from benchmarks.settings import PART_NAMES, BenchmarkSettings
 from benchmarks.shapes import SHAPES
+from benchmarks.uncomputed import weightless
 from benchmarks.workbench import Workbench, count_visual_tokens, num_parameters
 from transformers_sgl.evaluation.run_folder import claim, measurement_record
 from transformers_sgl.storage.files import write_atomically
@@ -125,6 +128,14 @@ def _end_to_end(bench: Workbench) -> dict[str, Any]:
     return measure_end_to_end(bench.pairing(), settings.answer_tokens, settings.rounds)
 
 
+def _methods(bench: Workbench) -> dict[str, Any]:
+    settings, whole = bench.settings, None
+    pairing = bench.pairing()
+    if settings.shrink > 1:  # operations of the unshrunk models, too, which read the same prompts
+        whole = Pairing(weightless(settings.large), weightless(settings.small), pairing.inputs)
+    return measure_methods(pairing, whole, settings.image_size, settings.answer_tokens, settings.rounds, settings.seed)
+
+
 def _break_even_tokens(bench: Workbench) -> dict[str, Any]:
     def points() -> Iterator[tuple[float, Pairing, int]]:
         for image_size in bench.settings.sweep_image_sizes:
@@ -192,6 +203,19 @@ def _growth_answers(bench: Workbench) -> dict[str, Any]:
     return measure_growth(points, bench.settings.sweep_rounds)
 
 
+def _growth_tiles(bench: Workbench) -> dict[str, Any]:
+    settings, tokens = bench.settings, count_visual_tokens(bench.small, bench.inputs_with(0))
+
+    def points() -> Iterator[tuple[int, Pairing]]:
+        for number in settings.growth_tiles:
+            inputs = bench.inputs_with(number * tokens)
+            if bench.takes(inputs, settings.answer_tokens):
+                yield number, Pairing(bench.large, bench.small, inputs)
+
+    chosen = {name: pair_settings()[name] for name in ("balanced", list(VISION_SETTINGS)[-1])}
+    return measure_growth_tiles(points(), chosen, settings.answer_tokens, settings.sweep_rounds)
+
+
 PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "startup": _startup,
     "guidance": _guidance,
@@ -199,10 +223,12 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "decode": _decode,
     "drafts": _drafts,
     "end-to-end": _end_to_end,
+    "methods": _methods,
     "break-even-tokens": _break_even_tokens,
     "break-even-answers": _break_even_answers,
     "growth-tokens": _growth_tokens,
     "growth-batches": _growth_batches,
     "growth-answers": _growth_answers,
+    "growth-tiles": _growth_tiles,
     "break-even-sizes": _break_even_sizes,
 }

@@ -16,11 +16,13 @@ PART_NAMES = (
     "decode",
     "drafts",
     "end-to-end",
+    "methods",
     "break-even-tokens",
     "break-even-answers",
     "growth-tokens",
     "growth-batches",
     "growth-answers",
+    "growth-tiles",
     "break-even-sizes",
 )
 
@@ -51,6 +53,7 @@ class BenchmarkSettings:
         growth_tokens: Visual tokens, for the growth of what guidance costs.
         growth_batches: Batch sizes, for the same.
         growth_answers: Lengths of answers, for the same.
+        growth_tiles: Tiles of an image, for the growth of what a vision tower takes.
     """
 
     large: str = "internvl-26b"
@@ -74,6 +77,7 @@ class BenchmarkSettings:
     growth_tokens: tuple[int, ...] = (256, 1024, 4096)
     growth_batches: tuple[int, ...] = (1, 4, 16)
     growth_answers: tuple[int, ...] = (1, 16, 256)
+    growth_tiles: tuple[int, ...] = (2, 4, 7, 13, 24)
 
 
 def check_settings(settings: BenchmarkSettings) -> None:
@@ -117,7 +121,7 @@ def find_parts(names: str) -> list[str]:
         >>> from benchmarks.settings import find_parts
 
         >>> find_parts("prefill,growth")
-        ['prefill', 'growth-tokens', 'growth-batches', 'growth-answers']
+        ['prefill', 'growth-tokens', 'growth-batches', 'growth-answers', 'growth-tiles']
 
         ```
     """

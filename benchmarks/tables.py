@@ -8,17 +8,16 @@ depend on the rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+from benchmarks.cells import FEWEST_FOR_MEDIAN, Shown, Table, as_table
+from benchmarks.method_tables import growth_tiles_table, methods_table, profile_table
 from benchmarks.verdicts import FEWEST_ROUNDS, verdict
 
 __all__ = ["WAYS", "as_markdown", "make_tables"]
 
 _KIB, _MIB = 2**10, 2**20
-# A median of fewer rounds is no median.
-_FEWEST_FOR_MEDIAN = 3
 WAYS = {
     "plain": "answer alone",
     "capture": "watched by `AttentionRecorder`",
@@ -37,7 +36,6 @@ _SWEEPS = {
     "answers": "answer tokens",
     "sizes": "billion parameters of the large model",
 }
-Table = dict[str, Any]
 
 
 def make_tables(record: dict[str, Any]) -> dict[str, Table]:
@@ -53,7 +51,7 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
         ```
     """
     parts, arguments = record["parts"], record["arguments"]
-    shown, shown_in_sweeps = (_Shown(arguments, arguments[rounds]) for rounds in ("rounds", "sweep_rounds"))
+    shown, shown_in_sweeps = (Shown(arguments, arguments[rounds]) for rounds in ("rounds", "sweep_rounds"))
     tables = {}
     for name, table in _TABLES.items():
         if name in parts:
@@ -66,6 +64,11 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
             tables[f"speed-{name}"] = joined(shown_in_sweeps, found)
     if "end-to-end" in parts:
         tables["speed-exits"] = _exits_table(shown, parts["end-to-end"])
+    if "methods" in parts:
+        tables["speed-methods"] = methods_table(shown, parts["methods"])
+        tables["speed-profile"] = profile_table(shown, parts["methods"])
+    if "growth-tiles" in parts:
+        tables["speed-growth-tiles"] = growth_tiles_table(shown_in_sweeps, parts["growth-tiles"])
     if "growth-tokens" in parts:
         tables["speed-growth-tokens"] = _growth_tokens_table(shown_in_sweeps, parts["growth-tokens"])
     return {name: table for name, table in tables.items() if table["rows"]}
@@ -82,66 +85,7 @@ def _markdown(name: str, table: Table) -> str:
     return "\n".join([f"{name}:", "", *rows, "", f"*{table['caption']}*"])
 
 
-def _table(columns: Sequence[str | None], rows: Sequence[Sequence[Any]], caption: str) -> Table:
-    """A table without the columns that have no name, or nothing in any row."""
-    shown = [
-        index for index, column in enumerate(columns) if column is not None and any(row[index] != "" for row in rows)
-    ]
-    return {
-        "columns": [columns[index] for index in shown],
-        "rows": [[row[index] for index in shown] for row in rows],
-        "caption": caption,
-    }
-
-
 # -------------------------------------------------------------------------------------------------------------- cells
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """How figures are shown that rest on so many rounds.
-
-    Attributes:
-        arguments: The run's.
-        rounds: How many rounds the figures rest on.
-    """
-
-    arguments: dict[str, Any]
-    rounds: int
-
-    def spread(self, found: dict[str, float], form: str = ".2f") -> str:
-        """A median with its interval, as far as the rounds carry them."""
-        return self._cell([format(found[name], form) for name in ("median", "min", "max")])
-
-    def ms(self, timing: dict[str, float]) -> str:
-        """Milliseconds of a timing."""
-        return self._cell([f"{timing[name]:.1f}" for name in ("median_ms", "min_ms", "max_ms")])
-
-    def _cell(self, words: Sequence[str]) -> str:
-        if self.rounds < _FEWEST_FOR_MEDIAN:
-            return ""
-        median, least, greatest = words
-        return f"{median} [{least}, {greatest}]" if self.rounds >= FEWEST_ROUNDS else median
-
-    def clock(self, name: str) -> str | None:
-        """The name of a column of times, which only a GPU has."""
-        return name if str(self.arguments["device"]).startswith("cuda") else None
-
-    def conditions(self) -> str:
-        """What was measured and how often, as a sentence."""
-        arguments = self.arguments
-        shrunk = f", widths divided by {arguments['shrink']}" if arguments["shrink"] > 1 else ""
-        models = f"Shapes of {arguments['large']} and {arguments['small']}{shrunk}, random weights in"
-        turns = ", in which all ways take turns" if self.rounds >= _FEWEST_FOR_MEDIAN else ""
-        return f"{models} {arguments['dtype']}; {self.how_often()}{turns}."
-
-    def how_often(self) -> str:
-        """What a figure is."""
-        if self.rounds < _FEWEST_FOR_MEDIAN:
-            return f"no times, which would rest on {self.rounds} round{'s' if self.rounds > 1 else ''}"
-        if self.rounds < FEWEST_ROUNDS:
-            return f"median of {self.rounds} rounds, too few for an interval"
-        return f"median [least, greatest] of {self.rounds} rounds"
 
 
 def _times(factor: float) -> str:
@@ -159,25 +103,25 @@ def _batch(part: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _startup_table(shown: _Shown, part: dict[str, Any]) -> Table:
-    shown = _Shown(shown.arguments, part["rounds"])
+def _startup_table(shown: Shown, part: dict[str, Any]) -> Table:
+    shown = Shown(shown.arguments, part["rounds"])
     rows = []
     for name, (what, with_us, without) in _STARTUP.items():
         seconds = part[f"{name}_s"]
         cells = (part[f"{name}_ratio"], seconds[with_us], seconds[without])
         rows.append([what, *map(shown.spread, cells)])
     columns = ["what", "time / without this package", shown.clock("s"), shown.clock("s without")]
-    if shown.rounds < _FEWEST_FOR_MEDIAN:
+    if shown.rounds < FEWEST_FOR_MEDIAN:
         rows = []
     often = shown.how_often()
     caption = (
         f"{often[0].upper()}{often[1:]}; imports in processes of their own. The pair is the embedded one, whose "
         "weights are small, and is compared with loading its two models one after the other."
     )
-    return _table(columns, rows, caption)
+    return as_table(columns, rows, caption)
 
 
-def _guidance_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _guidance_table(shown: Shown, part: dict[str, Any]) -> Table:
     rows = []
     for name, way in part["ways"].items():
         if "skipped" in way:
@@ -220,10 +164,10 @@ def _guidance_table(shown: _Shown, part: dict[str, Any]) -> Table:
         "extra, KiB",
         "peak memory / alone",
     ]
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
-def _prefill_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _prefill_table(shown: Shown, part: dict[str, Any]) -> Table:
     def speed_up(found: dict[str, Any]) -> list[str]:
         cells = [shown.spread(found["speed_up"]), shown.spread(found["reached"], ".0%"), shown.ms(found["time"])]
         return [f"{found['ideal']:.2f}", *cells]
@@ -252,10 +196,10 @@ def _prefill_table(shown: _Shown, part: dict[str, Any]) -> Table:
         f"{unpruned['decoder']['flops'] / unpruned['whole']['flops']:.0%} of the unpruned pass's operations; the "
         "vision encoder has most of the others, which pruning leaves. "
     )
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
-def _decode_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _decode_table(shown: Shown, part: dict[str, Any]) -> Table:
     rows = [
         [
             name,
@@ -279,10 +223,10 @@ def _decode_table(shown: _Shown, part: dict[str, Any]) -> Table:
         f"The large model's tokens after the first of {part['answer_tokens']}, behind a prompt of "
         f"{part['prompt_length']:,} tokens, {part['num_visual_tokens']:,} of them visual{_batch(part)}. "
     )
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
-def _drafts_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _drafts_table(shown: Shown, part: dict[str, Any]) -> Table:
     rows = [
         [
             row["answer_tokens"],
@@ -298,10 +242,10 @@ def _drafts_table(shown: _Shown, part: dict[str, Any]) -> Table:
         "The large model answers with a draft in which each token is right with the probability given, pruned to "
         f"{part['average_retention']:.0%}{_batch(part)}; the small model is not in the time. "
     )
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
-def _end_to_end_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _end_to_end_table(shown: Shown, part: dict[str, Any]) -> Table:
     ways = {"large model alone": part["large"]}
     ways |= {f"guided, {setting['average_retention']:.0%}": setting["guided"] for setting in part["presets"].values()}
     ways["early exit: small model and its scores"] = part["exit"]
@@ -321,10 +265,10 @@ def _end_to_end_table(shown: _Shown, part: dict[str, Any]) -> Table:
         f"alone ({part['attention']}); without drafts. Peak memory is weights and tensors of the models that take "
         "part. "
     )
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
-def _exits_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _exits_table(shown: Shown, part: dict[str, Any]) -> Table:
     shares = list(next(iter(part["presets"].values()))["by_exit_share"])
     rows = []
     for setting in part["presets"].values():
@@ -336,17 +280,17 @@ def _exits_table(shown: _Shown, part: dict[str, Any]) -> Table:
         "Time over that of the large model alone, by the share of questions that the small model answers alone; all "
         f"drafts are scored. Answers of {part['answer_tokens']} tokens, {part['num_visual_tokens']:,} visual tokens. "
     )
-    if shown.rounds < _FEWEST_FOR_MEDIAN:
+    if shown.rounds < FEWEST_FOR_MEDIAN:
         rows = []
     columns = ["average retention", *(f"{float(share):.0%} exit" for share in shares), "faster than large alone"]
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
-def _break_even_table(shown: _Shown, parts: dict[str, Any]) -> Table:
+def _break_even_table(shown: Shown, parts: dict[str, Any]) -> Table:
     rows = []
     all_series = [(what, series) for name, what in _SWEEPS.items() for series in parts.get(name, {}).get("series", [])]
     for what, series in all_series:
-        if series["points"] and shown.rounds >= _FEWEST_FOR_MEDIAN:
+        if series["points"] and shown.rounds >= FEWEST_FOR_MEDIAN:
             points = [(point["value"], point["time_over_large"]) for point in series["points"]]
             measured = "; ".join(f"{_number(value)}: {shown.spread(ratio)}" for value, ratio in points)
             rate = series["acceptance"]
@@ -358,10 +302,10 @@ def _break_even_table(shown: _Shown, parts: dict[str, Any]) -> Table:
             "Always and never hold for what was measured; where an interval contains 1, it is not clear. A crossing "
             "between a point that is slower and one that is faster is taken on the line between their medians. "
         )
-    return _table(["what grows", "drafts", "time / large alone", "faster"], rows, caption + shown.conditions())
+    return as_table(["what grows", "drafts", "time / large alone", "faster"], rows, caption + shown.conditions())
 
 
-def _growth_table(shown: _Shown, parts: dict[str, Any]) -> Table:
+def _growth_table(shown: Shown, parts: dict[str, Any]) -> Table:
     rows = []
     for name, what in _GROWTH.items():
         if not parts.get(name, {}).get("points"):
@@ -377,14 +321,14 @@ def _growth_table(shown: _Shown, parts: dict[str, Any]) -> Table:
         "Exponents of the power laws that fit best, with the number of points: 1 is linear, 2 is quadratic. Where a "
         "way did not fit into memory there is no point; costs that are not above 0 are left out. "
     )
-    return _table(columns, rows, caption + shown.conditions())
+    return as_table(columns, rows, caption + shown.conditions())
 
 
 def _law(law: dict[str, Any] | None) -> str:
     return "" if law is None else f"{law['exponent']:.2f} ({law['num_points']})"
 
 
-def _growth_tokens_table(shown: _Shown, part: dict[str, Any]) -> Table:
+def _growth_tokens_table(shown: Shown, part: dict[str, Any]) -> Table:
     rows = []
     for point in part["points"]:
         capture, over = point["ways"]["capture"], point.get("published_over_capture")
@@ -406,10 +350,10 @@ def _growth_tokens_table(shown: _Shown, part: dict[str, Any]) -> Table:
         "extra memory / watched",
     ]
     answer = f"{part['points'][0]['answer_tokens']} tokens" if part["points"] else "some tokens"
-    return _table(columns, rows, f"The small model writes {answer}. {shown.conditions()}")
+    return as_table(columns, rows, f"The small model writes {answer}. {shown.conditions()}")
 
 
-_TABLES: dict[str, Callable[[_Shown, dict[str, Any]], Table]] = {
+_TABLES: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
     "startup": _startup_table,
     "guidance": _guidance_table,
     "prefill": _prefill_table,

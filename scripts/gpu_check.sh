@@ -5,9 +5,10 @@
 #     bash scripts/gpu_check.sh [FOLDER [SECONDS]]        gpu_check/ and 480 by default
 #     PYTHON=.venv/bin/python bash scripts/gpu_check.sh   another Python than `python`
 #
-# The package need not be installed. FOLDER gets tests.txt, benchmark.txt, summary.txt, and after every part speed.json
-# with its figures, which is what `python -m benchmarks --record FILE` writes. Each part has a limit; what no longer fits
-# into SECONDS is left out, and said so. The exit status is 1 if a test or a part failed, 2 if a package is missing.
+# The package need not be installed. FOLDER gets tests.txt, benchmark.txt, summary.txt, and after every part its figures
+# in speed.json or speed_methods.json, which are what `python -m benchmarks --record FILE` writes. Each part has a
+# limit; what no longer fits into SECONDS is left out, and said so. The exit status is 1 if a test or a part failed, 2
+# if a package is missing.
 # Without a GPU the same is tried at a size that a CPU can do: the tests are skipped, and the figures mean nothing.
 set -uo pipefail
 
@@ -129,8 +130,11 @@ fi
 
 # 3. The benchmark. A process of its own for each, since nothing else is sure to leave a GPU as it was.
 bench() { # LEAST LIMIT PARTS OPTIONS...
-    part "$3" "$1" "$2" benchmark.txt \
-        "$PYTHON" -m benchmarks --out "$WORK/parts" --record "$OUT/speed.json" --parts "$3" "${@:4}"
+    bench_into speed "$@"
+}
+bench_into() { # RECORD LEAST LIMIT PARTS OPTIONS...
+    part "$4" "$2" "$3" benchmark.txt \
+        "$PYTHON" -m benchmarks --out "$WORK/$1" --record "$OUT/$1.json" --parts "$4" "${@:5}"
     case $? in 0 | 124 | 130 | 137) ;; *) failed=1 ;; esac
 }
 : >"$OUT/benchmark.txt"
@@ -138,8 +142,10 @@ if [[ $device == cuda ]]; then
     bench 45 150 end-to-end
     bench 30 90 prefill
     bench 30 90 guidance
+    bench_into speed_methods 120 270 methods --rounds 3 --sweep-rounds 3
     bench 30 100 decode,drafts
     bench 40 120 break-even-tokens,growth-tokens
+    bench_into speed_methods 90 150 growth-tiles --rounds 3 --sweep-rounds 3
     bench 40 150 break-even-answers,break-even-sizes,growth-batches,growth-answers
 else
     export OMP_NUM_THREADS=1 # models this small gain nothing from more
@@ -148,21 +154,23 @@ else
     bench 15 60 end-to-end "${tiny[@]}"
     bench 15 60 prefill "${tiny[@]}"
     bench 15 60 guidance,decode,drafts "${tiny[@]}"
-    bench 15 60 break-even,growth "${tiny[@]}"
+    bench_into speed_methods 30 120 methods,growth-tiles "${tiny[@]}"
+    bench 15 60 break-even,growth-tokens,growth-batches,growth-answers "${tiny[@]}"
 fi
 
 # 4. What was measured.
-"$PYTHON" - "$OUT/speed.json" <<'PYTHON' || failed=1
+"$PYTHON" - "$OUT/speed.json" "$OUT/speed_methods.json" <<'PYTHON' || failed=1
 import json
 import sys
 from pathlib import Path
 
-path = Path(sys.argv[1])
-if not path.exists():
+paths = [path for path in map(Path, sys.argv[1:]) if path.exists()]
+if not paths:
     sys.exit("Nothing was measured.")
-for name, table in json.loads(path.read_text(encoding="utf-8"))["tables"].items():
-    lines = [table["columns"], *table["rows"]]
-    print(f"\n{name}:", *(" | ".join(map(str, line)) for line in lines), sep="\n")
+for path in paths:
+    for name, table in json.loads(path.read_text(encoding="utf-8"))["tables"].items():
+        lines = [table["columns"], *table["rows"]]
+        print(f"\n{name}:", *(" | ".join(map(str, line)) for line in lines), sep="\n")
 PYTHON
 say "$( ((failed)) && echo "FAILED: see above" || echo "no test and no part failed" ); all of it is in $OUT"
 exit "$failed"

@@ -34,7 +34,7 @@ SGL_FIELDS = (
     "consistency_reduction",
     "score_draft",
     "verify_draft",
-    "confirm_draft",
+    "confirmation_threshold",
 )
 
 

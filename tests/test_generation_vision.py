@@ -124,7 +124,7 @@ def test_an_own_rule_leaves_out_a_tile_and_the_decoder_never_sees_it() -> None:
 def test_a_draft_never_changes_the_answer(settings: dict[str, float]) -> None:
     large = tiny_internvl(num_vision_layers=3)
     pair = SGLForConditionalGeneration(large=large, small=near_copy(large, noise=0.01)).eval()
-    inputs = prompts()
+    inputs = prompts(images=[[1]] * 4 + [[2]] * 4, text=[2, 3, 4, 5] * 2)
     without = pair.generate(**inputs, **GREEDY, **settings, verify_draft=False)
     output = pair.generate(**inputs, **GREEDY, **settings, return_dict_in_generate=True)
     width = inputs["input_ids"].shape[1]

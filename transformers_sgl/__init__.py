@@ -28,12 +28,17 @@ if TYPE_CHECKING:
         MinimumPerImageProcessor,
         RetentionRatioProcessor,
     )
-    from transformers_sgl.tokens.tile_retention import RetentionPerTileProcessor, TileRetentionProcessor
+    from transformers_sgl.tokens.tile_retention import (
+        BlurProcessor,
+        RetentionPerTileProcessor,
+        TileRetentionProcessor,
+    )
     from transformers_sgl.tokens.visual_tokens import VisualTokens
 
 __all__ = [
     "PRESETS",
     "AttentionRecorder",
+    "BlurProcessor",
     "DraftVerifier",
     "ImportanceProcessor",
     "ImportanceProcessorList",
@@ -57,6 +62,7 @@ __version__ = "0.1.0"
 _DEFINED_IN = {
     "PRESETS": "generation_config_sgl",
     "AttentionRecorder": "hooks.attention_recorder",
+    "BlurProcessor": "tokens.tile_retention",
     "DraftVerifier": "hooks.draft_verifier",
     "ImportanceProcessor": "tokens.importance_process",
     "ImportanceProcessorList": "tokens.importance_process",

@@ -167,7 +167,7 @@ class AnswerRules:
 
     def check_confirmations(self, inputs: Mapping[str, Any], earlier: Any) -> None:
         """Raises `ValueError` if the large model cannot confirm a draft, with cause and cure."""
-        cure = "or leave out `confirm_draft`."
+        cure = "or leave out `confirmation_threshold`."
         if not self.is_greedy:
             raise ValueError(
                 "A confirmed draft is one greedy answer, but sampling, beams or several answers were asked for: set "

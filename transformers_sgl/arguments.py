@@ -18,6 +18,8 @@ _SMALL_PREFIX = "small_"
 # Arguments of stock `generate` that are neither settings nor model inputs.
 _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
+# Our own settings that a call can unset.
+_MAY_BE_NONE = ("vision_prune_layer", "confirmation_threshold")
 # Plain inputs that the large model alone understands: what one of its parts has computed.
 _LARGE_ONLY = (*CACHE_NAMES, "inputs_embeds", "mm_encoder_outputs")
 
@@ -32,13 +34,13 @@ def read_arguments(
 
     Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; what is `None` in
     it comes from the `model`'s own settings. As in stock `generate`, a setting that is `None` among `kwargs` is unset;
-    one of this package's own is as if it were not passed, but `early_exit_threshold=None` means never to exit, and
-    `vision_prune_layer=None` to leave out whole tiles.
+    one of this package's own is as if it were not passed, but `early_exit_threshold=None` means never to exit,
+    `vision_prune_layer=None` to leave out whole tiles, and `confirmation_threshold=None` to let pruned answers stand.
     """
     if kwargs.get("early_exit_threshold", 0) is None:
         kwargs = {**kwargs, "early_exit_threshold": NEVER_EXIT}
     own = SGLGenerationConfig.extra_defaults()
-    unset = [name for name in own if name != "vision_prune_layer" and kwargs.get(name, 0) is None]
+    unset = [name for name in own if name not in _MAY_BE_NONE and kwargs.get(name, 0) is None]
     kwargs = {name: value for name, value in kwargs.items() if name not in unset}
     preset = kwargs.pop("preset", None)
     if preset is not None:

@@ -32,36 +32,50 @@ def confirm(
     pruning: Pruning | None,
     draft: Tensor,
     draft_mask: Tensor,
+    threshold: float | None,
     settings: GenerationConfig,
     batch: WholeBatch | None = None,
     **generate_kwargs: Any,
 ) -> tuple[Tensor, int]:
     """Which drafts the pruned large model would have written, `(batch,)`, and how often it ran.
 
+    They also have to have a probability of at least `threshold`, the product over their tokens before any processor.
     `draft` and `draft_mask`, `(batch, draft_length)`, are the drafts in its vocabulary; `settings` and
     `generate_kwargs` go to its `generate`, `batch` is what the caller's own objects among them see.
     """
     for name in _DETAILS:
         setattr(settings, name, None)
+    settings.return_dict_in_generate = settings.output_logits = True
     kwargs = {**generate_kwargs, **copied(generate_kwargs), "generation_config": settings, "streamer": None}
-    leaves = _LeavesDraft(draft, draft_mask, prompt.inputs["input_ids"].shape[1])
+    followed, length = draft.masked_fill(~draft_mask, -1), prompt.inputs["input_ids"].shape[1]
+    # It is shown what the caller's own criteria are.
+    leaves = (
+        _LeavesDraft(followed, length)
+        if batch is None
+        else _LeavesDraft(batch.rows(followed, others=-1), batch.prompts.shape[1])
+    )
     kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), leaves]
     verifier = DraftVerifier(large, draft, draft_mask, batch)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time(large))
         if pruning is not None:
             stack.enter_context(pruning)
-        written = verifier.generate(**prompt.inputs, **kwargs)[:, prompt.inputs["input_ids"].shape[1] :]
-    written = torch.nn.functional.pad(written, (0, max(0, draft.shape[1] - written.shape[1])), value=-1)
-    agrees = (written[:, : draft.shape[1]] == draft) | ~draft_mask
-    return agrees.all(dim=1), verifier.num_forward_passes
+        output = verifier.generate(**prompt.inputs, **kwargs)
+    written = output.sequences[:, length : length + draft.shape[1]]
+    agrees, width = torch.zeros_like(draft_mask), written.shape[1]
+    agrees[:, :width] = written == draft[:, :width]
+    logits = torch.stack(output.logits, dim=1)[:, :width].float()  # (batch, answer_length, vocab_size)
+    log_probs = logits.log_softmax(dim=-1).gather(-1, draft[:, :width, None].to(logits.device))[..., 0]
+    probability = log_probs.masked_fill(~draft_mask[:, :width].to(logits.device), 0.0).sum(dim=1).exp()
+    is_probable = (probability >= (threshold or 0.0)).to(draft.device)
+    return (agrees | ~draft_mask).all(dim=1) & is_probable, verifier.num_forward_passes
 
 
 class _LeavesDraft(StoppingCriteria):
     """Ends an answer with the first token that is not its draft's: what would follow does not matter."""
 
-    def __init__(self, draft: Tensor, draft_mask: Tensor, prompt_length: int) -> None:
-        self._draft = draft.masked_fill(~draft_mask, -1)
+    def __init__(self, draft: Tensor, prompt_length: int) -> None:
+        self._draft = draft  # (batch, draft_length), -1 behind its end
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

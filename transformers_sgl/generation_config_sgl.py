@@ -135,9 +135,10 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
             continues after the part it agrees with. The output stays the same. By default wherever the small model has
             answered; with `True` the small model answers for this even where nothing is pruned; with `False` never.
-        confirm_draft (`bool`, *optional*, defaults to `False`): Whether the pruned large model only confirms the small
-            model's answer. Where it would have written the same, that is the answer; where not, it reads the prompt
-            again with every visual token.
+        confirmation_threshold (`float`, *optional*): With a number from 0 to 1 the pruned large model only confirms
+            the small model's answer: where it would have written the same, with at least this probability, that is
+            the answer; where not, it reads the prompt again with every visual token. By default its own pruned answer
+            stands.
         **kwargs: Every field of `GenerationConfig`.
 
     Raises:
@@ -209,7 +210,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "consistency_reduction": "product",
             "score_draft": None,
             "verify_draft": None,
-            "confirm_draft": False,
+            "confirmation_threshold": None,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -276,7 +277,13 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
                 f"`early_exit_threshold` is {threshold!r}, but it is compared with scores between 0 and 1: pass a "
                 "number of 0 or more, or None never to exit early."
             )
-        for name in ("score_draft", "verify_draft", "confirm_draft"):
+        confirmation = self.confirmation_threshold
+        if confirmation is not None and not (_is_number(confirmation) and 0 <= confirmation <= 1):
+            raise ValueError(
+                f"`confirmation_threshold` is {confirmation!r}, but it is compared with the probability of an answer: "
+                "pass a number from 0 to 1, or None to let the pruned answer stand."
+            )
+        for name in ("score_draft", "verify_draft"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"`{name}` is {value!r}: pass True, False or None.")

@@ -52,9 +52,9 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
             most important visual tokens.
         decision_score (`Tensor` of shape `(batch,)`, *optional*): The mean of both, to which `early_exit_threshold` is
             compared.
-        draft_confirmed (`Tensor` of shape `(batch,)`, *optional*): With `confirm_draft`, `True` where the pruned large
-            model would have written the small model's answer, which then is the answer; where not, it has read
-            everything afterwards.
+        draft_confirmed (`Tensor` of shape `(batch,)`, *optional*): With a `confirmation_threshold`, `True` where the
+            pruned large model would have written the small model's answer, which then is the answer; where not, it
+            has read everything afterwards.
         num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
             model confirmed.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.

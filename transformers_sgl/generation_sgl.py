@@ -116,7 +116,7 @@ def generate(
         rules.check_prunable(large_inputs)
     if rules.may_exit:
         rules.check_exits(large_inputs)
-    confirms = prunes and bool(settings.confirm_draft)
+    confirms = prunes and settings.confirmation_threshold is not None
     if confirms:
         rules.check_confirmations(large_inputs, earlier)
     prompts = large_inputs["input_ids"]
@@ -183,6 +183,7 @@ def generate(
                 pruning,
                 draft[checked],
                 draft_mask[checked],
+                settings.confirmation_threshold,
                 rules.large_settings(counts_new_tokens=some is not prompt),
                 batch,
                 **{name: value for name, value in generate_kwargs.items() if name != "generation_config"},

@@ -42,6 +42,8 @@ class Patches:
             hidden states, `(tiles, rows_per_tile, width)` or `(rows, width)`, whose leading dimensions are flattened;
             -1 for a token that the tower does not make, like the end of a row.
         tile (`Tensor` of shape `(num_tokens,)`): The tile of each token; -1 likewise.
+        place (`Tensor` of shape `(num_tokens, 2)`): The row and the column of each token in its tile, in tokens; -1
+            likewise.
         num_tiles (`int`): The number of tiles.
         num_rows (`int`): The number of rows of the hidden states.
         prefix (`int`): How many rows of each tile are no patches, like a class token; they come first.
@@ -49,6 +51,7 @@ class Patches:
 
     rows: Tensor
     tile: Tensor
+    place: Tensor
     num_tiles: int
     num_rows: int
     prefix: int = 0
@@ -119,20 +122,31 @@ def _tiles_of(
         size = config.vision_config.patch_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         num_patches, prefix = pixels.shape[-2] // height * (pixels.shape[-1] // width), _prefix(config)
-        of_tile = _grid_rows(pixels.shape[-2] // height, pixels.shape[-1] // width, merge(config)) + prefix
+        num_columns = pixels.shape[-1] // width
+        of_tile = _grid_rows(pixels.shape[-2] // height, num_columns, merge(config)) + prefix
+        place = _places(len(of_tile), num_columns // merge(config))
         if prefix and getattr(config, "vision_feature_select_strategy", "default") == "full":
-            of_tile = torch.cat([torch.arange(prefix)[:, None], of_tile])  # class tokens are visual tokens as well
+            # Class tokens are visual tokens as well; they lie beside the tile.
+            of_tile = torch.cat([torch.arange(prefix)[:, None], of_tile])
+            place = torch.cat([torch.full((prefix, 2), -1), place])
         num_tiles = pixels.shape[:-3].numel() if real is None else int(real(pixels).sum())
-        return _alike(of_tile, num_tiles, num_patches + prefix, prefix)
+        return _alike(of_tile, place, num_tiles, num_patches + prefix, prefix)
 
     return patches
 
 
-def _alike(of_tile: Tensor, num_tiles: int, rows_per_tile: int, prefix: int) -> Patches:
+def _places(num_tokens: int, num_columns: int) -> Tensor:
+    """Row and column of each token of a grid, row by row; `(num_tokens, 2)`."""
+    token = torch.arange(num_tokens)
+    return torch.stack([token // num_columns, token % num_columns], dim=1)
+
+
+def _alike(of_tile: Tensor, place: Tensor, num_tiles: int, rows_per_tile: int, prefix: int) -> Patches:
     """The patches of tiles that give as many tokens each, with these rows of the tile, `(num_tokens, num_patches)`."""
     tile = torch.arange(num_tiles)
     rows = (of_tile + rows_per_tile * tile[:, None, None]).flatten(0, 1)
-    return Patches(rows, tile.repeat_interleave(len(of_tile)), num_tiles, rows_per_tile * num_tiles, prefix)
+    tile, place = tile.repeat_interleave(len(of_tile)), place.repeat(num_tiles, 1)
+    return Patches(rows, tile, place, num_tiles, rows_per_tile * num_tiles, prefix)
 
 
 def _prefix(config: Any) -> int:
@@ -175,7 +189,8 @@ def _next_tiles(has_newlines_in_videos: bool) -> Callable[[Any, dict[str, Any], 
         most = max(each.shape[1] for each in tokens)
         rows = torch.cat([each.expand(-1, most) for each in tokens])
         tile = torch.where(rows[:, 0] >= 0, rows[:, 0] // per_tile, -1)
-        return Patches(rows, tile, first, first * per_tile, prefix)
+        place = _places(side * side, side)[(rows[:, 0] % per_tile - prefix).clamp(min=0)]
+        return Patches(rows, tile, place.masked_fill(tile[:, None] < 0, -1), first, first * per_tile, prefix)
 
     return patches
 
@@ -226,17 +241,17 @@ def _pooled_frames(config: Any, inputs: dict[str, Any], has_newlines: bool) -> P
         half = math.ceil(side / 2)
         of_frame = _interpolated(torch.arange(side * side).view(side, side), half, half).flatten(0, 1)
     else:
+        half = side // config.spatial_pool_stride
         of_frame = _grid_rows(side, side, config.spatial_pool_stride)
     num_videos, num_frames = pixels.shape[:2]
-    found = _alike(of_frame + prefix, num_videos * num_frames, per_tile, prefix)
+    found = _alike(of_frame + prefix, _places(len(of_frame), half), num_videos * num_frames, per_tile, prefix)
     if not has_newlines:
         return found
-    of_video = found.rows.unflatten(0, (num_videos, -1)), found.tile.view(num_videos, -1)
-    rows, tile = (
-        torch.nn.functional.pad(of_video[0], (0, 0, 0, 1), value=-1),
-        torch.nn.functional.pad(of_video[1], (0, 1), value=-1),
+    rows, tile, place = (
+        torch.nn.functional.pad(each.reshape(num_videos, -1, each[0].numel()), (0, 0, 0, 1), value=-1).flatten(0, 1)
+        for each in (found.rows, found.tile, found.place)
     )
-    return replace(found, rows=rows.flatten(0, 1), tile=tile.flatten())
+    return replace(found, rows=rows, tile=tile[:, 0], place=place)
 
 
 _WITH_CLASS_TOKEN = ("clip_vision_model", "internvl_vision", "qianfan_ocr_vision")
@@ -282,12 +297,42 @@ VISION_TOWERS: dict[str, VisionTower] = {
     ),
     "paligemma": VisionTower(_CLIP, _EVERY_PATCH, kinds=_SIGLIP),
     "qianfan_ocr": VisionTower("model.vision_tower.layers", _INTERNVL, overview=-1),
+    "shieldgemma2": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
     "smolvlm": _IDEFICS3,
     "vipllava": VisionTower(_CLIP, _EVERY_PATCH, kinds=("clip_vision_model",)),
 }
 
+_CODEBOOK = "convolutions turn an image into entries of a codebook"
+_CONVOLUTIONS = "it attends within windows of an image, and convolutions shrink its map of features"
+_RESAMPLED = "each of its visual tokens is made of all patches of a tile"
+_TIMM = "it comes from timm, where every tower has layers of its own"
+_NO_TOWER = "it has none: the decoder reads the patches themselves"
+_SHRINKS = "it joins patches between its layers"
+
 # Why the towers of the others cannot be pruned.
-NOT_PRUNABLE: dict[str, str] = {}
+NOT_PRUNABLE: dict[str, str] = {
+    "apertus1p5": _CODEBOOK,
+    "aria": _RESAMPLED,
+    "chameleon": _CODEBOOK,
+    "deepseek_ocr2": _RESAMPLED,
+    "deepseek_vl_hybrid": _CONVOLUTIONS,
+    "emu3": _CODEBOOK,
+    "fast_vlm": _TIMM,
+    "fuyu": _NO_TOWER,
+    "gemma3n": _TIMM,
+    "gemma4_unified": _NO_TOWER,
+    "got_ocr2": _CONVOLUTIONS,
+    "granite4_vision": "each of its visual tokens is made of all patches in a window",
+    "idefics2": _RESAMPLED,
+    "llama4": "its class token stands behind the patches",
+    "minicpm_ocr": _SHRINKS,
+    "minicpmv4_6": _SHRINKS,
+    "minicpmv4_7": _SHRINKS,
+    "perception_lm": _TIMM,
+    "pp_chart2table": _CONVOLUTIONS,
+    "step3p7": "convolutions over neighbouring patches make its visual tokens",
+    "video_llava": "it has one for images and another for videos",
+}
 _UNVERIFIED = "leaving patches out has not been verified on its vision tower"
 
 
@@ -348,7 +393,8 @@ def encoded_tokens(
                 f"makes {len(patches.rows)} of the pixels: pass the images that the prompts speak of, once each."
             )
         device = places.device
-        yield EncodedTokens(places, replace(patches, rows=patches.rows.to(device), tile=patches.tile.to(device)))
+        moved = {name: getattr(patches, name).to(device) for name in ("rows", "tile", "place")}
+        yield EncodedTokens(places, replace(patches, **moved))
 
 
 def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: VisualTokens) -> VisualTokens:
@@ -357,9 +403,11 @@ def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: 
     Arguments and errors are those of [`encoded_tokens`].
     """
     tile_index = torch.full_like(visual_tokens.positions, -1)
+    tile_place = tile_index[..., None].repeat(1, 1, 2)
     first = 0
     for call in encoded_tokens(config, inputs, visual_tokens):
         tile_index[tuple(call.places.T)] = torch.where(call.patches.tile >= 0, call.patches.tile + first, -1)
+        tile_place[tuple(call.places.T)] = call.patches.place
         first += call.patches.num_tiles
     # Tiles are counted within each sample.
     none = tile_index < 0
@@ -376,4 +424,4 @@ def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: 
                 tiles = tiles[tiles >= 0].unique()
                 if len(tiles) > 1:
                     is_overview[sample] |= tile_index[sample] == tiles[tower.overview]
-    return replace(visual_tokens, tile_index=tile_index, is_overview=is_overview)
+    return replace(visual_tokens, tile_index=tile_index, tile_place=tile_place, is_overview=is_overview)

@@ -44,7 +44,7 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"An early exit needs a copy of `{name}` for the small model's answer, which cannot be made "
                 f"({type(error).__name__}: {error}): leave it out, or pass `early_exit_threshold=None`, which never "
-                "exits, and leave out `confirm_draft`."
+                "exits, and leave out `confirmation_threshold`."
             ) from error
     return copies
 

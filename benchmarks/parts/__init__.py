@@ -9,7 +9,9 @@ one run, and each ratio is the median of the rounds' ratios with its least and g
     decode        time and cache of each further token, pruned
     drafts        forward passes and time, by answer length and the share of the draft that is right
     end_to_end    both models against the large one alone, by retention and by the share of early exits
-    break_even    the same while one thing grows
+    methods       the pair and its rivals side by side: time and operations of each (`baselines`, `profile`)
+    break_even    both models while one thing grows
+    growth_tiles  the vision tower's share while an image gets more tiles
     growth        guidance again while prompts, batches and answers grow, with a power law fitted
 
 What a random model writes is decided by the last bit of its logits. Where the text matters, a logits processor

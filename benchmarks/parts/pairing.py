@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformers_sgl.architectures import decoder, visual_tokens_of
@@ -19,7 +19,7 @@ from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens.importance_process import ImportanceProcessorList, RetentionRatioProcessor
 from transformers_sgl.transformers_interface import attention_name
 
-__all__ = ["Pairing", "kept_by_preset", "presets_of", "random_keep_mask", "sizes", "while_in_decoder"]
+__all__ = ["Pairing", "kept_by_preset", "presets_of", "random_keep_mask", "sizes", "while_in", "while_in_decoder"]
 
 # Random models have no tokenizers; one object for both says that a token means the same to either.
 _TOKENIZER = object()
@@ -100,9 +100,9 @@ def random_keep_mask(tokens: Any, retention_ratio: float, seed: int) -> Tensor:
 
 
 @contextmanager
-def while_in_decoder(model: PreTrainedModel, read: Callable[[], float]) -> Iterator[list[float]]:
-    """Adds up by how much a reading grows while the decoder runs: the clock, or a count of operations."""
-    total, module = [0.0], decoder(model)
+def while_in(module: nn.Module, read: Callable[[], float]) -> Iterator[list[float]]:
+    """Adds up by how much a reading grows while a module runs: the clock, or a count of operations."""
+    total = [0.0]
 
     def begin(*_: Any) -> None:
         total[0] -= read()
@@ -116,3 +116,8 @@ def while_in_decoder(model: PreTrainedModel, read: Callable[[], float]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+def while_in_decoder(model: PreTrainedModel, read: Callable[[], float]) -> AbstractContextManager[list[float]]:
+    """The same while the decoder runs."""
+    return while_in(decoder(model), read)

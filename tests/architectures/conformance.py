@@ -105,7 +105,7 @@ def check_is_guided(name: str, video: bool = False) -> None:
         for number, sample in enumerate(samples):
             own = visual_tokens_of(model.config, sample)
             own_keep = own.prompt_keep_mask(keep[number : number + 1, : own.num_visual_tokens])
-            if _mixes_otherwise(model) or key_sources(model.config):
+            if _mixes_otherwise(model):
                 # A recurrence has no mask to hide a token from it: there the batch is compared with the sample alone.
                 with VisualTokenPruner(model, own_keep, prune_layer):
                     wanted = model.generate(**sample, **_GREEDY, **_DETAILS)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from tiny_models import state
 from torch import Tensor, nn
@@ -28,12 +30,12 @@ from transformers_sgl.vision_towers import VISION_TOWERS, check_tower_prunable
 from . import TINY, Inputs, tiny_batch, tiny_model, tiny_samples
 from .conformance import _DETAILS as DETAILS
 from .conformance import _GREEDY as GREEDY
-from .conformance import NUM_NEW_TOKENS, _masked
+from .conformance import NUM_NEW_TOKENS, _masked, _pair
 
 NUM_VISION_LAYERS = 3
 PRUNE_LAYERS = (0, 1, 2)
 _REFERENCE = "vision_reference"
-_TOLERANCE = {"atol": 1e-9, "rtol": 1e-9}
+_TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}  # some norms compute in single precision, whatever they are given
 _HIDDEN: dict[
     nn.Module, Tensor
 ] = {}  # which patches attention hides from which, `(tiles or 1, patches or 1, patches)`
@@ -51,7 +53,7 @@ def prunable() -> list[str]:
     return sorted(filter(is_prunable, TINY))
 
 
-def vision_model(name: str, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.double) -> PreTrainedModel:
+def vision_model(name: str, dtype: torch.dtype = torch.double) -> PreTrainedModel:
     """A tiny model whose tower has three layers."""
     tiny = TINY[name]
 
@@ -61,10 +63,8 @@ def vision_model(name: str, attn_implementation: str = "sdpa", dtype: torch.dtyp
         return made
 
     with patch.dict(TINY, {name: replace(tiny, config=config)}):
-        model = tiny_model(name, attn_implementation=attn_implementation).to(dtype)
-    for each in _vision_configs(model):
-        each._attn_implementation = attn_implementation
-    model.generate(**prompts(name, dtype=dtype)[0], **GREEDY)  # transformers leaves hooks on a tower at its first call
+        model = tiny_model(name, num_layers=2).to(dtype)
+    model.generate(**prompts(name, dtype=dtype)[1][0], max_new_tokens=1)  # transformers leaves hooks at the first call
     return model
 
 
@@ -81,9 +81,11 @@ def prompts(name: str, video: bool = False, dtype: torch.dtype = torch.double) -
 
 def check_keeps_everything(name: str, video: bool = False) -> None:
     """With every token kept, features and logits are stock's to the last bit."""
+    model = vision_model(name, torch.float)
     batch, _ = prompts(name, video, torch.float)
     for attn_implementation in ("sdpa", "eager"):
-        model = vision_model(name, attn_implementation, torch.float)
+        for config in _vision_configs(model):
+            config._attn_implementation = attn_implementation
         tokens = visual_tokens_of(model.config, batch)
         wanted, logits = features_of(model, batch, tokens)
         before = state(model)
@@ -98,11 +100,11 @@ def check_keeps_everything(name: str, video: bool = False) -> None:
 
 def check_leaves_tiles_out(name: str, video: bool = False) -> None:
     """Features of kept tiles are stock's to the last bit, no layer sees the others, nor does the decoder."""
-    model = vision_model(name, dtype=torch.float)
+    model = vision_model(name, torch.float)
     batch, samples = prompts(name, video, torch.float)
     tokens = visual_tokens_of(model.config, batch)
     before = state(model)
-    behind = behind_tokens(model, batch, tokens)
+    behind = behind_tokens(name, video)
     stock, _ = features_of(model, batch, tokens)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
@@ -120,7 +122,8 @@ def check_leaves_tiles_out(name: str, video: bool = False) -> None:
         own = [behind.tiles[tokens.valid.nonzero()[:, 0] == number].any(dim=0) for number in range(len(samples))]
         wanted = [int(run[each].sum()) / int(each.sum()) for each in own]
         torch.testing.assert_close(pruner.share, torch.tensor(wanted, dtype=torch.double), **_TOLERANCE)
-        check_answers(model, batch, samples, tokens, kept, stock, None)
+        if seed == 0:
+            check_answers(model, batch, samples, tokens, kept, stock, None)
     assert state(model) == before
 
 
@@ -130,7 +133,7 @@ def check_leaves_patches_out(name: str, video: bool = False) -> None:
     batch, samples = prompts(name, video)
     tokens = visual_tokens_of(model.config, batch)
     before = state(model)
-    behind = behind_tokens(model, batch, tokens)
+    behind = behind_tokens(name, video)
     for prune_layer, is_even in ((0, True), (1, True), (2, True), (0, False), (1, False), (2, False)):
         generator = torch.Generator().manual_seed(prune_layer)
         kept = (
@@ -155,7 +158,59 @@ def check_leaves_patches_out(name: str, video: bool = False) -> None:
         whole = int(rows.any(dim=1).sum()) * behind.per_tile
         sizes = [int(rows.sum()) if layer >= prune_layer else whole for layer in range(NUM_VISION_LAYERS)]
         assert [each.shape[:2].numel() for each in handed] == sizes
-        check_answers(model, batch, samples, tokens, kept, wanted, prune_layer)
+        if prune_layer == 1:
+            check_answers(model, batch, samples, tokens, kept, wanted, prune_layer)
+    assert state(model) == before
+
+
+def check_pair(name: str, video: bool = False) -> None:
+    """A pair encodes and writes for a batch what it does for each sample alone."""
+    model = vision_model(name, torch.float)
+    batch, samples = prompts(name, video, torch.float)
+    for prune_layer in (None, 1):
+        settings = {"retention_ratio": 0.3, "prune_layer": 1, "early_exit_threshold": None}
+        settings |= {"vision_retention_ratio": 0.5, "vision_prune_layer": prune_layer}
+        together = _pair(model, model, batch, **settings)
+        for number, sample in enumerate(samples):
+            alone = _pair(model, model, sample, **settings)
+            for mask in ("vision_keep_mask", "keep_mask"):
+                own = getattr(alone, mask)[0]
+                assert torch.equal(getattr(together, mask)[number, : len(own)], own)
+            assert alone.keep_mask[0].sum() < alone.vision_keep_mask[0].sum()
+            assert torch.equal(together.sequences[number, -NUM_NEW_TOKENS:], alone.sequences[0, -NUM_NEW_TOKENS:])
+            torch.testing.assert_close(together.vision_share[number], alone.vision_share[0])
+            assert alone.vision_share[0] < 1 or (prune_layer is None and own.numel())
+
+
+def check_leaves_nothing_behind(name: str) -> None:
+    """After an error in the tower, and after a refusal, the model is what it was."""
+    model = vision_model(name)
+    batch, samples = prompts(name)
+    tokens = visual_tokens_of(model.config, batch)
+    before = state(model)
+
+    class BrokenError(Exception):
+        pass
+
+    def fail(*call: Any) -> None:
+        raise BrokenError
+
+    handle = vision_layers(model)[1].register_forward_hook(fail)
+    with pytest.raises(BrokenError), VisionTowerPruner(model, batch, tokens, tokens.valid, 1):
+        model(**batch)
+    handle.remove()
+    with pytest.raises(ValueError, match="has 3 layers: pass an index from 0 to 2"):
+        VisionTowerPruner(model, batch, tokens, tokens.valid, NUM_VISION_LAYERS)
+    too_many = {**batch, **{key: batch[key][:2] for key in ("input_ids", "attention_mask")}}
+    own = visual_tokens_of(model.config, too_many)
+    with pytest.raises(ValueError, match="pass the images that the prompts speak of, once each"):
+        VisionTowerPruner(model, too_many, own, own.valid)
+    own = visual_tokens_of(model.config, samples[0])
+    with (
+        pytest.raises(ValueError, match="pass the images of those prompts, once each"),
+        VisionTowerPruner(model, samples[0], own, own.valid, 1),
+    ):
+        model(**batch)
     assert state(model) == before
 
 
@@ -180,7 +235,7 @@ def check_answers(
         own_tokens = visual_tokens_of(model.config, sample)
         own_keep = own_tokens.prompt_keep_mask(keep[number : number + 1, : own_tokens.num_visual_tokens])
         with _handed_features(model, own_tokens, own):
-            wanted = _masked(model, sample, own_keep, 0)
+            wanted = _masked(model, sample, {0: own_keep})
         assert torch.equal(output.sequences[number, -NUM_NEW_TOKENS:], wanted.sequences[0, -NUM_NEW_TOKENS:])
         for logits, each in zip(output.logits, wanted.logits, strict=True):
             torch.testing.assert_close(logits[number], each[0], atol=2e-4, rtol=2e-3)
@@ -233,8 +288,11 @@ class Behind:
         return rows
 
 
-def behind_tokens(model: PreTrainedModel, batch: Inputs, tokens: VisualTokens) -> Behind:
-    """The patches on which each visual token depends where no patch sees another, by gradients."""
+@cache
+def behind_tokens(name: str, video: bool) -> Behind:
+    """The patches on which each visual token of the prompts depends where no patch sees another, by gradients."""
+    model, (batch, _) = vision_model(name), prompts(name, video)
+    tokens = visual_tokens_of(model.config, batch)
     first: list[Tensor] = []
 
     def start_here(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from tiny_models import TOKENS_PER_TILE, prompts, tiny_internvl
 from benchmarks import __main__ as command
 from benchmarks import run, settings, workbench
 from benchmarks.figure import draw_figure
+from benchmarks.parts import methods
 from benchmarks.random_models import random_inputs, random_model
 from benchmarks.run import PARTS
 from benchmarks.settings import PART_NAMES, BenchmarkSettings, check_settings, find_parts
@@ -43,6 +44,7 @@ SWEEPS = {
     "growth_tokens": (16, 32, 64),
     "growth_batches": (1, 2),
     "growth_answers": (1, 2),
+    "growth_tiles": (1, 3),
 }
 SPREAD = {"median": 1.05, "min": 1.0, "max": 1.1}
 IMPORTED = dict.fromkeys(("transformers", "transformers and transformers_sgl", "transformers_sgl"), SPREAD)
@@ -92,6 +94,9 @@ def put_in_place(patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr(workbench, "random_inputs", tiny_inputs)
     for module in (run, workbench):
         patch.setattr(module, "num_parameters", lambda name, shrink=1: SIZES[name] * 10**9 // shrink**2)
+    patch.setattr(run, "weightless", tiny_model)
+    for module in (methods, run):
+        patch.setattr(module, "VISION_SETTINGS", {"half of the tiles": {"vision_retention_ratio": 0.5}})
     patch.setattr(run, "_GROWTH_TOKENS", TOKENS_PER_TILE)
     patch.setattr(settings, "BenchmarkSettings", lambda **given: BenchmarkSettings(**SWEEPS | given))
     patch.setattr(run, "measure_startup", lambda pair, rounds: STARTUP | {"rounds": rounds})
@@ -158,12 +163,12 @@ def with_rounds(record: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 TIMELESS = {"speed-guidance", "speed-prefill", "speed-decode", "speed-drafts", "speed-end-to-end"}
-TIMELESS |= {"speed-growth", "speed-growth-tokens"}  # which hold counts, too
+TIMELESS |= {"speed-growth", "speed-growth-tokens", "speed-growth-tiles", "speed-methods"}  # which hold counts, too
 
 
 def test_tables_of_enough_rounds(whole):
     tables = make_tables(with_rounds(record_of(whole.folder), 5))
-    assert set(tables) == TIMELESS | {"speed-startup", "speed-exits", "speed-break-even"}
+    assert set(tables) == TIMELESS | {"speed-startup", "speed-exits", "speed-break-even", "speed-profile"}
     for name, table in tables.items():
         assert table["rows"], name
         assert {len(row) for row in table["rows"]} == {len(table["columns"])}
@@ -177,7 +182,7 @@ def test_tables_of_enough_rounds(whole):
 
 def test_too_few_rounds_have_neither_interval_nor_verdict(whole):
     tables = make_tables(with_rounds(record_of(whole.folder), 4))
-    assert set(tables) == TIMELESS | {"speed-startup", "speed-exits", "speed-break-even"}
+    assert set(tables) == TIMELESS | {"speed-startup", "speed-exits", "speed-break-even", "speed-profile"}
     for table in tables.values():
         shown = str([table["columns"], *table["rows"]])
         assert not any(word in shown for word in ("faster", "always", "never", "above", "below"))

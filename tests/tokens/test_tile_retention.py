@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transformers_sgl import ImportanceProcessor, RetentionPerTileProcessor, TileRetentionProcessor, VisualTokens
+from transformers_sgl import (
+    BlurProcessor,
+    ImportanceProcessor,
+    RetentionPerTileProcessor,
+    TileRetentionProcessor,
+    VisualTokens,
+)
 from transformers_sgl.tokens.tile_retention import vision_processors
 
 pytestmark = pytest.mark.mechanics
@@ -117,7 +123,7 @@ def test_the_settings_choose_the_rule() -> None:
 
     assert vision_processors(1.0, within_tiles=True) == []
     assert [type(each) for each in vision_processors(0.5, False, Mine())] == [Mine, TileRetentionProcessor]
-    assert [type(each) for each in vision_processors(0.5, True)] == [RetentionPerTileProcessor]
+    assert [type(each) for each in vision_processors(0.5, True)] == [BlurProcessor, RetentionPerTileProcessor]
     with pytest.raises(ValueError, match="`vision_processor` is or holds 3"):
         vision_processors(0.5, True, [3])  # type: ignore[list-item]
 
@@ -130,3 +136,43 @@ def test_bad_ratios_and_unknown_tiles_are_refused(kind: type[TileRetentionProces
     tokens = replace(tokens_of([[2]], [None]), tile_index=None)
     with pytest.raises(ValueError, match="not known which visual tokens form a tile"):
         kind(0.5)(tokens, torch.rand(1, 2))
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), min_size=1, max_size=4),
+    sigma=st.sampled_from([0.5, 1.0, 1.7]),
+    seed=st.integers(0, 1000),
+)
+def test_a_blur_is_a_weighted_sum_over_the_neighbours_in_the_tile(
+    sizes: list[tuple[int, int]], sigma: float, seed: int
+) -> None:
+    tokens = tokens_of([[rows * columns for rows, columns in sizes]], [None])
+    places = [(row, column) for rows, columns in sizes for row in range(rows) for column in range(columns)]
+    tokens = replace(tokens, tile_place=torch.tensor([places]))
+    importance = torch.rand(tokens.valid.shape, generator=torch.Generator().manual_seed(seed))
+
+    blurred = BlurProcessor(sigma)(tokens, importance)[0]
+
+    reach = math.ceil(2 * sigma)
+    weights = {step: math.exp(-(step**2) / (2 * sigma**2)) for step in range(-reach, reach + 1)}
+    total = sum(weights.values())
+    tiles = tokens.tile_index[0].tolist()
+    for token, (row, column) in enumerate(places):
+        wanted = sum(
+            weights[row - other_row] * weights[column - other_column] / total**2 * importance[0, other].item()
+            for other, (other_row, other_column) in enumerate(places)
+            if tiles[other] == tiles[token] and abs(row - other_row) <= reach and abs(column - other_column) <= reach
+        )
+        assert blurred[token].item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+def test_a_blur_leaves_dropped_protected_and_other_tokens_alone() -> None:
+    tokens = tokens_of([[4, 2]], [None])
+    tokens = replace(tokens, tile_place=torch.tensor([[[0, 0], [0, 1], [0, 2], [-1, -1], [0, 0], [0, 1]]]))
+    importance = torch.tensor([[DROPPED, 0.0, float("inf"), 0.3, 0.0, 0.0]])
+    assert torch.equal(BlurProcessor()(tokens, importance), importance)
+    for sigma in (0, -1.0, True, float("nan"), "1"):
+        with pytest.raises(ValueError, match="pass a number above 0"):
+            BlurProcessor(sigma)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not known where in its tile"):
+        BlurProcessor()(replace(tokens, tile_place=None), importance)

@@ -51,7 +51,8 @@ class VisionTowerPruner(HookContext):
             default only whole tiles are left out, from the first layer on.
 
     Raises:
-        ValueError: If the tower cannot be pruned; while running, if it is given other images.
+        ValueError: If the tower cannot be pruned, has no such layer or makes another number of tokens; while running,
+            if it is given other images.
 
     Example:
         ```python
@@ -69,7 +70,7 @@ class VisionTowerPruner(HookContext):
         >>> with VisionTowerPruner(large, inputs, tokens, keep, prune_layer=1) as pruner:
         ...     features = large.get_image_features(inputs["pixel_values"]).pooler_output
         >>> features.shape, pruner.share
-        (torch.Size([2, 64, 192]), tensor([0.3359], dtype=torch.float64))
+        (torch.Size([2, 64, 128]), tensor([0.3359], dtype=torch.float64))
 
         ```
     """
@@ -86,6 +87,11 @@ class VisionTowerPruner(HookContext):
         layers = list(vision_layers(model))
         self._index = {layer: index for index, layer in enumerate(layers)}
         self._mergers = [attrgetter(path)(model) for path in tower.mergers]
+        if prune_layer is not None and not 0 <= prune_layer < len(layers):
+            raise ValueError(
+                f"`prune_layer` is {prune_layer}, but the vision tower has {len(layers)} layers: pass an index from 0 "
+                f"to {len(layers) - 1}, or `None` to leave out whole tiles only."
+            )
         self._first_cut = len(layers) if prune_layer is None else prune_layer
         kept = keep_mask.to(visual_tokens.valid.device)
         self._calls = [
@@ -153,7 +159,8 @@ class VisionTowerPruner(HookContext):
         if not isinstance(output, Tensor):
             return (self._put_back(layer, args, output[0]), *output[1:])
         flat = whole.to(output).flatten(0, -2)
-        return flat.index_copy(0, rows.flatten().to(flat.device), output.flatten(0, -2)).view(whole.shape)
+        put_back = flat.index_copy(0, rows.flatten().to(flat.device), output.flatten(0, -2)).view(whole.shape)
+        return _laid_out_as(output, put_back)
 
     def _hand_to_merger(self, merger: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Merger pre-hook: hands it the rows that its layer was handed."""
@@ -230,7 +237,12 @@ class _Pass(local):
 def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
     """The chosen rows of `(..., width)`, whose leading dimensions are flattened, with as many dimensions as before."""
     taken = tensor.flatten(0, -2)[rows]
-    return taken.view(*(1,) * (tensor.dim() - taken.dim()), *taken.shape)
+    return _laid_out_as(tensor, taken.view(*(1,) * (tensor.dim() - taken.dim()), *taken.shape))
+
+
+def _laid_out_as(other: Tensor, tensor: Tensor) -> Tensor:
+    """The same tensor, in memory by columns if the other is: on CPUs, sums of rows are rounded otherwise then."""
+    return tensor if other.stride(-1) == 1 else tensor.mT.contiguous().mT
 
 
 def _cut_argument(name: str, value: Any, rows: Tensor, shape: torch.Size) -> Any:

@@ -32,6 +32,8 @@ class VisualTokens:
         tile_index (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The number of a token's tile within
             its sample, from 0: what the vision tower encodes by itself, such as a tile of an image, a frame, or an
             image that is not cut. -1 in padding and for tokens that the tower does not make, like ends of rows.
+        tile_place (`Tensor` of shape `(batch, num_visual_tokens, 2)`, *optional*): The row and the column of a token
+            in its tile, counted in tokens; -1 likewise.
         is_overview (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the tokens of a tile that
             shows a whole image, of which other tiles show parts.
     """
@@ -41,6 +43,7 @@ class VisualTokens:
     image_index: Tensor
     prompt_mask: Tensor
     tile_index: Tensor | None = None
+    tile_place: Tensor | None = None
     is_overview: Tensor | None = None
 
     @classmethod

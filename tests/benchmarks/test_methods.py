@@ -1,0 +1,159 @@
+"""All methods side by side on tiny models: nothing here asserts seconds, but everything that can be counted."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from tiny_models import TOKENS_PER_TILE, prompts, tiny_internvl
+
+from benchmarks.parts import methods
+from benchmarks.parts.growth_tiles import measure_growth_tiles
+from benchmarks.parts.methods import EXIT_SHARE, VISION_SETTINGS, measure_methods, pair_settings
+from benchmarks.parts.pairing import Pairing
+from benchmarks.parts.profile import PHASES, watched
+from transformers_sgl.evaluation.cost import flop_counter
+from transformers_sgl.generation_config_sgl import PRESETS
+from transformers_sgl.tokens.early_exit import NEVER_EXIT
+
+NUM_LAYERS, NUM_TILES = 6, 5
+NEVER = {"early_exit_threshold": NEVER_EXIT, "score_draft": False, "verify_draft": False}
+
+
+@pytest.fixture(scope="module")
+def pairing() -> Pairing:
+    models = tiny_internvl(NUM_LAYERS, seed=0), tiny_internvl(2, seed=1)
+    for model in models:
+        model.generation_config.eos_token_id = None
+    return Pairing(*models, prompts([[NUM_TILES]], [5]))
+
+
+@pytest.fixture(scope="module")
+def found(pairing: Pairing) -> dict[str, Any]:
+    # 32x32 pixels: four tiles of 16x16, and the whole image.
+    return measure_methods(pairing, image_size=(32, 32), answer_tokens=2, rounds=1)
+
+
+def of_kind(found: dict[str, Any], kind: str) -> list[str]:
+    return [name for name, method in found["methods"].items() if method["kind"] == kind]
+
+
+class TestMethods:
+    def test_all_are_there(self, found):
+        shares = [found["methods"][name]["average_retention"] for name in PRESETS]
+        assert of_kind(found, "large") == ["large"]
+        assert of_kind(found, "pair") == [*PRESETS, *VISION_SETTINGS] == list(pair_settings())
+        assert len(of_kind(found, "baseline")) == 4 * len(PRESETS)
+        for method in ("random", "FastV", "DivPrune"):
+            of_method = [found["methods"][name] for name in of_kind(found, "baseline") if name.startswith(method)]
+            retention = [each["average_retention"] for each in of_method]
+            at_least = 0.2 if method == "FastV" else 0  # which cannot prune before the second of six layers
+            assert retention == pytest.approx([max(at_least, share) for share in shares], abs=0.04)
+            assert {each["tower_share"] for each in of_method} == {1.0}
+
+    def test_a_smaller_image_has_no_more_tokens_than_the_others_keep(self, found):
+        names = [name for name in of_kind(found, "baseline") if name.startswith("smaller image")]
+        for name, preset in zip(names, PRESETS, strict=True):
+            method = found["methods"][name]
+            assert method["average_retention"] <= found["methods"][preset]["average_retention"] + 0.02
+            assert method["tower_share"] == pytest.approx(method["average_retention"])
+
+    def test_operations(self, found):
+        flops = {name: method["flops"] for name, method in found["methods"].items()}
+        rivals = dict(zip(PRESETS, (name for name in flops if name.startswith("random")), strict=True))
+        # The guide's are the same for all presets, and all other operations depend on how much is kept.
+        guide = {name: flops[name] - flops[rivals[name]] for name in PRESETS}
+        assert len(set(guide.values())) == 1
+        assert 0 < guide["fast"] < flops["exit"]  # which scores its draft
+        assert flops["half of the tiles"] < flops["balanced"]
+        for method in found["methods"].values():
+            assert method["flops_over_large"] == method["flops"] / flops["large"]
+
+    def test_operations_of_a_longer_answer_follow_from_those_of_short_ones(self, pairing, monkeypatch):
+        monkeypatch.setattr(methods, "PRESETS", {"balanced": PRESETS["balanced"]})
+        monkeypatch.setattr(methods, "baselines", lambda *_: {})
+        monkeypatch.setattr(methods, "VISION_SETTINGS", {"half": {"vision_retention_ratio": 0.5}})
+        arguments = pairing, (32, 32), 5, 0, nullcontext
+        extrapolated, _ = methods._count(*arguments)
+        monkeypatch.setattr(methods, "_COUNTED", 5)
+        assert methods._count(*arguments)[0] == extrapolated
+
+    def test_the_tower_s_share(self, found):
+        shares = {name: found["methods"][name]["tower_share"] for name in ("large", "exit", *pair_settings())}
+        assert {shares[name] for name in ("large", *PRESETS)} == {1.0}
+        assert shares["exit"] == 0
+        assert shares["half of the tiles"] == 2 / NUM_TILES
+        assert all(0 < shares[name] < 1 for name in VISION_SETTINGS)
+
+    def test_half_of_the_questions_exit(self, found):
+        of = found["methods"]
+        # The others take as long as an answer whose draft is scored, which stands nowhere itself.
+        times = {name: of[name]["time"]["samples_ms"] for name in ("exit", "large")}
+        for name in pair_settings():
+            exits = of[name]["with_exits"]
+            assert exits["flops_over_large"] < of[name]["flops_over_large"] + of["exit"]["flops_over_large"]
+            least = [EXIT_SHARE * out / alone for out, alone in zip(*times.values(), strict=True)]
+            assert exits["time_over_large"]["median"] > statistics.median(least)
+
+
+class TestProfile:
+    def test_phases_add_up(self, found):
+        profile = found["profile"]
+        assert list(profile) == ["large", "balanced", list(VISION_SETTINGS)[-1]]
+        for way in profile.values():
+            assert sum(way[phase]["median"] for phase in PHASES) == pytest.approx(way["whole"]["median"])
+        assert {profile["large"][phase]["max"] for phase in PHASES[:4]} == {0.0}
+        assert all(profile["balanced"][phase]["min"] > 0 for phase in PHASES)
+
+    def test_each_operation_is_in_its_phase(self, pairing):
+        counts = {}
+        for name in ("balanced", "half of the tiles"):
+            counter = flop_counter()
+            with counter, watched(pairing, counter.get_total_flops) as laps:
+                pairing.guided(max_new_tokens=3, **NEVER, **pair_settings()[name])
+            counts[name] = laps
+            outside = counter.get_total_flops() - sum(laps.values())
+            assert 0 < outside < 0.2 * counter.get_total_flops()  # heads and projectors
+        balanced, tiles = counts.values()
+        same = ("guide: tower", "guide: first pass", "guide: decoding")
+        assert [balanced[phase] for phase in same] == [tiles[phase] for phase in same]
+        assert tiles["first pass"] < balanced["first pass"]
+        # The layer's part of the tower: 2 of 5 tiles.
+        assert balanced["tower"] > tiles["tower"] > 2 / NUM_TILES * balanced["tower"]
+
+    def test_hooks_are_gone(self, pairing):
+        def hooks() -> int:
+            modules = (module for model in (pairing.large, pairing.small) for module in model.modules())
+            return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+        before = hooks()
+        with pytest.raises(KeyError), watched(pairing, lambda: 0.0):
+            raise KeyError
+        assert hooks() == before
+
+
+class TestGrowthTiles:
+    def test_points(self, pairing):
+        points = ((number, Pairing(pairing.large, pairing.small, prompts([[number]], [5]))) for number in (2, 6))
+        settings = {name: pair_settings()[name] for name in ("balanced", "half of the tiles")}
+        found = measure_growth_tiles(points, settings, answer_tokens=2, rounds=2)
+        assert [point["value"] for point in found["points"]] == [2, 6]
+        assert [point["num_visual_tokens"] for point in found["points"]] == [2 * TOKENS_PER_TILE, 6 * TOKENS_PER_TILE]
+        for point in found["points"]:
+            ways = point["ways"]
+            assert list(ways) == ["large", "balanced", "half of the tiles"]
+            assert set(ways["large"]["time_over_large"].values()) == {1.0}
+            assert all(0 < way["tower_share_of_time"]["median"] < 1 for way in ways.values())
+            assert ways["half of the tiles"]["tower_memory"] < ways["large"]["tower_memory"]
+            for way in ways.values():
+                assert 0 < way["tower_memory"] <= way["memory"]["working_bytes"]
+        assert (
+            found["points"][0]["ways"]["large"]["tower_memory"] < found["points"][1]["ways"]["large"]["tower_memory"]
+        )
+
+    def test_without_memory(self, pairing):
+        found = measure_growth_tiles([(NUM_TILES, pairing)], {}, answer_tokens=1, rounds=1, memory=False)
+        way = found["points"][0]["ways"]["large"]
+        assert way["memory"] is way["tower_memory"] is None
