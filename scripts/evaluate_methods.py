@@ -33,7 +33,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
 GROUPS = {
     "baselines": ["large", "small", "sgp", "sgl", "random", "fastv", "divprune", "divprune-late", "downsample"],
-    "vision": ["large", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm"],
+    "vision": ["large", "sgp-vision", "sgl-vision"],
+    "confirm": ["large", "sgp-confirm", "sgl-confirm"],
 }
 METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm"]
 METHODS += ["random", "fastv", "divprune", "divprune-late", "downsample"]

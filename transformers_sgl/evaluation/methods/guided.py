@@ -10,6 +10,10 @@ from transformers_sgl.tokens.early_exit import NEVER_EXIT
 
 __all__ = ["SGL", "SGP", "pair_answers"]
 
+# Where the pruned large model only confirms drafts, it gets this part of the average retention; the rest is for the
+# questions whose draft it does not confirm, for which it reads everything.
+_FIRST_READING = 0.5
+
 
 @dataclass(frozen=True)
 class SGP(Method):
@@ -25,6 +29,8 @@ class SGP(Method):
         return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
+        if self.confirms:
+            setting = Setting.of(setting.average_retention * _FIRST_READING, setting.num_layers)
         if self.vision:
             setting = setting.with_vision()
         return pair_answers(
