@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
+from transformers_sgl.generation_config_sgl import preset_settings
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 
 __all__ = ["SGL", "SGP", "pair_answers"]
 
-# Where the pruned large model only confirms drafts, it gets this part of the average retention; the rest is for the
-# questions whose draft it does not confirm, for which it reads everything.
-_FIRST_READING = 0.5
+# Where the pruned large model only confirms drafts, it gets this part of the average retention, so that 35 % is the
+# preset "confirmed"; the rest is for the questions whose draft it does not confirm, for which it reads everything.
+_FIRST_READING = 0.15 / 0.35
+_CONFIRMATION_THRESHOLD = preset_settings("confirmed")["confirmation_threshold"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class SGP(Method):
             guidance_layers=self.layers,
             early_exit_threshold=threshold,
             score_draft=self.scores_draft,
-            confirm_draft=self.confirms,
+            confirmation_threshold=_CONFIRMATION_THRESHOLD if self.confirms else None,
         )
 
 
