@@ -17,6 +17,7 @@ PART_NAMES = (
     "drafts",
     "end-to-end",
     "methods",
+    "methods-flops",
     "break-even-tokens",
     "break-even-answers",
     "growth-tokens",
