@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
+from transformers_sgl.generation_config_sgl import SGLGenerationConfig, preset_settings
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.transformers_interface import CACHE_NAMES, default_settings, with_installed_cache_name
 
@@ -44,8 +44,7 @@ def read_arguments(
     kwargs = {name: value for name, value in kwargs.items() if name not in unset}
     preset = kwargs.pop("preset", None)
     if preset is not None:
-        SGLGenerationConfig.from_preset(preset)  # raises if there is none of that name
-        kwargs = {**PRESETS[preset], **kwargs}
+        kwargs = {**preset_settings(preset), **kwargs}
     settings = SGLGenerationConfig.from_generation_config(generation_config).resolved(model)
     # Now, so that `None` among `kwargs` unsets; a default length depends on the prompt, and comes later.
     defaults = {name: value for name, value in default_settings().items() if name not in ("max_length", "min_length")}

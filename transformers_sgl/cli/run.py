@@ -28,8 +28,8 @@ def run(
     image: Annotated[Path, shared.argument("IMAGE", "Image file.")],
     question: shared.Question,
     preset: Annotated[
-        Literal["quality", "balanced", "fast"] | None,
-        shared.option("NAME", "Settings of the paper: quality, balanced or fast.", _PANEL),
+        Literal["quality", "balanced", "fast", "confirmed"] | None,
+        shared.option("NAME", "quality, balanced or fast, as in the paper, or confirmed.", _PANEL),
     ] = None,
     retention: Annotated[
         float | None, shared.option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _PANEL)
@@ -105,6 +105,8 @@ def _report(pair: Any, processor: Any, prompt_length: int, output: Any) -> dict[
         "num_visual_tokens": num_visual_tokens,
         "num_visual_tokens_kept": None if exited_early else num_kept,
         "prune_layer": output.prune_layer,
+        "vision_share": None if output.vision_share is None else round(float(output.vision_share[0]), 4),
+        "draft_confirmed": None if output.draft_confirmed is None else bool(output.draft_confirmed[0]),
         "num_layers": num_layers,
         "average_retention": None if exited_early else round(float(output.average_retention(num_layers)[0]), 4),
         # of a first call, so with what warming up takes
@@ -149,6 +151,11 @@ def _as_text(report: dict[str, Any]) -> str:
         layer, num_layers = report["prune_layer"], report["num_layers"]
         where = f"in all {num_layers} layers" if layer is None else f"from layer {layer} of {num_layers}"
         lines.append(f"kept     {kept} {where} (average retention {report['average_retention']:.0%})")
+        if report["vision_share"] is not None:
+            lines.append(f"tower    {report['vision_share']:.0%} of the large model's vision tower")
+        if report["draft_confirmed"] is not None:
+            said = "confirmed" if report["draft_confirmed"] else "not confirmed, so everything was read"
+            lines.append(f"check    {said}")
         if (passes := report["num_large_forward_passes"]) is not None:
             lines.append(f"large    {passes} forward pass{'' if passes == 1 else 'es'}")
     if "compare" in report:

@@ -70,6 +70,7 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 # The fields of a generation config that a client may set, and between what bounds; `None` is the limit of new tokens.
 # A bound that `SGLGenerationConfig` itself checks, with a better sentence, is wide here.
 _SETTINGS: dict[str, tuple[type, float, float | None]] = {
+    "confirmation_threshold": (float, -inf, inf),
     "consistency_reduction": (str, 0, 0),
     "consistency_retention_ratio": (float, -inf, inf),
     "do_sample": (bool, 0, 0),
@@ -90,6 +91,8 @@ _SETTINGS: dict[str, tuple[type, float, float | None]] = {
     "top_k": (int, 0, 1000),
     "top_p": (float, 0.01, 1),
     "verify_draft": (bool, 0, 0),
+    "vision_prune_layer": (float, -inf, inf),
+    "vision_retention_ratio": (float, -inf, inf),
 }
 _KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
 
