@@ -301,7 +301,7 @@ def test_the_table_of_architectures_is_that_of_the_package() -> None:
     record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "architectures.json").read_text())
     assert {model_type for run in record["runs"].values() for model_type in run} == ARCHITECTURES.keys()
     for run in record["runs"].values():
-        for model_type, found in run.items():
+        for found in run.values():
             assert False not in [found[field] for field in ("guide", "guided", "images", "video")]
             assert found.get("vision", True) is not False
     towers = {
