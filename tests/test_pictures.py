@@ -12,4 +12,5 @@ def test_the_picture_of_the_two_towers_is_as_drawn():
 def test_its_letters_are_no_smaller_than_the_pages():
     drawn = draw_vision_tower_picture.draw()
     assert drawn.count("font-size=") == 1
-    assert 'width="720"' in drawn and 'font-size="16"' in drawn
+    assert 'width="720"' in drawn
+    assert 'font-size="16"' in drawn
