@@ -16,7 +16,7 @@ CARD, FRAME, INK, SOFT, GONE = "#ffffff", "#dcdce3", "#1b1b1f", "#4b4b55", "#b9b
 PATCH, TOKEN, TEXT = "#3f51b5", "#00796b", "#8a8a95"
 # From unimportant to important.
 HEAT = ("#fde7c4", "#f6b454", "#d9720b", "#8f3d00")
-WIDTH_PX, HEIGHT_PX, MARGIN_PX, FONT_PX = 720, 874, 24, 16
+WIDTH_PX, HEIGHT_PX, MARGIN_PX, FONT_PX = 680, 874, 24, 16
 CELL_PX, STEP_PX, TILE_GAP_PX, LAYER_PX = 12, 15, 9, 26
 
 PER_TILE, NUM_TILES = 4, 3  # patches; the last tile shows the whole image
@@ -115,7 +115,7 @@ class Canvas:
         return "\n".join(lines) + "\n"
 
 
-IMAGE_X, TOWER_X, DECODER_X, HEAT_X = 40.0, 140.0, 390.0, 628.0
+IMAGE_X, TOWER_X, DECODER_X, HEAT_X = 40.0, 134.0, 376.0, 600.0
 SMALL_Y, LARGE_Y, STEPS_Y, STEP_LINE_PX = 92.0, 430.0, 722.0, 30
 MIDDLE, TEXT_Y = row_y(0, 6) - TILE_GAP_PX / 2, row_y(0, len(WHOLE)) + STEP_PX + CELL_PX / 2
 STEPS = (
