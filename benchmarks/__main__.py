@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", metavar="WxH", default="896x1344", help="width and height of the image in pixels (896x1344)"
     )
     for name, what in (
+        ("shrink_depth", "divide the numbers of layers of both models"),
         ("prompt_tokens", "text tokens after the image"),
         ("answer_tokens", "tokens that are written"),
         ("batch_size", "prompts read at once, where one model alone is measured"),
@@ -147,7 +148,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> BenchmarkSettings:
     """The settings as they are given, checked; what depends on the device is still to be decided."""
-    names = ["large", "small", "prompt_tokens", "answer_tokens", "batch_size"]
+    names = ["large", "small", "shrink_depth", "prompt_tokens", "answer_tokens", "batch_size"]
     names += ["rounds", "sweep_rounds", "seed", "max_tokens"]
     width, _, height = arguments.image_size.partition("x")
     if not (width.isdecimal() and height.isdecimal()):

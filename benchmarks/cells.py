@@ -61,6 +61,7 @@ class Shown:
         """What was measured and how often, as a sentence."""
         arguments = self.arguments
         shrunk = f", widths divided by {arguments['shrink']}" if arguments["shrink"] > 1 else ""
+        shrunk += f", layers by {arguments['shrink_depth']}" if arguments["shrink_depth"] > 1 else ""
         models = f"Shapes of {arguments['large']} and {arguments['small']}{shrunk}, random weights in"
         turns = ", in which all ways take turns" if self.rounds >= FEWEST_FOR_MEDIAN else ""
         return f"{models} {arguments['dtype']}; {self.how_often()}{turns}."

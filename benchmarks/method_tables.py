@@ -12,29 +12,26 @@ _MIB = 2**20
 _NAMES = {"large": "large model alone", "exit": "early exit: small model and its scores"}
 
 
-def methods_table(shown: Shown, part: dict[str, Any]) -> Table:
+def methods_table(shown: Shown, part: dict[str, Any], counted: dict[str, Any] | None) -> Table:
     """Average retention, the tower's share, operations and time of all methods."""
     rows = []
     for name, method in part["methods"].items():
-        exits = method.get("with_exits")
+        flops = {} if counted is None else counted["methods"][name]
+        exits = method.get("time_over_large_with_exits")
         rows.append(
             [
                 _name(name, method["kind"]),
                 f"{method['average_retention']:.0%}",
                 f"{method['tower_share']:.0%}",
-                _ratio(method.get("whole_flops_over_large")),
-                _ratio(method["flops_over_large"]),
+                _ratio(flops.get("flops_over_large")),
                 shown.spread(method["time_over_large"]),
                 shown.ms(method["time"]),
-                "" if exits is None else _ratio(exits.get("whole_flops_over_large")),
-                "" if exits is None else _ratio(exits["flops_over_large"]),
-                "" if exits is None else shown.spread(exits["time_over_large"]),
+                _ratio(flops.get("flops_over_large_with_exits")),
+                "" if exits is None else shown.spread(exits),
             ]
         )
-    is_shrunk = "whole_flops_over_large" in part["methods"]["large"]
-    measured = "FLOPs, shrunk" if is_shrunk else "FLOPs"
-    columns = ["method", "average retention", "tower share", "FLOPs", measured, "time", shown.clock("ms")]
-    columns += ["FLOPs, half exit", f"{measured}, half exit", "time, half exit"]
+    columns = ["method", "average retention", "tower share", "FLOPs", "time", shown.clock("ms")]
+    columns += ["FLOPs, half exit", "time, half exit"]
     caption = (
         f"Whole answers of {part['answer_tokens']} tokens to a prompt of {part['prompt_length']:,}, "
         f"{part['num_visual_tokens']:,} of them visual; all ratios to the large model alone ({part['attention']}). "
@@ -42,8 +39,8 @@ def methods_table(shown: Shown, part: dict[str, Any]) -> Table:
         "its work on patches the large model's vision tower does. With half of the questions exiting early, an answer "
         "takes the mean of an exit and of a guided answer whose draft is scored. "
     )
-    if is_shrunk:
-        caption += "FLOPs are those of the unshrunk models, beside those of the shrunk ones, which are timed. "
+    if counted is not None:
+        caption += "FLOPs are those of the unshrunk models. "
     return as_table(columns, rows, caption + shown.conditions())
 
 

@@ -45,6 +45,7 @@ def random_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    shrink_depth: int = 1,
 ) -> PreTrainedModel:
     """Builds a model with random weights, which are made directly on the device and in their type.
 
@@ -58,6 +59,7 @@ def random_model(
             is enough to count parameters and operations.
         dtype (`torch.dtype`, defaults to `torch.float32`): Their type.
         seed (`int`, defaults to 0): Of the weights. Another device draws others.
+        shrink_depth (`int`, defaults to 1): By what to divide the number of its layers.
 
     Returns:
         `PreTrainedModel`: A stock transformers model in evaluation mode.
@@ -78,7 +80,7 @@ def random_model(
     if name not in SHAPES:
         raise ValueError(f"There is no shape called {name!r}; there are {', '.join(SHAPES)}.")
     device = torch.device(device)
-    shape = SHAPES[name].shrunk(shrink)
+    shape = SHAPES[name].shrunk(shrink).shallower(shrink_depth)
     config = _FAMILIES[shape.family].config(shape)
     with device, uninitialized():  # every weight is written once, in `_fill`, and not three times
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

@@ -24,7 +24,7 @@ from benchmarks.parts.end_to_end import measure_end_to_end
 from benchmarks.parts.growth import measure_growth
 from benchmarks.parts.growth_tiles import measure_growth_tiles
 from benchmarks.parts.guidance import measure_guidance
-from benchmarks.parts.methods import VISION_SETTINGS, measure_methods, pair_settings
+from benchmarks.parts.methods import VISION_SETTINGS, count_operations, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.prefill import measure_prefill
 from benchmarks.parts.startup import measure_startup
@@ -129,11 +129,18 @@ def _end_to_end(bench: Workbench) -> dict[str, Any]:
 
 
 def _methods(bench: Workbench) -> dict[str, Any]:
-    settings, whole = bench.settings, None
-    pairing = bench.pairing()
-    if settings.shrink > 1:  # operations of the unshrunk models, too, which read the same prompts
-        whole = Pairing(weightless(settings.large), weightless(settings.small), pairing.inputs)
-    return measure_methods(pairing, whole, settings.image_size, settings.answer_tokens, settings.rounds, settings.seed)
+    settings = bench.settings
+    return measure_methods(
+        bench.pairing(), settings.image_size, settings.answer_tokens, settings.rounds, settings.seed
+    )
+
+
+def _methods_flops(bench: Workbench) -> dict[str, Any]:
+    """Of the unshrunk models, whatever the machine can hold."""
+    settings = bench.settings
+    large, small = weightless(settings.large), weightless(settings.small)
+    pairing = Pairing(large, small, bench.inputs(large, batch_size=1))
+    return count_operations(pairing, settings.image_size, settings.answer_tokens, settings.seed)
 
 
 def _break_even_tokens(bench: Workbench) -> dict[str, Any]:
@@ -224,6 +231,7 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "drafts": _drafts,
     "end-to-end": _end_to_end,
     "methods": _methods,
+    "methods-flops": _methods_flops,
     "break-even-tokens": _break_even_tokens,
     "break-even-answers": _break_even_answers,
     "growth-tokens": _growth_tokens,

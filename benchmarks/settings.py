@@ -17,6 +17,7 @@ PART_NAMES = (
     "drafts",
     "end-to-end",
     "methods",
+    "methods-flops",
     "break-even-tokens",
     "break-even-answers",
     "growth-tokens",
@@ -35,6 +36,7 @@ class BenchmarkSettings:
         large: The large model's shape, one of [`SHAPES`].
         small: The small model's, of the same family.
         shrink: What the widths of both are divided by.
+        shrink_depth: What the numbers of layers of both are divided by.
         image_size: The picture's width and height in pixels.
         prompt_tokens: Text tokens after it.
         answer_tokens: How many tokens either model writes.
@@ -59,6 +61,7 @@ class BenchmarkSettings:
     large: str = "internvl-26b"
     small: str = "internvl-2b"
     shrink: int = 1
+    shrink_depth: int = 1
     image_size: tuple[int, int] = (896, 1344)
     prompt_tokens: int = 32
     answer_tokens: int = 16
@@ -100,7 +103,7 @@ def check_settings(settings: BenchmarkSettings) -> None:
         raise ValueError(
             f"{settings.large!r} and {settings.small!r} cut images differently: name two shapes of one family."
         )
-    for name in ("shrink", "prompt_tokens", "answer_tokens", "batch_size", "rounds", "sweep_rounds"):
+    for name in ("shrink", "shrink_depth", "prompt_tokens", "answer_tokens", "batch_size", "rounds", "sweep_rounds"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`{name}` is {getattr(settings, name)}: pass a whole number of 1 or more.")
     for name in ("seed", "max_tokens"):

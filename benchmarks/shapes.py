@@ -9,7 +9,7 @@ and the proportion of two models' costs moves a little towards their depths: at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["SHAPES", "Shape", "TextShape", "VisionShape"]
 
@@ -117,6 +117,24 @@ class Shape:
                 f"`shrink` is by what a model's widths are divided, a whole number from 1 on, not {shrink!r}."
             )
         return Shape(self.family, self.text.shrunk(shrink), self.vision.shrunk(shrink))
+
+    def shallower(self, times: int) -> Shape:
+        """The same with so many times fewer layers, which leaves the proportions of all costs nearly as they are.
+
+        Example:
+            ```python
+            >>> from benchmarks.shapes import SHAPES
+
+            >>> shape = SHAPES["internvl-26b"].shallower(4)
+            >>> shape.vision.num_layers, shape.text.num_layers
+            (11, 12)
+
+            ```
+        """
+        text, vision = (
+            replace(part, num_layers=_divided(part.num_layers, times)) for part in (self.text, self.vision)
+        )
+        return Shape(self.family, text, vision)
 
 
 def _divided(size: int, shrink: int) -> int:

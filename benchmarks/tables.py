@@ -65,7 +65,7 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
     if "end-to-end" in parts:
         tables["speed-exits"] = _exits_table(shown, parts["end-to-end"])
     if "methods" in parts:
-        tables["speed-methods"] = methods_table(shown, parts["methods"])
+        tables["speed-methods"] = methods_table(shown, parts["methods"], parts.get("methods-flops"))
         tables["speed-profile"] = profile_table(shown, parts["methods"])
     if "growth-tiles" in parts:
         tables["speed-growth-tiles"] = growth_tiles_table(shown_in_sweeps, parts["growth-tiles"])

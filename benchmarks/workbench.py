@@ -55,7 +55,9 @@ class Workbench:
                     f"The weights of {name!r} take {in_gib(needed)}, but {in_gib(left)} of memory are left: name a "
                     "smaller shape, or pass a larger --shrink."
                 )
-            self._models[name] = random_model(name, settings.shrink, settings.device, dtype, settings.seed)
+            self._models[name] = random_model(
+                name, settings.shrink, settings.device, dtype, settings.seed, settings.shrink_depth
+            )
         return self._models[name]
 
     def forget_all_but(self, *names: str) -> None:

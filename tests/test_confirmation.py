@@ -19,7 +19,7 @@ IMAGES, TEXT = [[2], [1], [3], [1, 1], [2], [1]], [3, 5, 2, 4, 3, 4]
 SETTINGS = [
     {"retention_ratio": 0.2, "prune_layer": 1},
     {"vision_retention_ratio": 0.5, "retention_ratio": 1.0},
-    {"vision_retention_ratio": 0.75, "vision_prune_layer": 2, "retention_ratio": 0.7, "prune_layer": 2},
+    {"vision_retention_ratio": 0.7, "vision_prune_layer": 1, "retention_ratio": 0.7, "prune_layer": 2},
 ]
 
 
@@ -213,3 +213,20 @@ def test_ends_of_sequence_are_confirmed_as_well(pair: SGLForConditionalGeneratio
         **inputs, **GREEDY, **DETAILS, **SETTINGS[0], confirmation_threshold=0.0, forced_eos_token_id=EOS
     )
     assert own.sequences[0, -1] == EOS or own.sequences.shape[1] < inputs["input_ids"].shape[1] + 2
+
+
+def test_the_preset_confirms(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
+    output = pair.generate(**inputs, **GREEDY, **DETAILS, preset="confirmed")
+    assert output.draft_confirmed is not None
+    assert (output.vision_prune_layer, output.prune_layer) == (0, 0)
+    # Sixteen tokens of a tile, 15 % of them.
+    assert output.vision_keep_mask.sum(dim=1).tolist() == [2 * sum(tiles) for tiles in IMAGES]
+    stands = pair.generate(**inputs, **GREEDY, **DETAILS, preset="confirmed", confirmation_threshold=None)
+    assert stands.draft_confirmed is None
+    paper = pair.generate(**inputs, **GREEDY, **DETAILS, preset="paper-35")
+    assert torch.equal(paper.keep_mask, pair.generate(**inputs, **GREEDY, **DETAILS, preset="balanced").keep_mask)
+    pair.generation_config.vision_retention_ratio = 0.5
+    try:  # a preset stands for all its settings
+        assert pair.generate(**inputs, **GREEDY, **DETAILS, preset="paper-35").vision_keep_mask is None
+    finally:
+        pair.generation_config.vision_retention_ratio = None

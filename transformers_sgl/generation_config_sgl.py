@@ -37,7 +37,7 @@ _CONFIRMED = {
     "prune_layer": 0,
     "vision_retention_ratio": 0.15,
     "vision_prune_layer": 0,
-    "confirmation_threshold": 0.5,
+    "confirmation_threshold": 0.7,
 }
 _NAMED = {
     **PRESETS,

@@ -264,6 +264,7 @@ def test_a_part_that_does_not_fit(tiny, folder, capsys, monkeypatch):
         (["--image-size", "0x448"], "The image size is 0x448: pass width and height"),
         (["--rounds", "0"], "`rounds` is 0: pass a whole number of 1 or more."),
         (["--sweep-rounds", "0"], "`sweep_rounds` is 0: pass a whole number of 1 or more."),
+        (["--shrink-depth", "0"], "`shrink_depth` is 0: pass a whole number of 1 or more."),
         (["--shrink", "0"], "`shrink` is 0: pass a whole number of 1 or more."),
         (["--max-tokens", "-1"], "`max_tokens` is -1: pass a whole number of 0 or more."),
         (["--answer-tokens", "0"], "`answer_tokens` is 0: pass a whole number of 1 or more."),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ from tiny_models import TOKENS_PER_TILE, prompts, tiny_internvl
 
 from benchmarks.parts import methods
 from benchmarks.parts.growth_tiles import measure_growth_tiles
-from benchmarks.parts.methods import EXIT_SHARE, VISION_SETTINGS, measure_methods, pair_settings
+from benchmarks.parts.methods import EXIT_SHARE, VISION_SETTINGS, count_operations, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.profile import PHASES, watched
 from transformers_sgl.evaluation.cost import flop_counter
@@ -60,26 +58,6 @@ class TestMethods:
             assert method["average_retention"] <= found["methods"][preset]["average_retention"] + 0.02
             assert method["tower_share"] == pytest.approx(method["average_retention"])
 
-    def test_operations(self, found):
-        flops = {name: method["flops"] for name, method in found["methods"].items()}
-        rivals = dict(zip(PRESETS, (name for name in flops if name.startswith("random")), strict=True))
-        # The guide's are the same for all presets, and all other operations depend on how much is kept.
-        guide = {name: flops[name] - flops[rivals[name]] for name in PRESETS}
-        assert len(set(guide.values())) == 1
-        assert 0 < guide["fast"] < flops["exit"]  # which scores its draft
-        assert flops["half of the tiles"] < flops["balanced"]
-        for method in found["methods"].values():
-            assert method["flops_over_large"] == method["flops"] / flops["large"]
-
-    def test_operations_of_a_longer_answer_follow_from_those_of_short_ones(self, pairing, monkeypatch):
-        monkeypatch.setattr(methods, "PRESETS", {"balanced": PRESETS["balanced"]})
-        monkeypatch.setattr(methods, "baselines", lambda *_: {})
-        monkeypatch.setattr(methods, "VISION_SETTINGS", {"half": {"vision_retention_ratio": 0.5}})
-        arguments = pairing, (32, 32), 5, 0, nullcontext
-        extrapolated, _ = methods._count(*arguments)
-        monkeypatch.setattr(methods, "_COUNTED", 5)
-        assert methods._count(*arguments)[0] == extrapolated
-
     def test_the_tower_s_share(self, found):
         shares = {name: found["methods"][name]["tower_share"] for name in ("large", "exit", *pair_settings())}
         assert {shares[name] for name in ("large", *PRESETS)} == {1.0}
@@ -89,13 +67,42 @@ class TestMethods:
 
     def test_half_of_the_questions_exit(self, found):
         of = found["methods"]
-        # The others take as long as an answer whose draft is scored, which stands nowhere itself.
-        times = {name: of[name]["time"]["samples_ms"] for name in ("exit", "large")}
         for name in pair_settings():
-            exits = of[name]["with_exits"]
-            assert exits["flops_over_large"] < of[name]["flops_over_large"] + of["exit"]["flops_over_large"]
-            least = [EXIT_SHARE * out / alone for out, alone in zip(*times.values(), strict=True)]
-            assert exits["time_over_large"]["median"] > statistics.median(least)
+            (least, *_, alone) = (of[way]["time"]["samples_ms"][0] for way in ("exit", name, "large"))
+            mixed = of[name]["time_over_large_with_exits"]
+            assert mixed["median"] > EXIT_SHARE * least / alone  # the others, whose draft is scored, stand nowhere
+
+
+class TestOperations:
+    def test_what_a_preset_saves_a_rival_saves_too(self, pairing):
+        counted = count_operations(pairing, (32, 32), answer_tokens=2)["methods"]
+        flops = {name: method["flops"] for name, method in counted.items()}
+        rivals = dict(zip(PRESETS, (name for name in flops if name.startswith("random")), strict=True))
+        # The guide's operations are the same for all presets, and the others depend on how much is kept.
+        guide = {name: flops[name] - flops[rivals[name]] for name in PRESETS}
+        assert len(set(guide.values())) == 1
+        assert 0 < guide["fast"] < flops["exit"]  # which scores its draft
+        assert flops["half of the tiles"] < flops["balanced"]
+        assert {name for name, method in counted.items() if "flops_over_large_with_exits" in method} == set(
+            pair_settings()
+        )
+        for name, method in counted.items():
+            assert method["flops_over_large"] == flops[name] / flops["large"]
+            exits = method.get("flops_over_large_with_exits", 1.0)
+            assert exits > EXIT_SHARE * counted["exit"]["flops_over_large"]
+
+    def test_longer_answers_follow_from_short_ones(self, pairing, monkeypatch):
+        monkeypatch.setattr(methods, "PRESETS", {"balanced": PRESETS["balanced"]})
+        monkeypatch.setattr(methods, "VISION_SETTINGS", {"half": {"vision_retention_ratio": 0.5}})
+        monkeypatch.setattr(methods, "baselines", lambda *_: {})
+        counted = count_operations(pairing, (32, 32), answer_tokens=5)["methods"]
+        for name in ("large", "balanced", "half"):
+            with flop_counter() as counter:
+                if name == "large":
+                    pairing.large.generate(**pairing.inputs, max_new_tokens=5)
+                else:
+                    pairing.guided(max_new_tokens=5, **NEVER, **methods.pair_settings()[name])
+            assert counted[name]["flops"] == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 class TestProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,15 @@ class TestShapes:
             assert small.text.num_heads % small.text.num_key_value_heads == 0
             assert small.text.num_key_value_heads <= max(1, round(shape.text.num_key_value_heads / shrink))
         assert SHAPES["internvl-26b"].shrunk(1) == SHAPES["internvl-26b"]
+
+    def test_fewer_layers_leave_everything_else(self) -> None:
+        shape = SHAPES["internvl-26b"]
+        shallow = shape.shallower(4)
+        assert (shallow.vision.num_layers, shallow.text.num_layers) == (11, 12)
+        assert replace(shallow.vision, num_layers=45) == shape.vision
+        assert replace(shallow.text, num_layers=48) == shape.text
+        model = random_model("internvl-26b", device="meta", shrink_depth=100)
+        assert len(model.get_decoder().layers) == 1
 
     def test_key_value_heads_divide_the_heads_as_evenly_as_they_can(self) -> None:
         decoder = SHAPES["internvl-26b"].shrunk(3).text

@@ -58,6 +58,8 @@ class TestRun:
         report = json.loads(out)
         assert code == 0
         assert set(report) == {
+            "vision_share",
+            "draft_confirmed",
             "answer",
             "average_retention",
             "decision_score",
