@@ -3,7 +3,7 @@
     python scripts/survey_architectures.py
 
 Every architecture is a tiny random model of its own configuration class, and has to keep the promises of
-`tests/architectures/conformance.py`: the same functions that the tests run. The result goes to
+`tests/architectures/conformance.py` and `vision.py`: the same functions that the tests run. The result goes to
 `benchmarks/results/architectures.json`, from which `scripts/render_tables.py` fills `docs/`. Run it with the oldest
 and with the newest supported transformers: each version replaces only its own part of the file.
 """
@@ -35,6 +35,7 @@ from transformers_sgl.architectures import (
 from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.tokens.layouts import LAYOUTS, PLACELESS
 from transformers_sgl.transformers_interface import processor_name
+from transformers_sgl.vision_towers import NOT_PRUNABLE, UNVERIFIED, VISION_TOWERS
 
 # The processors of types that transformers itself names none for; their checkpoints do.
 PROCESSORS = {
@@ -42,16 +43,18 @@ PROCESSORS = {
     "qwen2_5_omni_thinker": "Qwen2_5OmniProcessor",
     "qwen3_omni_moe_thinker": "Qwen3OmniMoeProcessor",
 }
+FIELDS = ("guide", "guided", "images", "video", "vision")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from architectures import TINY, conformance, tiny_model  # noqa: E402
+from architectures import TINY, conformance, tiny_model, vision  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "architectures.json")
     parser.add_argument("--tables", action="store_true", help="only make the tables of earlier runs again")
+    parser.add_argument("--towers", action="store_true", help="try vision towers only, and add that to an earlier run")
     parser.add_argument("--only", nargs="*", help="types of models to try, for a quick look: nothing is written")
     arguments = parser.parse_args()
 
@@ -65,12 +68,15 @@ def main() -> None:
     names = [name for name in sorted(TINY) if is_supported(name)]
     for name in tqdm([name for name in names if arguments.only is None or name in arguments.only]):
         model_type = TINY[name].config(conformance.NUM_LAYERS).model_type
-        found.setdefault(model_type, []).append(survey(name))
+        found.setdefault(model_type, []).append({"vision": tower(name)} if arguments.towers else survey(name))
     if arguments.only is not None:
         print(json.dumps(found, indent=2))
         return
     runs = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"] if arguments.output.exists() else {}
-    runs[transformers.__version__] = {model_type: merged(variants) for model_type, variants in found.items()}
+    run = runs.setdefault(transformers.__version__, {}) if arguments.towers else {}
+    for model_type, variants in found.items():
+        run.setdefault(model_type, {}).update(merged(variants))
+    runs[transformers.__version__] = run
     record = {**measurement_record(0), "runs": runs, "tables": tables(runs)}
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"written: {arguments.output}")
@@ -91,11 +97,21 @@ def survey(name: str) -> dict[str, Any]:
         "guided": keeps(conformance.check_is_guided, name) and keeps(conformance.check_pair, name),
         "images": keeps(conformance.check_identity, name),
         "video": None,
+        "vision": tower(name),
     }
     if TINY[name].videos:
         checks = (conformance.check_identity, conformance.check_is_guided, conformance.check_pair)
         can["video"] = all(keeps(check, name, video=True) for check in checks)
     return {**can, "limits": limits(name)}
+
+
+def tower(name: str) -> bool | None:
+    """Whether its vision tower can leave out what is not kept; `None` where that is refused."""
+    reads_tiles = name in vision.prunable()
+    if not reads_tiles and name not in vision.prunable(packed=True):
+        return None
+    checks = (*vision.CHECKS, *vision.CHECKS_OF_TILES) if reads_tiles else vision.CHECKS
+    return all(keeps(check, name, video=video) for check in checks for video in vision.modalities(name))
 
 
 def keeps(check: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
@@ -129,8 +145,10 @@ def limits(name: str) -> list[str]:
 
 def merged(variants: list[dict[str, Any]]) -> dict[str, Any]:
     """One row for all variants of an architecture: it can do what each of them can."""
-    row: dict[str, Any] = {"limits": list(dict.fromkeys(limit for each in variants for limit in each["limits"]))}
-    for field in ("guide", "guided", "images", "video"):
+    row: dict[str, Any] = {}
+    if "limits" in variants[0]:
+        row["limits"] = list(dict.fromkeys(limit for each in variants for limit in each["limits"]))
+    for field in (each for each in FIELDS if each in variants[0]):
         values = [each[field] for each in variants if each[field] is not None]
         row[field] = all(values) if values else None
     return row
@@ -150,13 +168,14 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             [
                 f"`{model_type}`",
-                *(words[found[field]] for field in ("guide", "guided", "images", "video")),
+                *(words[found.get(field)] for field in FIELDS),
                 words[other_families(model_type)],
                 ", ".join(".".join(version.split(".")[:2]) for version in passed),
                 "; ".join(found["limits"]),
             ]
         )
-    columns = ["architecture", "guide", "guided", "images", "video", "across families", "transformers", "limits"]
+    columns = ["architecture", "guide", "guided", "images", "video", "vision tower"]
+    columns += ["across families", "transformers", "limits"]
     types = {config.model_type for config in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING} - {
         SGLConfig.model_type
     }
@@ -165,7 +184,9 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         "Tiny random models of each architecture's own configuration class. Guide: its importance equals the sum of "
         "its eager attentions; guided: pruned, it writes what it writes with the dropped tokens masked, in batches as "
         "alone, with drafts and early exits; across families: it is known which part of an image each of its tokens "
-        "stands for; video: not every one that the processor takes was tried."
+        "stands for; video: not every one that the processor takes was tried; vision tower: it can leave out tiles "
+        "and patches, with everything kept it is stock's to the last bit, and a batch encodes and writes what its "
+        "samples do."
     )
     reasons = [
         [f"`{model_type}`", UNSUPPORTED[model_type]] for model_type in sorted(UNSUPPORTED) if model_type in types
@@ -177,12 +198,20 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
             "rows": reasons,
             "caption": f"{len(reasons)} types are refused, each with this reason.",
         },
+        "unpruned-towers": {
+            "columns": ["architecture", "its vision tower makes everything, because"],
+            "rows": [
+                [f"`{model_type}`", NOT_PRUNABLE.get(model_type, UNVERIFIED)]
+                for model_type in sorted(ARCHITECTURES.keys() - VISION_TOWERS.keys())
+            ],
+            "caption": "Settings of the vision tower are refused with this reason; all else works.",
+        },
     }
 
 
 def passes(found: dict[str, Any] | None) -> bool:
     """Whether every promise is kept."""
-    return found is not None and all(found[field] is not False for field in ("guide", "guided", "images", "video"))
+    return found is not None and all(found.get(field) is not False for field in FIELDS)
 
 
 def other_families(model_type: str) -> bool:

@@ -37,6 +37,7 @@ from transformers_sgl.guidance import guide
 from transformers_sgl.prompt import Prompt
 from transformers_sgl.transformers_interface import cache_name, cache_of, stock_fault
 from transformers_sgl.versions import untested
+from transformers_sgl.vision_towers import VISION_TOWERS
 
 pytestmark = pytest.mark.mechanics
 
@@ -300,8 +301,9 @@ def test_the_table_of_architectures_is_that_of_the_package() -> None:
     record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "architectures.json").read_text())
     assert {model_type for run in record["runs"].values() for model_type in run} == ARCHITECTURES.keys()
     for run in record["runs"].values():
-        for found in run.values():
-            assert False not in [found[field] for field in ("guide", "guided", "images", "video")]
+        for model_type, found in run.items():
+            assert False not in [found[field] for field in ("guide", "guided", "images", "video", "vision")]
+            assert found["vision"] is (True if model_type in VISION_TOWERS else None)
 
 
 # Whose stock model writes otherwise with flash attention: it cannot tell it of bidirectional attention, or hands it

@@ -3,9 +3,18 @@
 from typing import Any
 
 import evaluate_methods
+import pytest
 from evaluate_methods import comparisons_table, guides_table, methods_table, score_cell
+from joined_evaluations import Records, joined, relative_operations, report
+from method_verdicts import verdict, verdicts_table
+from PIL import Image
 
+from transformers_sgl.evaluation.cost import Cost
+from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import METHODS
+from transformers_sgl.evaluation.run import Result
+
+SCALED = {"vision": 6.0, "decoder": 4.0, "small": 1.0}
 
 
 def row(method: str, target: float | None, score: float, reached: float | None = None) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def evaluation() -> dict[str, Any]:
             "num_samples": 1000,
             "num_images": 100,
             "batch_size": 8,
-            "thresholds": [0.5, 0.6, 0.7],
+            "thresholds": {"sgl": [0.5, 0.6, 0.7]},
             "comparisons": [
                 difference("sgp", "random", 0.64, 0.1, 0.001),
                 difference("sgl", "random", 0.64, 0.2, 0.1),
@@ -43,6 +52,12 @@ def evaluation() -> dict[str, Any]:
             "at_equal_operations": [],
         },
         "speed": {"rows": [{"relative_to_large": 0.5} for _ in rows], "at_equal_time": at_equal_time},
+        "scaled": {
+            "operations": {"vision": 84e12, "decoder": 72e12, "small": 11e12},
+            "rows": [{"relative_to_large": 0.25} for _ in rows],
+            "at_equal_operations": [difference("sgp", "random", 0.64, 0.05, 0.01)],
+        },
+        "versus_small": [difference("sgp", "", 0.64, 0.02, 0.2)],
     }
 
 
@@ -55,10 +70,12 @@ def test_every_row_has_a_name_and_is_a_method_of_the_package() -> None:
 def test_a_method_that_does_not_prune_has_one_score_and_the_others_one_for_each_retention() -> None:
     table = methods_table(evaluation())
     assert table["columns"][1:4] == ["64%", "35%", "9%"]
-    assert table["rows"][0] == ["large model alone", "90.0 [89.0, 91.0]", "", "", "2", "0.50"]
-    assert table["rows"][1][1:] == ["80.0 [79.0, 81.0]"] * 3 + ["2 / 2 / 2", "0.50 / 0.50 / 0.50"]
-    assert "25 %, 25 %, 25 %" in table["caption"]
-    assert "0.500, 0.600, 0.700" in table["caption"]
+    assert table["rows"][0] == ["large model alone", "90.0 [89.0, 91.0]", "", "", "2", "0.50", "0.25"]
+    costs = ["2 / 2 / 2", "0.50 / 0.50 / 0.50", "0.25 / 0.25 / 0.25"]
+    assert table["rows"][1][1:] == ["80.0 [79.0, 81.0]"] * 3 + costs
+    assert "`sgl` from 0.500, 0.600, 0.700 on, and calls the large model for 25 %, 25 %, 25 %" in table["caption"]
+    assert "(vision encoder 84, decoder 72, small model 11 TFLOP)" in table["caption"]
+    assert table["columns"][-1] == "26B/2B"
 
 
 def test_a_retention_that_was_missed_is_told() -> None:
@@ -67,7 +84,7 @@ def test_a_retention_that_was_missed_is_told() -> None:
 
 
 def test_what_is_significant_is_bold_and_what_cannot_be_compared_a_dash() -> None:
-    table = comparisons_table({"scenes": evaluation()})
+    table = comparisons_table({"scenes": evaluation()}, "sgp", "sgl")
     assert table["rows"] == [
         [
             "scenes",
@@ -76,7 +93,9 @@ def test_what_is_significant_is_bold_and_what_cannot_be_compared_a_dash() -> Non
             "**+10.0 [+9.0, +11.0]**",
             "-",
             "**-2.0 [-3.0, -1.0]**",
+            "**+5.0 [+4.0, +6.0]**",
             "+4.0 [+3.0, +5.0]",
+            "-",
         ]
     ]
 
@@ -90,3 +109,81 @@ def test_guides_are_compared_side_by_side() -> None:
     assert len(table["rows"]) == len(names)
     assert "0.04 (oracle" in table["caption"]
     assert "last" not in table["caption"]
+
+
+# ------------------------------------------------------------------------------------ several evaluations put together
+
+SAMPLES = [Sample(Image.new("RGB", (8, 8)), "?", ("x",), image_id=str(number)) for number in range(4)]
+
+
+def records(seconds_of_large: float, scores: dict[tuple[str, float | None], list[float]], **facts: Any) -> Records:
+    """An evaluation in batches of two, in which every method but the large model takes half of its time."""
+    results = {
+        run: {
+            place: Result(place, *run, "x", score, seconds_of_large / (1 if run[0] == "large" else 2), 2, 0.5)
+            for place, score in enumerate(of_run)
+        }
+        for run, of_run in scores.items()
+    }
+    costs = {run: Cost(100, None, 40, 40) for run in scores}
+    known = {"data": "things", "metric_name": "exact_match", "batch_size": 2, "seed": 0, "max_new_tokens": 8}
+    known |= {"dtype": [], "data_sha256": "a", "weights": "b", "thresholds": {}}
+    return Records(results, costs, {**known, **facts})
+
+
+LARGE, SMALL, SGP, VISION = ("large", None), ("small", None), ("sgp", 0.35), ("sgp-vision", 0.35)
+
+
+def test_evaluations_at_other_speeds_are_told_relative_to_the_large_model() -> None:
+    fast = records(1.0, {LARGE: [1, 1, 1, 1], SMALL: [0, 0, 0, 1], SGP: [1, 0, 1, 0]}, thresholds={"sgl": [0.5]})
+    slow = records(10.0, {LARGE: [1, 1, 1, 1], VISION: [1, 1, 1, 0]}, thresholds={"sgl-vision": [0.7]})
+    whole = joined([fast, slow])
+    assert list(whole.results) == [LARGE, SMALL, SGP, VISION]
+    assert [result.seconds for result in whole.results[VISION].values()] == [0.5] * 4
+    assert whole.facts["thresholds"] == {"sgl": [0.5], "sgl-vision": [0.7]}
+    found = report(whole, SAMPLES, ["large", "small", "sgp-vision", "sgp"], SCALED)
+    assert [row["method"] for row in found["summary"]["rows"]] == ["large", "small", "sgp-vision", "sgp"]
+    assert [row["relative_to_large"] for row in found["speed"]["rows"]] == [1, 0.5, 0.5, 0.5]
+    (compared,) = found["summary"]["comparisons"]
+    assert (compared["method"], compared["other"], compared["mean"]) == ("sgp-vision", "sgp", 0.25)
+    versus = {row["method"]: row["mean"] for row in found["versus_small"]}
+    assert versus == {"sgp": 0.25, "sgp-vision": 0.5}
+
+
+def test_what_one_of_them_has_not_come_to_is_left_out() -> None:
+    first = records(1.0, {LARGE: [1, 1, 1, 1], SMALL: [0, 0, 0, 0], SGP: [1, 0, 1, 0]})
+    whole = joined([first, records(2.0, {LARGE: [1, 1], VISION: [0, 1]})])
+    assert whole.answered == [0, 1]
+    found = report(whole, SAMPLES[:2], ["large", "small", "sgp", "sgp-vision"], SCALED)
+    assert [row["score"] for row in found["summary"]["rows"]] == [1, 0, 0.5, 0.5]
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    first = records(1.0, {LARGE: [1, 1]})
+    with pytest.raises(ValueError, match="they differ in data_sha256, weights: evaluate the same"):
+        joined([first, records(1.0, {LARGE: [1, 1]}, data_sha256="c", weights="d")])
+    with pytest.raises(ValueError, match="they differ in the large model"):
+        joined([first, records(1.0, {VISION: [1, 1]})])
+
+
+def test_operations_on_other_proportions_by_hand() -> None:
+    costs = {
+        LARGE: Cost(1000, None, 200, 800),
+        SMALL: Cost(300, None, 0, 0),
+        SGP: Cost(
+            200 + 400 + 330, None, 200, 400
+        ),  # the small model takes a tenth more, and half of the decoder is left
+        VISION: Cost(50 + 200 + 300, None, 50, 200),
+    }
+    found = relative_operations(costs, SCALED)
+    assert found == pytest.approx({LARGE: 1, SMALL: 0.1, SGP: (6 + 2 + 1.1) / 10, VISION: (1.5 + 1 + 1) / 10})
+
+
+def test_verdicts_say_who_is_ahead() -> None:
+    table = verdicts_table({"scenes": evaluation()}, evaluate_methods.NAMES, "26B/2B")
+    rows = {(row[1], row[2]): row[3:] for row in table["rows"]}
+    assert len(rows) == 6
+    small = "level with small model alone"
+    assert rows["64%", "`sgp`"] == [f"{small}; behind random", f"ahead of random; {small}"]
+    assert rows["64%", "`sgl`"] == ["level with random", "cheaper than any random"]
+    assert verdict({"a": {"mean": 0.1, "p_value": 0.001}}) == "ahead of all"

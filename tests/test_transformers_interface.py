@@ -521,6 +521,12 @@ def best_resolution() -> None:
 
 
 @check
+def vision_window_index() -> None:
+    index = interface.vision_window_index(torch.tensor([[1, 4, 6]]), merge_size=2, window_size=8, patch_size=2)
+    assert index.tolist() == [0, 1, 3, 4, 2, 5], "windows of 2 x 2 tokens are not read one behind the other"
+
+
+@check
 def image_size() -> None:
     image = Image.new("RGB", (30, 20))
     assert interface.image_size(image) == interface.image_size(torch.ones(3, 20, 30)) == (20, 30)
@@ -613,6 +619,7 @@ UNDOCUMENTED = {
     "utils.hub.cached_files",
     "utils.hub.extract_commit_hash",
     "video_utils.load_video",
+    "vision_utils.get_vision_window_index",
 }
 # Modules whose names are documented as importable from there.
 DOCUMENTED = {

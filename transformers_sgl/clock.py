@@ -32,9 +32,9 @@ class Clock:
         self._laps = {"guidance_ms": 0.0, "large_ms": 0.0}
 
     def lap(self, name: str) -> None:
-        """Names the time since the last lap."""
+        """Adds the time since the last lap to those of this name."""
         now = now_ms(*self._devices)
-        self._laps[name] = now - self._last
+        self._laps[name] += now - self._last
         self._last = now
 
     @property

@@ -190,6 +190,7 @@ def generate(
             )
             if pruning is not None:
                 pruned = pruning.fields(checked, prompt.visual_tokens.num_visual_tokens)
+            clock.lap("large_ms")
         settled = exits | confirmed
         if "vision_share" in pruned:
             pruned["vision_share"] += (~settled).cpu()  # which it reads whole
@@ -227,10 +228,8 @@ def generate(
             turn.finish(output)
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
         clock.lap("large_ms")
-    else:
-        clock.lap("large_ms")
-        if streamer is not None:
-            streamer.end()
+    elif streamer is not None:
+        streamer.end()
     if verifier.num_accepted is not None or num_checks:
         num_accepted = draft_mask.sum(dim=1).masked_fill(~settled | exits, 0)
         if verifier.num_accepted is not None:

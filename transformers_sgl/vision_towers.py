@@ -6,7 +6,6 @@ outside this file asks for a model's type.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -14,14 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
+from transformers_sgl.packed_patches import (
+    in_blocks,
+    in_reading_order,
+    in_windows,
+    native_sizes,
+    packed_grids,
+    video_llama_grids,
+)
+from transformers_sgl.patches import Patches
+from transformers_sgl.tile_patches import is_no_padding, next_tiles, pooled_width, tiles_of
 from transformers_sgl.tokens.visual_tokens import VisualTokens
-from transformers_sgl.transformers_interface import best_resolution
 
 __all__ = [
     "NOT_PRUNABLE",
+    "UNVERIFIED",
     "VISION_TOWERS",
     "EncodedTokens",
     "Patches",
@@ -34,30 +44,6 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Patches:
-    """The patches behind the visual tokens that one call of a vision tower makes, in the order of the tokens.
-
-    Attributes:
-        rows (`Tensor` of shape `(num_tokens, patches_per_token)`): The rows of each token's patches in the tower's
-            hidden states, `(tiles, rows_per_tile, width)` or `(rows, width)`, whose leading dimensions are flattened;
-            -1 for a token that the tower does not make, like the end of a row.
-        tile (`Tensor` of shape `(num_tokens,)`): The tile of each token; -1 likewise.
-        place (`Tensor` of shape `(num_tokens, 2)`): The row and the column of each token in its tile, in tokens; -1
-            likewise.
-        num_tiles (`int`): The number of tiles.
-        num_rows (`int`): The number of rows of the hidden states.
-        prefix (`int`): How many rows of each tile are no patches, like a class token; they come first.
-    """
-
-    rows: Tensor
-    tile: Tensor
-    place: Tensor
-    num_tiles: int
-    num_rows: int
-    prefix: int = 0
-
-
-@dataclass(frozen=True)
 class VisionTower:
     """Where a model's vision tower can leave patches out.
 
@@ -65,9 +51,8 @@ class VisionTower:
         layers (`str`): The path from the model to the tower's layers.
         patches (`Callable`): From the model's configuration, its inputs and the modality, `"image"` or `"video"`, to
             the [`Patches`] of the call that encodes them; `None` if there is nothing of that modality.
-        is_packed (`bool`): Whether all images form one sequence, `(rows, width)`, with bounds between them.
-        mergers (`tuple` of `str`): Paths to the modules, after some layers, that make visual tokens out of groups of
-            neighbouring rows.
+        mergers (`tuple` of `str`): Paths to the modules, or lists of modules, that make visual tokens out of groups of
+            neighbouring rows, behind the last layer or others.
         overview (`int`, *optional*): Which of an image's tiles shows the whole of it, as an index: 0 or -1.
         tiles_apart (`bool`): Whether text stands between the tiles of an image. It is not told from the text between
             images, so all tiles of a prompt are taken for those of one image.
@@ -77,7 +62,6 @@ class VisionTower:
 
     layers: str
     patches: Callable[[Any, dict[str, Any], str], Patches | None]
-    is_packed: bool = False
     mergers: tuple[str, ...] = ()
     overview: int | None = None
     tiles_apart: bool = False
@@ -97,208 +81,72 @@ class EncodedTokens:
     patches: Patches
 
 
-# ------------------------------------------------------------------------------------------- how patches become tokens
+def _qwen(path: str, order: Callable[[Any, Tensor], Tensor], *mergers: str) -> VisionTower:
+    """A tower in the manner of Qwen-VL."""
+    paths = tuple(f"{path}.{merger}" for merger in ("merger", *mergers))
+    return VisionTower(f"{path}.blocks", packed_grids(order), mergers=paths)
 
 
-def _grid_rows(num_rows: int, num_columns: int, merge: int) -> Tensor:
-    """The patches of a grid, row by row, behind each token of `merge` x `merge` of them; `(num_tokens, merge**2)`."""
-    grid = torch.arange(num_rows * num_columns).view(num_rows // merge, merge, num_columns // merge, merge)
-    return grid.permute(0, 2, 1, 3).reshape(-1, merge * merge)
-
-
-def _tiles_of(
-    merge: Callable[[Any], int] = lambda config: 1, real: Callable[[Tensor], Tensor] | None = None
-) -> Callable[[Any, dict[str, Any], str], Patches | None]:
-    """Tiles of one size, each with as many tokens, row by row.
-
-    `merge` tells from the configuration how many patches wide a token is, `real` from the pixels, `(..., 3, height,
-    width)`, which of them the model does not leave out itself.
-    """
-
-    def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
-        pixels = inputs.get("pixel_values") if modality == "image" else None
-        if pixels is None:
-            return None
-        size = config.vision_config.patch_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        num_patches, prefix = pixels.shape[-2] // height * (pixels.shape[-1] // width), _prefix(config)
-        num_columns = pixels.shape[-1] // width
-        of_tile = _grid_rows(pixels.shape[-2] // height, num_columns, merge(config)) + prefix
-        place = _places(len(of_tile), num_columns // merge(config))
-        if prefix and getattr(config, "vision_feature_select_strategy", "default") == "full":
-            # Class tokens are visual tokens as well; they lie beside the tile.
-            of_tile = torch.cat([torch.arange(prefix)[:, None], of_tile])
-            place = torch.cat([torch.full((prefix, 2), -1), place])
-        num_tiles = pixels.shape[:-3].numel() if real is None else int(real(pixels).sum())
-        return _alike(of_tile, place, num_tiles, num_patches + prefix, prefix)
-
-    return patches
-
-
-def _places(num_tokens: int, num_columns: int) -> Tensor:
-    """Row and column of each token of a grid, row by row; `(num_tokens, 2)`."""
-    token = torch.arange(num_tokens)
-    return torch.stack([token // num_columns, token % num_columns], dim=1)
-
-
-def _alike(of_tile: Tensor, place: Tensor, num_tiles: int, rows_per_tile: int, prefix: int) -> Patches:
-    """The patches of tiles that give as many tokens each, with these rows of the tile, `(num_tokens, num_patches)`."""
-    tile = torch.arange(num_tiles)
-    rows = (of_tile + rows_per_tile * tile[:, None, None]).flatten(0, 1)
-    tile, place = tile.repeat_interleave(len(of_tile)), place.repeat(num_tiles, 1)
-    return Patches(rows, tile, place, num_tiles, rows_per_tile * num_tiles, prefix)
-
-
-def _prefix(config: Any) -> int:
-    """How many class tokens stand before a tile's patches."""
-    return 1 if config.vision_config.model_type in _WITH_CLASS_TOKEN else 0
-
-
-def _is_no_padding(pixels: Tensor) -> Tensor:
-    """The tiles that are not all zeros, with which samples of fewer tiles are padded."""
-    return (pixels != 0).flatten(-3).any(dim=-1)
-
-
-def _next_tiles(has_newlines_in_videos: bool) -> Callable[[Any, dict[str, Any], str], Patches | None]:
-    """The whole of an image, then its tiles put together, without margins and with a token behind each row."""
-
-    def patches(config: Any, inputs: dict[str, Any], modality: str) -> Patches | None:
-        if modality == "video":
-            return _pooled_frames(config, inputs, has_newlines_in_videos)
-        if inputs.get("pixel_values") is None:
-            return None
-        side, prefix, per_tile = _square_tile(config)
-        sizes = inputs["image_sizes"].tolist()
-        companies = inputs.get("batch_num_images")
-        is_cut = [True] * len(sizes) if companies is None else [n == 1 for n in companies.tolist() for _ in range(n)]
-        tokens, first = [], 0
-        for size, cut in zip(sizes, is_cut, strict=True):
-            tokens.append(torch.arange(side * side)[:, None] + prefix + first * per_tile)
-            first += 1
-            if not cut:
-                tokens.append(torch.tensor([[-1]]))  # the end of the only row
-                continue
-            height, width = best_resolution(tuple(size), config.image_grid_pinpoints)
-            num_rows, num_columns = height // config.vision_config.image_size, width // config.vision_config.image_size
-            grid = torch.arange(num_rows * num_columns)[:, None, None] + first
-            grid = per_tile * grid + prefix + torch.arange(side * side).view(side, side)
-            grid = grid.unflatten(0, (num_rows, num_columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-            grid = _shrunk(_without_margins(grid, size), side, getattr(config, "vision_aspect_ratio", ""))
-            tokens.append(torch.nn.functional.pad(grid, (0, 0, 0, 1), value=-1).flatten(0, 1))
-            first += num_rows * num_columns
-        most = max(each.shape[1] for each in tokens)
-        rows = torch.cat([each.expand(-1, most) for each in tokens])
-        tile = torch.where(rows[:, 0] >= 0, rows[:, 0] // per_tile, -1)
-        place = _places(side * side, side)[(rows[:, 0] % per_tile - prefix).clamp(min=0)]
-        return Patches(rows, tile, place.masked_fill(tile[:, None] < 0, -1), first, first * per_tile, prefix)
-
-    return patches
-
-
-def _square_tile(config: Any) -> tuple[int, int, int]:
-    """How many patches a side a tile of the usual size has, how many class tokens, and how many rows in all."""
-    side, prefix = config.vision_config.image_size // config.vision_config.patch_size, _prefix(config)
-    return side, prefix, prefix + side * side
-
-
-def _without_margins(grid: Tensor, size_px: list[int]) -> Tensor:
-    """The part of a grid, `(height, width)`, that shows an image of that height and width, as LLaVA reckons it."""
-    (height, width), (image_height, image_width) = grid.shape, size_px
-    if image_width / image_height > width / height:
-        margin = (height - int(round(image_height * (width / image_width), 7))) // 2
-        return grid[margin : height - margin]
-    margin = (width - int(round(image_width * (height / image_height), 7))) // 2
-    return grid[:, margin : width - margin]
-
-
-def _shrunk(grid: Tensor, side: int, aspect_ratio: str) -> Tensor:
-    """The patches of each cell, `(height, width, num_patches)`, once a grid that is too large has been shrunk."""
-    most = aspect_ratio.removeprefix("anyres_max_")
-    ratio = math.sqrt(grid.numel() / (int(most) * side**2)) if most else 0.0
-    if ratio <= 1.1:
-        return grid[..., None]
-    return _interpolated(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
-
-
-def _interpolated(grid: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    """The four cells of a grid between which each of another size lies, `(num_rows, num_columns, 4)`."""
-
-    def neighbours(number: int, wanted: int) -> Tensor:
-        place = ((torch.arange(wanted).double() + 0.5) * (number / wanted) - 0.5).clamp(min=0)
-        return torch.stack([place.long(), place.long() + 1], dim=1).clamp(max=number - 1)
-
-    rows, columns = neighbours(grid.shape[0], num_rows), neighbours(grid.shape[1], num_columns)
-    return grid[rows[:, None, :, None], columns[None, :, None, :]].flatten(2)
-
-
-def _pooled_frames(config: Any, inputs: dict[str, Any], has_newlines: bool) -> Patches | None:
-    """Frames whose patches are pooled, perhaps with a token behind each video."""
-    pixels = inputs.get("pixel_values_videos")
-    if pixels is None:
-        return None
-    side, prefix, per_tile = _square_tile(config)
-    if has_newlines:
-        half = math.ceil(side / 2)
-        of_frame = _interpolated(torch.arange(side * side).view(side, side), half, half).flatten(0, 1)
-    else:
-        half = side // config.spatial_pool_stride
-        of_frame = _grid_rows(side, side, config.spatial_pool_stride)
-    num_videos, num_frames = pixels.shape[:2]
-    found = _alike(of_frame + prefix, _places(len(of_frame), half), num_videos * num_frames, per_tile, prefix)
-    if not has_newlines:
-        return found
-    rows, tile, place = (
-        torch.nn.functional.pad(each.reshape(num_videos, -1, each[0].numel()), (0, 0, 0, 1), value=-1).flatten(0, 1)
-        for each in (found.rows, found.tile, found.place)
-    )
-    return replace(found, rows=rows, tile=tile[:, 0], place=place)
-
-
-_WITH_CLASS_TOKEN = ("clip_vision_model", "internvl_vision", "qianfan_ocr_vision")
 _CLIP_OR_SIGLIP = ("clip_vision_model", "siglip_vision_model")
 _SIGLIP = ("siglip_vision_model",)
-
-
-def _gemma3_merge(config: Any) -> int:
-    """How many patches wide a token is that pools them, so many tokens a side."""
-    vision = config.vision_config
-    return int(vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image))
-
-
+_PIXTRAL = ("pixtral",)
 _CLIP = "model.vision_tower.encoder.layers"
-_EVERY_PATCH = _tiles_of()
-_INTERNVL = _tiles_of(lambda config: round(1 / config.downsample_ratio))
-_GEMMA3 = _tiles_of(_gemma3_merge)
-_COHERE = _tiles_of(lambda config: config.downsample_factor)
+_EVERY_PATCH = tiles_of()
+_INTERNVL = tiles_of(lambda config: round(1 / config.downsample_ratio))
+_GEMMA3 = tiles_of(pooled_width)
+_COHERE = tiles_of(lambda config: config.downsample_factor)
 _IDEFICS3 = VisionTower(
     "model.vision_model.encoder.layers",
-    _tiles_of(lambda config: config.scale_factor, real=_is_no_padding),
+    tiles_of(lambda config: config.scale_factor, real=is_no_padding),
     overview=-1,
     tiles_apart=True,
 )
-_LLAVA_NEXT = VisionTower(_CLIP, _next_tiles(has_newlines_in_videos=False), overview=0, kinds=_CLIP_OR_SIGLIP)
+_LLAVA_NEXT = VisionTower(_CLIP, next_tiles(has_newlines_in_videos=False), overview=0, kinds=_CLIP_OR_SIGLIP)
+
+_GLM = VisionTower("model.visual.blocks", packed_grids(in_blocks))
 
 VISION_TOWERS: dict[str, VisionTower] = {
     "aya_vision": VisionTower(_CLIP, _COHERE, overview=-1, tiles_apart=True, kinds=_SIGLIP),
     "cohere2_vision": VisionTower(_CLIP, _COHERE, overview=-1, tiles_apart=True, kinds=_SIGLIP),
+    "cohere_compass": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
+    "cosmos3_omni": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
     "deepseek_vl": VisionTower("model.vision_model.encoder.layers", _EVERY_PATCH, kinds=_SIGLIP),
+    "exaone4_5": _qwen("model.visual", in_windows),
     "gemma3": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
+    "glm46v": _GLM,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm_ocr": _GLM,
+    "glmga": _GLM,
+    "hyperclovax_vision_v2": _qwen("model.vision_model", in_windows),
     "idefics3": _IDEFICS3,
-    "internvl": VisionTower("model.vision_tower.encoder.layer", _INTERNVL, overview=-1),
+    "internvl": VisionTower("model.vision_tower.encoder.layer", _INTERNVL, overview=-1, kinds=("internvl_vision",)),
+    "lighton_ocr": VisionTower("model.vision_encoder.transformer.layers", native_sizes, kinds=_PIXTRAL),
     "llava": VisionTower(_CLIP, _EVERY_PATCH, kinds=_CLIP_OR_SIGLIP),
     "llava_next": _LLAVA_NEXT,
     "llava_next_video": _LLAVA_NEXT,
-    "llava_onevision": replace(_LLAVA_NEXT, patches=_next_tiles(has_newlines_in_videos=True)),
+    "llava_onevision": replace(_LLAVA_NEXT, patches=next_tiles(has_newlines_in_videos=True)),
+    "mistral3": VisionTower("model.vision_tower.transformer.layers", native_sizes, kinds=_PIXTRAL),
     "ovis2": VisionTower(
         "model.vision_tower.transformer.encoder.layers",
-        _tiles_of(lambda config: config.vision_config.hidden_stride),
+        tiles_of(lambda config: config.vision_config.hidden_stride),
         overview=0,
         tiles_apart=True,
     ),
+    "paddleocr_vl": VisionTower("model.visual.vision_model.encoder.layers", packed_grids(in_reading_order)),
     "paligemma": VisionTower(_CLIP, _EVERY_PATCH, kinds=_SIGLIP),
     "qianfan_ocr": VisionTower("model.vision_tower.layers", _INTERNVL, overview=-1),
+    "qwen2_5_omni_thinker": _qwen("base_model.visual", in_windows),
+    "qwen2_5_vl": _qwen("model.visual", in_windows),
+    "qwen2_vl": _qwen("model.visual", in_blocks),
+    "qwen3_5": _qwen("model.visual", in_blocks),
+    "qwen3_5_moe": _qwen("model.visual", in_blocks),
+    "qwen3_omni_moe_thinker": _qwen("base_model.visual", in_blocks, "merger_list"),
+    "qwen3_vl": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
+    "qwen3_vl_moe": _qwen("model.visual", in_blocks, "deepstack_merger_list"),
     "shieldgemma2": VisionTower(_CLIP, _GEMMA3, kinds=_SIGLIP),
     "smolvlm": _IDEFICS3,
+    "video_llama_3": VisionTower("model.vision_model.encoder.layers", video_llama_grids),
     "vipllava": VisionTower(_CLIP, _EVERY_PATCH, kinds=("clip_vision_model",)),
 }
 
@@ -333,7 +181,7 @@ NOT_PRUNABLE: dict[str, str] = {
     "step3p7": "convolutions over neighbouring patches make its visual tokens",
     "video_llava": "it has one for images and another for videos",
 }
-_UNVERIFIED = "leaving patches out has not been verified on its vision tower"
+UNVERIFIED = "leaving patches out has not been verified on its vision tower"
 
 
 def check_tower_prunable(config: PreTrainedConfig) -> VisionTower:
@@ -342,7 +190,7 @@ def check_tower_prunable(config: PreTrainedConfig) -> VisionTower:
     if config.model_type not in VISION_TOWERS:
         raise ValueError(
             f"The vision tower of a {config.model_type!r} model cannot be pruned, because "
-            f"{NOT_PRUNABLE.get(config.model_type, _UNVERIFIED)}: leave out `vision_retention_ratio`, "
+            f"{NOT_PRUNABLE.get(config.model_type, UNVERIFIED)}: leave out `vision_retention_ratio`, "
             f"`vision_prune_layer` and `vision_processor`, or use one of {', '.join(sorted(VISION_TOWERS))}."
         )
     tower = VISION_TOWERS[config.model_type]
@@ -376,25 +224,22 @@ def encoded_tokens(
         ValueError: If the tower cannot be pruned, or makes another number of tokens than the prompts have.
     """
     tower = check_tower_prunable(config)
-    of_image, of_video = (visual_token_ids(config, modality) for modality in ("image", "video"))
-    has_own_video_id = bool(of_video) and not set(of_image) & set(of_video)
     ids = inputs["input_ids"].gather(1, visual_tokens.positions)
-    for modality in ("image", "video"):
-        patches = tower.patches(config, inputs, modality)
+    made = {modality: tower.patches(config, inputs, modality) for modality in ("image", "video")}
+    is_mixed = None not in made.values()
+    for modality, patches in made.items():
         if patches is None:
             continue
         chosen = visual_tokens.valid
-        if has_own_video_id and tower.patches(config, inputs, "video") is not None:
-            chosen = chosen & torch.isin(ids, ids.new_tensor(of_image if modality == "image" else of_video))
-        places = chosen.nonzero()
-        if len(places) != len(patches.rows):
+        if is_mixed:
+            chosen = chosen & torch.isin(ids, ids.new_tensor(visual_token_ids(config, modality)))
+        found = chosen.nonzero()
+        if len(found) != len(patches.rows):
             raise ValueError(
-                f"The prompts have {len(places)} visual tokens of the modality {modality!r}, but the vision tower "
+                f"The prompts have {len(found)} visual tokens of the modality {modality!r}, but the vision tower "
                 f"makes {len(patches.rows)} of the pixels: pass the images that the prompts speak of, once each."
             )
-        device = places.device
-        moved = {name: getattr(patches, name).to(device) for name in ("rows", "tile", "place")}
-        yield EncodedTokens(places, replace(patches, **moved))
+        yield EncodedTokens(found, patches.to(found.device))
 
 
 def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: VisualTokens) -> VisualTokens:
@@ -411,7 +256,7 @@ def with_tiles(config: PreTrainedConfig, inputs: dict[str, Any], visual_tokens: 
         first += call.patches.num_tiles
     # Tiles are counted within each sample.
     none = tile_index < 0
-    smallest = tile_index.masked_fill(none, first).amin(dim=1, keepdim=True)
+    smallest = pad(tile_index.masked_fill(none, first), (0, 1), value=first).amin(dim=1, keepdim=True)
     tile_index = (tile_index - smallest).masked_fill(none, -1)
 
     tower = check_tower_prunable(config)

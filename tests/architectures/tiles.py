@@ -340,9 +340,10 @@ def _idefics3_images(config: PreTrainedConfig, number: int, generator: Generator
             else [START, *text(1, generator), *[IMAGE] * 4, START]
         )
         num_tiles += rows * columns + 1
-    inputs = {"pixel_values": pixels(num_tiles, generator)[None]}
-    inputs["pixel_attention_mask"] = torch.ones(1, num_tiles, SIDE, SIDE, dtype=torch.long)
-    return spans, inputs
+    mask = torch.ones(1, num_tiles, SIDE, SIDE, dtype=torch.long)
+    mask[:, ::3, :, SIDE // 2 :] = 0  # narrow images are filled up
+    tiles = pixels(num_tiles, generator)[None] * mask[:, :, None]
+    return spans, {"pixel_values": tiles, "pixel_attention_mask": mask}
 
 
 def _join_idefics(inputs: list[Inputs]) -> Inputs:

@@ -34,6 +34,12 @@ from .conformance import NUM_NEW_TOKENS, _masked, _pair
 
 NUM_VISION_LAYERS = 3
 PRUNE_LAYERS = (0, 1, 2)
+# Their towers read all images as one sequence: `tests/hooks/test_packed_towers.py` has the promises for them.
+PACKED = (
+    *("cohere_compass", "cosmos3_omni", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"),
+    *("hyperclovax_vision_v2", "lighton_ocr", "mistral3", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "video_llama_3"),
+)
 _REFERENCE = "vision_reference"
 _TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}  # some norms compute in single precision, whatever they are given
 _HIDDEN: dict[
@@ -41,12 +47,13 @@ _HIDDEN: dict[
 ] = {}  # which patches attention hides from which, `(tiles or 1, patches or 1, patches)`
 
 
-def prunable() -> list[str]:
-    """The tiny architectures whose vision towers can be pruned."""
+def prunable(packed: bool = False) -> list[str]:
+    """The tiny architectures whose vision towers can be pruned: those that read tiles, or the packed ones."""
 
     def is_prunable(name: str) -> bool:
+        config = TINY[name].config(1)
         try:
-            return bool(check_tower_prunable(TINY[name].config(1)))
+            return bool(check_tower_prunable(config)) and (config.model_type in PACKED) is packed
         except ValueError:
             return False
 
@@ -59,7 +66,8 @@ def vision_model(name: str, dtype: torch.dtype = torch.double) -> PreTrainedMode
 
     def config(num_layers: int) -> Any:
         made = tiny.config(num_layers)
-        made.vision_config.num_hidden_layers = NUM_VISION_LAYERS
+        depth = "depth" if hasattr(made.vision_config, "depth") else "num_hidden_layers"
+        setattr(made.vision_config, depth, NUM_VISION_LAYERS)
         return made
 
     with patch.dict(TINY, {name: replace(tiny, config=config)}):
@@ -212,6 +220,15 @@ def check_leaves_nothing_behind(name: str) -> None:
     ):
         model(**batch)
     assert state(model) == before
+
+
+def modalities(name: str) -> tuple[bool, ...]:
+    """Whether prompts have videos: without them, and with them where the architecture knows videos of its own."""
+    return (False, True) if TINY[name].videos else (False,)
+
+
+CHECKS = (check_keeps_everything, check_pair)
+CHECKS_OF_TILES = (check_leaves_tiles_out, check_leaves_patches_out)
 
 
 def check_answers(
@@ -424,9 +441,11 @@ def _reference_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     weights = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    hidden = _HIDDEN[module][:, None]
     if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.masked_fill(_HIDDEN[module][:, None], -torch.inf).softmax(dim=-1)
+        hidden = hidden | (attention_mask < 0)
+    weights = weights.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    weights = weights.nan_to_num(0.0)  # of a patch that sees nothing, because all that is kept of its tile is padding
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

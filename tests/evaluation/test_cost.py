@@ -125,6 +125,28 @@ def test_both_models_count(pair: Pair) -> None:
     assert sum(parts.values()) <= total
 
 
+@pytest.mark.parametrize("name", ["large", "small", "sgp", "sgp-vision", "fastv"])
+def test_the_large_model_s_parts_are_told_apart(pair: Pair, name: str) -> None:
+    batch = as_batch(scenes(2))
+    found = measure_cost(lambda: METHODS[name].answer(pair, batch, THIRD), large=pair.model.large)
+    assert found.flops == flops(pair, name, batch)
+    vision = measure_cost(lambda: pair.model.large.get_image_features(images(pair, batch))).flops
+    small = flops(pair, "small", batch)
+    assert 0 <= found.vision_flops + found.decoder_flops <= found.flops
+    rest = found.flops - found.vision_flops - found.decoder_flops
+    if name == "sgp-vision":
+        assert 0.3 * vision < found.vision_flops < 0.8 * vision
+    else:
+        assert found.vision_flops == (0 if name == "small" else vision)
+    if name in ("large", "fastv"):
+        assert rest == pytest.approx(0, abs=0.01 * found.flops)
+    else:
+        assert small <= rest < 1.2 * small  # which also looks at its attention
+    assert (found.decoder_flops == 0) == (name == "small")
+    assert not pair.model.large._forward_hooks
+    assert not pair.model.large.model.language_model._forward_hooks
+
+
 def test_an_early_exit_saves_the_large_model_but_not_its_own_scoring(pair: Pair) -> None:
     batch = as_batch(scenes(2))
     small, exits, pruned = (flops(pair, name, batch) for name in ("small", "sgl", "sgp"))

@@ -173,7 +173,7 @@ FACTS = {
     "seed": 0,
     "max_new_tokens": 8,
     "dtype": ["torch.float32"] * 2,
-    "thresholds": [0.5],
+    "thresholds": {"sgl": [0.5]},
 }
 
 
@@ -236,6 +236,25 @@ class TestSummary:
         assert set(equal) == {("sgp", "random"), ("sgl", "random")}
         assert equal["sgp", "random"]["other_score"] == pytest.approx(0.25 * 2 / 3 + 1 / 3)
         assert equal["sgp", "random"]["mean"] == pytest.approx(0.75 - 0.5)
+
+    def test_what_prunes_the_vision_tower_too_is_compared_with_what_does_not(self) -> None:
+        scores = {**SCORES, ("sgp-vision", 0.35): [1, 0, 1, 0], ("sgl-vision", 0.35): [1, 1, 1, 1]}
+        names = dict.fromkeys(name for name, _ in scores)
+        runs = [run for run in plan({name: METHODS[name] for name in names}, [0.35, 0.09], 10) if run.key in scores]
+        results = [
+            Result(index, *run.key, "x", score, 1.0, 2, 0.5)
+            for run in runs
+            for index, score in enumerate(scores[run.key])
+        ]
+        costs = {run.key: Cost(100, None, 30, 50) for run in runs}
+        summary, speed = summarise(results, QUESTIONS, runs, costs, FACTS)
+        pairs = {(c["method"], c["other"]): c["mean"] for c in summary["comparisons"]}
+        expected = {("sgp-vision", "sgp"): -0.25, ("sgl-vision", "sgl"): 0.5}
+        expected |= {("sgp-vision", "random"): 0.25, ("sgl-vision", "random"): 0.75}
+        assert pairs == {**expected, ("sgp", "random"): 0.5, ("sgl", "random"): 0.25}
+        for found in (summary["at_equal_operations"], speed["at_equal_time"]):
+            assert {(c["method"], c["other"]) for c in found} == set(pairs)
+        assert {(row["vision_gigaflops"], row["decoder_gigaflops"]) for row in summary["rows"]} == {(3e-8, 5e-8)}
 
     def test_speed_by_hand(self) -> None:
         _, speed, runs = reported()

@@ -237,7 +237,7 @@ class TestThresholds:
                         for index in batch.indices
                     ]
 
-            monkeypatch.setattr(sys.modules["transformers_sgl.evaluation.evaluate"], "SGP", Told)
+            monkeypatch.setattr(self, "method", Told(scores_draft=True), raising=False)
             monkeypatch.setattr(Pair, "num_layers", 10)
 
         return told
@@ -246,6 +246,7 @@ class TestThresholds:
         return choose_thresholds(
             FAKE_PAIR,
             questions(1000),
+            self.method,
             [0.64, 0.35],
             folder,
             FACTS,
@@ -369,7 +370,7 @@ class TestCommand:
         found = [(row["method"], row["target_retention"]) for row in summary["rows"]]
         assert found == [("large", None), ("sgl", 0.35), ("random", 0.35)]
         assert summary["num_samples"] == summary["num_images"] == 16
-        (threshold,) = summary["thresholds"]
+        (threshold,) = summary["thresholds"]["sgl"]
         run_facts = json.loads((uninterrupted / "run.json").read_text())
         assert run_facts["thresholds"] == summary["thresholds"]
         assert len(records(uninterrupted)) == 16 * 3

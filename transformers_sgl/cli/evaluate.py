@@ -20,7 +20,7 @@ def evaluate(
     out: Annotated[Path, shared.option("DIR", "Folder for records, tables and figure.")],
     calibration: Annotated[
         str | None,
-        shared.option("DATA", "Other questions, for the thresholds of sgl (default: another split).", _DATA),
+        shared.option("DATA", "Other questions, for early exits (default: another split).", _DATA),
     ] = None,
     columns: Annotated[
         str | None,
@@ -35,9 +35,7 @@ def evaluate(
     ] = "exact_match",
     keep_accuracy: Annotated[
         float,
-        shared.option(
-            "A", "For sgl and sgl-vision: fraction of the large model's right answers that stay right.", _HOW
-        ),
+        shared.option("A", "For early exits: fraction of the large model's right answers that stay right.", _HOW),
     ] = 0.99,
     batch_size: shared.BatchSize = 8,
     seed: Annotated[int, shared.option("N", "What everything random is drawn from.")] = 0,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from transformers_sgl.architectures import decoder
 
@@ -54,7 +55,7 @@ class Cost:
 
 
 def measure_cost(
-    answer: Callable[[], Any], device: torch.device | str = "cpu", large: nn.Module | None = None
+    answer: Callable[[], Any], device: torch.device | str = "cpu", large: PreTrainedModel | None = None
 ) -> Cost:
     """Runs something and counts; that takes longer than usual, so time is not measured.
 
@@ -69,9 +70,9 @@ def measure_cost(
     return Cost(counter.get_total_flops(), peak[0] if peak else None, *(total for (total,) in flops))
 
 
-def _parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+def _parts(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules of a model's vision encoder, whatever encloses them, and those of its decoder."""
-    of_decoder = [decoder(model), model.get_output_embeddings()]
+    of_decoder: list[nn.Module] = [decoder(model), model.get_output_embeddings()]
     path = next(name for name, module in model.named_modules() if module is of_decoder[0]).split(".")
     parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
     beside = [

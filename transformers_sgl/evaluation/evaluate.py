@@ -103,7 +103,7 @@ def evaluate(
         methods (`Sequence[str]`, *optional*): Names in [`METHODS`]; by default all.
         retentions (`Sequence[float]`): Average retentions, in `(0, 1)`.
         metric (`str`, defaults to `"exact_match"`): A name in [`METRICS`].
-        calibration_data (`str`, *optional*): Other questions, on which `sgl` and `sgl-vision` choose thresholds.
+        calibration_data (`str`, *optional*): Other questions, on which methods with early exit choose thresholds.
         columns (`Mapping[str, str]`, *optional*): As for [`load_samples`].
         limit (`int`, *optional*): The most questions; by default all.
         calibration_limit (`int`, defaults to 2000): The most questions for calibration.

@@ -18,6 +18,8 @@ _STYLES = {
     "sgl": ("#56B4E9", "D"),
     "sgp-vision": ("#004B75", "p"),
     "sgl-vision": ("#E69F00", "d"),
+    "sgp-confirm": ("#004B75", "o"),
+    "sgl-confirm": ("#E69F00", "D"),
     "oracle": ("#000000", "*"),
     "divprune": ("#009E73", "s"),
     "divprune-late": ("#009E73", "x"),

@@ -19,10 +19,11 @@ from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.evaluation.statistics import Array, PairedScores, at_equal_cost
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["as_markdown", "p_value", "points", "summarise", "write_report"]
+__all__ = ["as_markdown", "compare_at_equal_cost", "p_value", "points", "summarise", "write_report"]
 
 # Guided methods, each compared with every other method, and with what it adds to.
 _OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
+_OURS |= {"sgp-confirm": "sgp-vision", "sgl-confirm": "sgl-vision"}
 
 
 def summarise(
@@ -47,10 +48,12 @@ def summarise(
         **{name: facts[name] for name in names},
         "rows": rows,
         "comparisons": _comparisons(scores, paired),
-        "at_equal_operations": _at_equal_cost(scores, paired, {key: float(cost.flops) for key, cost in costs.items()}),
+        "at_equal_operations": compare_at_equal_cost(
+            scores, paired, {key: float(cost.flops) for key, cost in costs.items()}
+        ),
     }
     speed, relative = _summarise_speed(by_run, runs, costs, facts, device)
-    return summary, {**speed, "at_equal_time": _at_equal_cost(scores, paired, relative) if relative else []}
+    return summary, {**speed, "at_equal_time": compare_at_equal_cost(scores, paired, relative) if relative else []}
 
 
 def _row(
@@ -107,7 +110,7 @@ def _is_compared(ours: str, other: str) -> bool:
     return ours in _OURS and (other not in _OURS or other == _OURS[ours])
 
 
-def _at_equal_cost(
+def compare_at_equal_cost(
     scores: dict[RunKey, Array], paired: PairedScores, costs: dict[RunKey, float]
 ) -> list[dict[str, Any]]:
     """The guided methods against what all others score at the same cost; unpruned is a setting of each of them."""

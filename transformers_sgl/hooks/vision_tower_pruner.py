@@ -86,7 +86,10 @@ class VisionTowerPruner(HookContext):
         tower = check_tower_prunable(model.config)
         layers = list(vision_layers(model))
         self._index = {layer: index for index, layer in enumerate(layers)}
-        self._mergers = [attrgetter(path)(model) for path in tower.mergers]
+        self._mergers: list[nn.Module] = []
+        for path in tower.mergers:
+            merger = attrgetter(path)(model)
+            self._mergers += merger if isinstance(merger, nn.ModuleList) else [merger]
         if prune_layer is not None and not 0 <= prune_layer < len(layers):
             raise ValueError(
                 f"`prune_layer` is {prune_layer}, but the vision tower has {len(layers)} layers: pass an index from 0 "
@@ -95,7 +98,7 @@ class VisionTowerPruner(HookContext):
         self._first_cut = len(layers) if prune_layer is None else prune_layer
         kept = keep_mask.to(visual_tokens.valid.device)
         self._calls = [
-            (call, _KeptRows.of(call.patches, kept[tuple(call.places.T)], tower.is_packed))
+            (call, _KeptRows.of(call.patches, kept[tuple(call.places.T)]))
             for call in encoded_tokens(model.config, inputs, visual_tokens)
         ]
         self._batch_size = visual_tokens.batch_size
@@ -134,7 +137,7 @@ class VisionTowerPruner(HookContext):
         kwargs = named_arguments(layer, args, kwargs)
         hidden_states = kwargs.pop("hidden_states")
         if self._index[layer] == 0:
-            self._pass.kept = next(self._pass.calls)
+            self._pass.kept = next(self._pass.calls, _KeptRows(torch.empty(0), None, None))
         kept = self._pass.kept
         if hidden_states.shape[:-1].numel() != len(kept.tile_of_row):
             raise ValueError(
@@ -147,9 +150,7 @@ class VisionTowerPruner(HookContext):
         if rows is None:
             return None
         rows = rows.to(hidden_states.device)
-        return (_rows_of(hidden_states, rows),), {
-            name: _cut_argument(name, value, rows, hidden_states.shape) for name, value in kwargs.items()
-        }
+        return (_rows_of(hidden_states, rows),), _cut_arguments(kwargs, rows, hidden_states.shape)
 
     def _put_back(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Layer hook: puts its output back among the rows that were left out."""
@@ -163,13 +164,13 @@ class VisionTowerPruner(HookContext):
         return _laid_out_as(output, put_back)
 
     def _hand_to_merger(self, merger: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Merger pre-hook: hands it the rows that its layer was handed."""
-        rows = self._pass.rows
+        """Merger pre-hook: hands it the rows behind kept visual tokens."""
+        rows = self._pass.kept.within
         return None if rows is None else (args[0][rows.to(args[0].device)], *args[1:])
 
     def _put_tokens_back(self, merger: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Merger hook: puts its visual tokens where they stand among all."""
-        rows = self._pass.rows
+        rows = self._pass.kept.within
         if rows is None:
             return None
         group = len(rows) // len(output)
@@ -193,7 +194,7 @@ class _KeptRows:
     within: Tensor | None
 
     @classmethod
-    def of(cls, patches: Patches, keep: Tensor, is_packed: bool) -> _KeptRows:
+    def of(cls, patches: Patches, keep: Tensor) -> _KeptRows:
         """The rows for the tokens to keep, `(num_tokens,)` booleans."""
         made = patches.tile >= 0
         if not (keep & made).any():  # no layer runs on nothing
@@ -201,17 +202,16 @@ class _KeptRows:
         kept = torch.zeros(patches.num_rows, dtype=torch.bool, device=keep.device)
         kept[patches.rows[keep & made]] = True
         per_tile = patches.num_rows // patches.num_tiles
-        if is_packed:
-            tile_of_row = torch.zeros_like(kept, dtype=torch.long)
-            tile_of_row[patches.rows[made]] = patches.tile[made, None]
-        else:
-            tile_of_row = torch.arange(patches.num_rows, device=keep.device) // per_tile
+        sizes: Tensor | int = per_tile if patches.tile_sizes is None else patches.tile_sizes
+        tile_of_row = torch.arange(patches.num_tiles, device=keep.device).repeat_interleave(sizes)
         has_kept = torch.zeros(patches.num_tiles, dtype=torch.bool, device=keep.device)
         has_kept[tile_of_row[kept]] = True
         in_tiles = has_kept[tile_of_row]
         if (keep | ~made).all():  # patches behind no token, like those of an image's margins, stay as well
             of_tiles = within = torch.arange(patches.num_rows)
-        elif is_packed:
+        elif patches.tile_sizes is not None:
+            is_spare = torch.ones_like(kept).index_fill(0, patches.rows[made].flatten(), False)
+            kept |= is_spare & in_tiles
             of_tiles, within = in_tiles.nonzero()[:, 0], kept.nonzero()[:, 0]
         else:
             kept[(torch.arange(patches.num_rows, device=keep.device) % per_tile < patches.prefix) & in_tiles] = True
@@ -222,6 +222,10 @@ class _KeptRows:
             starts = per_tile * has_kept.nonzero()
             of_tiles, within = starts + torch.arange(per_tile, device=keep.device), starts + columns
         return cls(tile_of_row, *(None if rows.numel() == patches.num_rows else rows for rows in (of_tiles, within)))
+
+
+# The arguments for the longest sequence of a packed tower, and for the bounds between the sequences.
+_BOUNDS_OF = {"max_seqlen": "cu_seqlens", "max_length_q": "cu_seq_lens_q", "max_length_k": "cu_seq_lens_k"}
 
 
 class _Pass(local):
@@ -245,13 +249,22 @@ def _laid_out_as(other: Tensor, tensor: Tensor) -> Tensor:
     return tensor if other.stride(-1) == 1 else tensor.mT.contiguous().mT
 
 
+def _cut_arguments(kwargs: dict[str, Any], rows: Tensor, shape: torch.Size) -> dict[str, Any]:
+    """The arguments of a layer that was handed only some rows of hidden states of that shape."""
+    cut = {name: _cut_argument(name, value, rows, shape) for name, value in kwargs.items()}
+    for name, bounds in _BOUNDS_OF.items():
+        if isinstance(cut.get(name), int) and isinstance(cut.get(bounds), Tensor):
+            cut[name] = int(cut[bounds].diff().max())
+    return cut
+
+
 def _cut_argument(name: str, value: Any, rows: Tensor, shape: torch.Size) -> Any:
-    """An argument of a layer that was handed only some rows of hidden states of that shape."""
-    if name == "position_embeddings" and value is not None:
+    """One of these arguments."""
+    if name in ("position_embeddings", "position_ids") and value is not None:
         return map_tensors(partial(_rows_of, rows=rows), value)
     if not isinstance(value, Tensor):
         return value
-    if name == "cu_seqlens":
+    if name in _BOUNDS_OF.values():
         # A bound stands before as many rows as are kept before it; images of which nothing is kept have none.
         before = torch.searchsorted(rows, value.to(rows.device, torch.long))
         return before.unique_consecutive().to(value)

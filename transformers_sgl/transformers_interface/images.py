@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers_sgl.transformers_interface.lookup import from_module
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import ProcessorMixin
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "load_image",
     "load_video",
     "tells_image_tokens",
+    "vision_window_index",
 ]
 
 
@@ -91,3 +93,13 @@ def load_video(path: str | os.PathLike[str], backend: str, sample_indices_fn: Ca
         str(path), backend=backend, sample_indices_fn=sample_indices_fn
     )
     return frames
+
+
+def vision_window_index(grid_thw: Tensor, merge_size: int, window_size: int, patch_size: int) -> Tensor:
+    """The visual token that stands at each place of a vision tower with windows; `(num_tokens,)`.
+
+    Assumes `vision_utils.get_vision_window_index`. Without it, towers in the manner of Qwen2.5-VL cannot be pruned.
+    """
+    index: Tensor
+    index, _ = from_module("vision_utils", "get_vision_window_index")(grid_thw, merge_size, window_size, patch_size)
+    return index

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_families import picture, tiny_family_pair
 from tiny_models import state
 from tiny_processors import PROCESSORS
@@ -32,10 +34,12 @@ from transformers_sgl.evaluation.methods import (
     Downsample,
     FastV,
     Guide,
+    Method,
     Oracle,
     Pair,
     Random,
     Setting,
+    base,
     find_method,
     guides,
 )
@@ -43,6 +47,7 @@ from transformers_sgl.evaluation.methods.downsample import _fitting_size, _Size
 from transformers_sgl.evaluation.methods.guides import max_min_diversity
 from transformers_sgl.generation_config_sgl import PRESETS
 
+VISION_METHODS = [method for method in METHODS.values() if getattr(method, "vision", False)]
 THIRD = Setting(0.35, 2, 10)
 THRESHOLDS = {0.64: 0.5, 0.35: 0.5, 0.09: 0.5}
 GUIDES = ["random", "fastv", "oracle", "divprune", "divprune-late"]
@@ -73,6 +78,10 @@ def scenes(*sizes: int) -> Batch:
 
 
 MIXED = scenes(128, 64, 128)
+
+
+def with_thresholds(method: Method) -> Method:
+    return replace(method, thresholds=THRESHOLDS) if isinstance(method, SGL) else method
 
 
 def alone(batch: Batch, place: int) -> Batch:
@@ -189,6 +198,40 @@ class TestModelsAlone:
         assert [answer.num_tokens for answer in METHODS["large"].answer(short, MIXED, THIRD)] == [1, 1, 1]
 
 
+class TestSettingWithVision:
+    @given(
+        average=st.floats(0.01, 0.99),
+        points=st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 0.9)), min_size=2, max_size=4),
+        num_layers=st.integers(1, 64),
+    )
+    def test_the_average_is_reached_with_no_more_than_the_tower_encodes(
+        self, average: float, points: list[tuple[float, float]], num_layers: int
+    ) -> None:
+        places = np.linspace(0, 1, len(points))
+        rule = tuple(
+            (place, place + (1 - place) * share, depth) for place, (share, depth) in zip(places, points, strict=True)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(base, "VISION_POINTS", rule)
+            setting = Setting.of(average, num_layers).with_vision()
+        encoded, kept, layer = setting.vision_retention_ratio, setting.retention_ratio, setting.prune_layer
+        assert 0 <= layer < num_layers
+        assert 0 < kept <= encoded + 1e-9 <= 1 + 1e-9
+        assert (layer * encoded + (num_layers - layer) * kept) / num_layers == pytest.approx(average)
+
+    def test_points_are_kept_to(self) -> None:
+        averages = [average for average, _, _ in base.VISION_POINTS]
+        assert averages == sorted(averages)
+        assert (averages[0], averages[-1]) == (0, 1)
+        assert all(average <= ratio <= 1 for average, ratio, _ in base.VISION_POINTS)
+        for average, ratio, _ in base.VISION_POINTS[1:-1]:
+            assert Setting.of(average, 48).with_vision().vision_retention_ratio == pytest.approx(ratio)
+
+    def test_without_it_nothing_is_left_out_of_the_tower(self) -> None:
+        setting = Setting.of(0.35, 48)
+        assert (setting.vision_retention_ratio, setting.vision_prune_layer) == (1.0, None)
+
+
 class TestPair:
     @pytest.mark.parametrize(
         ("name", "queries", "layers"),
@@ -228,6 +271,8 @@ class TestPair:
         def watched(model: Any, **kwargs: Any) -> Any:
             names = ("guidance_queries", "guidance_layers", "early_exit_threshold", "score_draft")
             seen[name] = tuple(kwargs[each] for each in names)
+            assert (kwargs["vision_retention_ratio"] < 1) == (name in ("sgp-vision", "sgp-confirm"))
+            assert kwargs["confirmation_threshold"] == (0.5 if name == "sgp-confirm" else None)
             return generate(model, **kwargs)
 
         monkeypatch.setattr(type(pair.model), "generate", watched)
@@ -236,6 +281,8 @@ class TestPair:
                 METHODS[name].answer(pair, alone(MIXED, 1), THIRD)
         assert seen == {
             "sgp": ("both", 1.0, 2.0, False),
+            "sgp-vision": ("both", 1.0, 2.0, False),
+            "sgp-confirm": ("both", 1.0, 2.0, False),
             "sgp-last": ("last", 1.0, 2.0, False),
             "sgp-prompt": ("prompt", 1.0, 2.0, False),
             "sgp-generated": ("generated", 1.0, 2.0, False),
@@ -244,6 +291,34 @@ class TestPair:
             "sgp-50%": ("both", 0.5, 2.0, False),
             "sgp-70%": ("both", 0.7, 2.0, False),
         }
+
+    @pytest.mark.parametrize("prune_layer", [None, 0.4])
+    def test_with_vision_it_is_the_pair_s_own_generate_too(
+        self, pair: Pair, monkeypatch: pytest.MonkeyPatch, prune_layer: float | None
+    ) -> None:
+        monkeypatch.setattr(base, "VISION_POINTS", ((0.0, 0.4, 0.3), (1.0, 1.0, 0.3)))
+        monkeypatch.setattr(base, "VISION_PRUNE_LAYER", prune_layer)
+        batch = scenes(128, 128)
+        found = METHODS["sgp-vision"].answer(pair, batch, Setting.of(0.4, 10))
+        inputs = pair.inputs(pair.processor, batch.samples, batch.images)
+        output = pair.model.generate(
+            **inputs,
+            max_new_tokens=8,
+            vision_retention_ratio=0.64,  # two fifths of the way from 0.4 to 1
+            vision_prune_layer=prune_layer,
+            prune_layer=3,
+            retention_ratio=(0.4 * 10 - 3 * 0.64) / 7,
+            return_dict_in_generate=True,
+        )
+        written = output.sequences[:, inputs["input_ids"].shape[1] :]
+        assert [answer.text for answer in found] == pair.processor.batch_decode(written, skip_special_tokens=True)
+        # Of five tiles of 64 tokens three are kept whole, or 40 tokens of each.
+        encoded = 3 / 5 if prune_layer is None else 40 / 64
+        assert output.vision_keep_mask.sum(dim=1).tolist() == [320 * encoded] * 2
+        kept = output.keep_mask.sum(dim=1) / 320
+        expected = ((3 * encoded + 7 * kept) / 10).tolist()
+        assert [answer.retention for answer in found] == pytest.approx(expected)
+        assert [answer.retention for answer in found] == pytest.approx([0.4] * 2, abs=0.02)
 
     def test_no_draft_is_returned_although_the_pair_would(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pair.model.generation_config, "early_exit_threshold", 0.0)
@@ -587,7 +662,7 @@ class TestDownsample:
 class TestAll:
     @pytest.mark.parametrize("name", METHODS)
     def test_models_stay_as_they_were(self, pair: Pair, name: str) -> None:
-        method = SGL(thresholds=THRESHOLDS) if name == "sgl" else METHODS[name]
+        method = with_thresholds(METHODS[name])
         found = method.answer(pair, MIXED, THIRD)  # and fills caches
         before = [state(pair.model.large), state(pair.model.small), pair.processor.to_dict()]
         assert method.answer(pair, MIXED, THIRD) == found
@@ -606,14 +681,16 @@ class TestAll:
 
     @pytest.mark.parametrize("name", [name for name in METHODS if "%" not in name])
     def test_models_of_unlike_families(self, name: str) -> None:
-        pair = Pair(*tiny_family_pair("qwen2_vl", "internvl"), max_new_tokens=4)
+        families = ("internvl", "qwen2_vl") if METHODS[name] in VISION_METHODS else ("qwen2_vl", "internvl")
+        pair = Pair(*tiny_family_pair(*families), max_new_tokens=4)
         images = [picture(40, 40), picture(56, 24, seed=1)]
         samples = [Sample(image, "what?", ("a",)) for image in images]
-        method = SGL(thresholds=THRESHOLDS) if name == "sgl" else METHODS[name]
+        method = with_thresholds(METHODS[name])
         found = method.answer(pair, Batch(samples, [0, 1], images), Setting.of(0.35, pair.num_layers))
         assert len(found) == 2
         for answer in found:
-            assert answer.retention is None or 0 < answer.retention <= 1
+            most = 2 if name.endswith("confirm") else 1  # which may read everything once more
+            assert answer.retention is None or 0 < answer.retention <= most
 
     def test_there_is_none_of_that_name(self) -> None:
         assert find_method("divprune") == DivPrune()

@@ -43,6 +43,8 @@ METHODS: dict[str, Method] = {
     "sgl": SGL(),
     "sgp-vision": SGP(vision=True),
     "sgl-vision": SGL(vision=True),
+    "sgp-confirm": SGP(vision=True, confirms=True),
+    "sgl-confirm": SGL(vision=True, confirms=True),
     "random": Random(),
     "fastv": FastV(),
     "oracle": Oracle(),

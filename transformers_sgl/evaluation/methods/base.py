@@ -28,7 +28,7 @@ VISION_POINTS = (
     (1.0, 1.0, 0.0),
 )
 # Where the tower drops the patches of the others, as a fraction of its depth; `None`: as whole tiles.
-VISION_PRUNE_LAYER: float | None = 0.25
+VISION_PRUNE_LAYER: float | None = 0.0
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
+from transformers_sgl.generation_config_sgl import preset_settings
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 
 __all__ = ["SGL", "SGP", "pair_answers"]
+
+# Where the pruned large model only confirms drafts, it gets this part of the average retention, so that 35 % is the
+# preset "confirmed"; the rest is for the questions whose draft it does not confirm, for which it reads everything.
+_FIRST_READING = 0.15 / 0.35
+_CONFIRMATION_THRESHOLD = preset_settings("confirmed")["confirmation_threshold"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +25,14 @@ class SGP(Method):
     layers: float = 1.0  # the fraction of the small model's layers that count, from the first one on
     scores_draft: bool = False  # whether the draft is scored although nothing exits; a calibration needs that
     vision: bool = False  # whether the large model's vision tower is pruned, too
+    confirms: bool = False  # whether the pruned large model only confirms drafts, and else reads everything
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
+        if self.confirms:
+            setting = Setting.of(setting.average_retention * _FIRST_READING, setting.num_layers)
         if self.vision:
             setting = setting.with_vision()
         return pair_answers(
@@ -39,6 +48,7 @@ class SGP(Method):
             guidance_layers=self.layers,
             early_exit_threshold=threshold,
             score_draft=self.scores_draft,
+            confirmation_threshold=_CONFIRMATION_THRESHOLD if self.confirms else None,
         )
 
 
@@ -54,7 +64,7 @@ class SGL(SGP):
 
     def without_exit(self) -> SGP:
         """The same with scored drafts, of which none is returned."""
-        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision)
+        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision, confirms=self.confirms)
 
 
 def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
