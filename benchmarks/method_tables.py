@@ -37,7 +37,8 @@ def methods_table(shown: Shown, part: dict[str, Any], counted: dict[str, Any] | 
         f"{part['num_visual_tokens']:,} of them visual; all ratios to the large model alone ({part['attention']}). "
         "FLOPs and time hold everything a method does: both models, guidance, selection. Tower share is how much of "
         "its work on patches the large model's vision tower does. With half of the questions exiting early, an answer "
-        "takes the mean of an exit and of a guided answer whose draft is scored. "
+        "takes the mean of an exit and of a guided answer whose draft is scored. Where the large model does not "
+        "confirm the draft, it reads everything again; of these questions none exits. "
     )
     if counted is not None:
         caption += "FLOPs are those of the unshrunk models. "

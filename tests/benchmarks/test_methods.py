@@ -8,8 +8,16 @@ import pytest
 from tiny_models import TOKENS_PER_TILE, prompts, tiny_internvl
 
 from benchmarks.parts import methods
+from benchmarks.parts.baselines import baselines
 from benchmarks.parts.growth_tiles import measure_growth_tiles
-from benchmarks.parts.methods import EXIT_SHARE, VISION_SETTINGS, count_operations, measure_methods, pair_settings
+from benchmarks.parts.methods import (
+    AGAIN_SHARE,
+    EXIT_SHARE,
+    VISION_SETTINGS,
+    count_operations,
+    measure_methods,
+    pair_settings,
+)
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.profile import PHASES, watched
 from transformers_sgl.evaluation.cost import flop_counter
@@ -17,6 +25,7 @@ from transformers_sgl.generation_config_sgl import PRESETS
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 
 NUM_LAYERS, NUM_TILES = 6, 5
+CONFIRMED, MIXED = ("confirmed: draft right", "confirmed: draft wrong"), "confirmed, 30% read again"
 NEVER = {"early_exit_threshold": NEVER_EXIT, "score_draft": False, "verify_draft": False}
 
 
@@ -42,7 +51,8 @@ class TestMethods:
     def test_all_are_there(self, found):
         shares = [found["methods"][name]["average_retention"] for name in PRESETS]
         assert of_kind(found, "large") == ["large"]
-        assert of_kind(found, "pair") == [*PRESETS, *VISION_SETTINGS] == list(pair_settings())
+        assert list(pair_settings()) == [*PRESETS, *VISION_SETTINGS]
+        assert of_kind(found, "pair") == [*pair_settings(), MIXED, *CONFIRMED]
         assert len(of_kind(found, "baseline")) == 4 * len(PRESETS)
         for method in ("random", "FastV", "DivPrune"):
             of_method = [found["methods"][name] for name in of_kind(found, "baseline") if name.startswith(method)]
@@ -65,6 +75,16 @@ class TestMethods:
         assert shares["half of the tiles"] == 2 / NUM_TILES
         assert all(0 < shares[name] < 1 for name in VISION_SETTINGS)
 
+    def test_a_confirmed_draft_takes_a_single_short_pass(self, found):
+        right, wrong, mixed = (found["methods"][name] for name in (*CONFIRMED, MIXED))
+        few = int(0.15 * TOKENS_PER_TILE) / TOKENS_PER_TILE
+        assert (right["average_retention"], wrong["average_retention"]) == (few, 1 + few)
+        assert wrong["tower_share"] == 1 + right["tower_share"]
+        for what in ("average_retention", "tower_share"):
+            assert mixed[what] == pytest.approx(right[what] + AGAIN_SHARE)
+        (right_ms,), (wrong_ms,), (mixed_ms,) = (each["time"]["samples_ms"] for each in (right, wrong, mixed))
+        assert mixed_ms == pytest.approx(0.7 * right_ms + 0.3 * wrong_ms)
+
     def test_half_of_the_questions_exit(self, found):
         of = found["methods"]
         for name in pair_settings():
@@ -74,7 +94,11 @@ class TestMethods:
 
 
 class TestOperations:
-    def test_what_a_preset_saves_a_rival_saves_too(self, pairing):
+    def test_what_a_preset_saves_a_rival_saves_too(self, pairing, monkeypatch):
+        def random_only(*arguments: Any) -> dict[str, Any]:
+            return {name: way for name, way in baselines(*arguments).items() if name.startswith("random")}
+
+        monkeypatch.setattr(methods, "baselines", random_only)
         counted = count_operations(pairing, (32, 32), answer_tokens=2)["methods"]
         flops = {name: method["flops"] for name, method in counted.items()}
         rivals = dict(zip(PRESETS, (name for name in flops if name.startswith("random")), strict=True))
@@ -83,9 +107,12 @@ class TestOperations:
         assert len(set(guide.values())) == 1
         assert 0 < guide["fast"] < flops["exit"]  # which scores its draft
         assert flops["half of the tiles"] < flops["balanced"]
-        assert {name for name, method in counted.items() if "flops_over_large_with_exits" in method} == set(
-            pair_settings()
-        )
+        with_exits = [name for name, method in counted.items() if "flops_over_large_with_exits" in method]
+        assert with_exits == [*pair_settings(), MIXED]
+        right, wrong = (flops[name] for name in CONFIRMED)
+        # The draft's last token is read with it, where the large model's own is written and not read.
+        assert 0.9 * flops["large"] < wrong - right <= flops["large"]
+        assert flops[MIXED] == pytest.approx(0.7 * right + 0.3 * wrong)
         for name, method in counted.items():
             assert method["flops_over_large"] == flops[name] / flops["large"]
             exits = method.get("flops_over_large_with_exits", 1.0)
@@ -108,7 +135,7 @@ class TestOperations:
 class TestProfile:
     def test_phases_add_up(self, found):
         profile = found["profile"]
-        assert list(profile) == ["large", "balanced", list(VISION_SETTINGS)[-1]]
+        assert list(profile) == ["large", "balanced", list(VISION_SETTINGS)[-1], CONFIRMED[0]]
         for way in profile.values():
             assert sum(way[phase]["median"] for phase in PHASES) == pytest.approx(way["whole"]["median"])
         assert {profile["large"][phase]["max"] for phase in PHASES[:4]} == {0.0}
