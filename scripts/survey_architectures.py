@@ -168,7 +168,8 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             [
                 f"`{model_type}`",
-                *(words[found.get(field)] for field in FIELDS),
+                *(words[found[field]] for field in FIELDS[:-1]),
+                words[bool(found.get("vision"))],
                 words[other_families(model_type)],
                 ", ".join(".".join(version.split(".")[:2]) for version in passed),
                 "; ".join(found["limits"]),
