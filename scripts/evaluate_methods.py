@@ -34,9 +34,9 @@ DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
 GROUPS = {
     "baselines": ["large", "small", "sgp", "sgl", "random", "fastv", "divprune", "divprune-late", "downsample"],
     "vision": ["large", "sgp-vision", "sgl-vision"],
-    "confirm": ["large", "sgp-confirm", "sgl-confirm"],
+    "confirmed": ["large", "confirmed", "sgl-confirmed"],
 }
-METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm"]
+METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]
 METHODS += ["random", "fastv", "divprune", "divprune-late", "downsample"]
 GUIDES = ["large", "sgp", "oracle"]
 GUIDES += [f"sgp-{part}" for part in ("10%", "30%", "50%", "70%", "last", "prompt", "generated")]
@@ -50,8 +50,8 @@ NAMES = {
     "sgl": "**guided, early exit** (`sgl`)",
     "sgp-vision": "**guided, vision tower, too** (`sgp-vision`)",
     "sgl-vision": "**the same, early exit** (`sgl-vision`)",
-    "sgp-confirm": "**vision tower, too; only confirms** (`sgp-confirm`)",
-    "sgl-confirm": "**the same, early exit** (`sgl-confirm`)",
+    "confirmed": "**confirmed** (`confirmed`)",
+    "sgl-confirmed": "**the same, early exit** (`sgl-confirmed`)",
     "random": "random",
     "fastv": "FastV",
     "divprune": "DivPrune, from the first layer",

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["verdict", "verdicts_table"]
 
-OURS = ("sgp", "sgl", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm")
+OURS = ("sgp", "sgl", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 _SIGNIFICANT = 0.05
 
 
