@@ -131,10 +131,8 @@ class Shape:
 
             ```
         """
-        text, vision = (
-            replace(part, num_layers=_divided(part.num_layers, times)) for part in (self.text, self.vision)
-        )
-        return Shape(self.family, text, vision)
+        text = replace(self.text, num_layers=_divided(self.text.num_layers, times))
+        return Shape(self.family, text, replace(self.vision, num_layers=_divided(self.vision.num_layers, times)))
 
 
 def _divided(size: int, shrink: int) -> int:

@@ -16,7 +16,7 @@ CARD, FRAME, INK, SOFT, GONE = "#ffffff", "#dcdce3", "#1b1b1f", "#4b4b55", "#b9b
 PATCH, TOKEN, TEXT = "#3f51b5", "#00796b", "#8a8a95"
 # From unimportant to important.
 HEAT = ("#fde7c4", "#f6b454", "#d9720b", "#8f3d00")
-WIDTH_PX, HEIGHT_PX, MARGIN_PX, FONT_PX = 720, 874, 24, 16
+WIDTH_PX, HEIGHT_PX, MARGIN_PX, FONT_PX = 680, 874, 24, 16
 CELL_PX, STEP_PX, TILE_GAP_PX, LAYER_PX = 12, 15, 9, 26
 
 PER_TILE, NUM_TILES = 4, 3  # patches; the last tile shows the whole image
@@ -55,7 +55,9 @@ class Canvas:
             for number, part in enumerate(parts)
         )
         weight = ' font-weight="bold"' if bold else ""
-        self.elements.append(f'<text x="{x:g}" y="{y:g}" fill="{colour}" text-anchor="{anchor}"{weight}>{spans}</text>')
+        self.elements.append(
+            f'<text x="{x:g}" y="{y:g}" fill="{colour}" text-anchor="{anchor}"{weight}>{spans}</text>'
+        )
 
     def cell(self, x: float, y: float, colour: str, filled: bool = True) -> None:
         """A patch or a token, or the place of one that is gone."""
@@ -113,76 +115,74 @@ class Canvas:
         return "\n".join(lines) + "\n"
 
 
+IMAGE_X, TOWER_X, DECODER_X, HEAT_X = 40.0, 134.0, 376.0, 600.0
+SMALL_Y, LARGE_Y, STEPS_Y, STEP_LINE_PX = 92.0, 430.0, 722.0, 30
+MIDDLE, TEXT_Y = row_y(0, 6) - TILE_GAP_PX / 2, row_y(0, len(WHOLE)) + STEP_PX + CELL_PX / 2
+STEPS = (
+    "Tiles of which nothing matters are never encoded.",
+    "From `vision_prune_layer` on, the tower goes on with what matters.",
+    "From `prune_layer` on, the decoder keeps fewer visual tokens again.",
+    "To confirm a draft: the same answer stands; else everything is read.",
+)
+
+
 def draw() -> str:
     """The picture, as SVG."""
     canvas = Canvas()
-    image_x, tower_x, decoder_x = 40.0, 140.0, 390.0
-    small_y, large_y = 92.0, 430.0
-    middle = row_y(0, 6) - TILE_GAP_PX / 2
+    draw_model(canvas, "Small model", SMALL_Y, [WHOLE] * 3, [WHOLE] * 3, "draft")
+    draw_model(canvas, "Large model", LARGE_Y, [TILES] * 3 + [WITHIN] * 4, [WITHIN] * 3 + [KEPT] * 4, "answer")
 
-    def model(name: str, top: float, tower: list[frozenset[int]], decoder: list[frozenset[int]], num_text: int) -> None:
-        canvas.text(MARGIN_PX, top - 48, name, bold=True)
-        canvas.text(image_x + CELL_PX / 2, top - 14, "image", SOFT, "middle")
-        canvas.layer(image_x, top, PATCH, WHOLE)
-        canvas.arrow((image_x + 24, top + middle), (tower_x - 10, top + middle))
-        for number, kept in enumerate(tower):
-            canvas.layer(tower_x + number * LAYER_PX, top, PATCH, kept)
-        canvas.text(tower_x, top - 14, "vision tower", SOFT)
-        end = tower_x + (len(tower) - 1) * LAYER_PX + CELL_PX
-        canvas.arrow((end + 10, top + middle), (decoder_x - 10, top + middle))
-        for number, kept in enumerate(decoder):
-            canvas.layer(decoder_x + number * LAYER_PX, top, TOKEN, kept, num_text)
-        canvas.text(decoder_x, top - 14, "decoder", SOFT)
-
-    model("Small model", small_y, [WHOLE] * 3, [WHOLE] * 3, num_text=3)
-    model("Large model", large_y, [TILES] * 3 + [WITHIN] * 4, [WITHIN] * 3 + [KEPT] * 4, num_text=3)
-
-    # What the small model hands over: the importance of every patch, and its answer.
-    heat_x, after = 628.0, decoder_x + 2 * LAYER_PX + CELL_PX
+    # What the small model hands over: the importance of every patch.
     for row, level in enumerate(IMPORTANCE):
-        canvas.cell(heat_x, row_y(small_y, row), HEAT[level])
-    canvas.text(heat_x + CELL_PX / 2, small_y - 14, "importance", SOFT, "middle")
-    canvas.arrow((after + 10, small_y + middle), (heat_x - 10, small_y + middle))
-    turn_y = large_y - 82
-    canvas.arrow(
-        (heat_x + CELL_PX / 2, row_y(small_y, len(WHOLE)) - 4),
-        (heat_x + CELL_PX / 2, turn_y),
-        (tower_x + CELL_PX / 2, turn_y),
-        (tower_x + CELL_PX / 2, large_y - 34),
-    )
-    text_y = row_y(0, len(WHOLE)) + STEP_PX + CELL_PX / 2
-    canvas.arrow((after + 10, small_y + text_y), (after + 40, small_y + text_y))
-    canvas.text(after + 48, small_y + text_y + 5, "draft", SOFT)
-    out = decoder_x + 6 * LAYER_PX + CELL_PX
-    canvas.arrow((out + 10, large_y + text_y), (out + 40, large_y + text_y))
-    canvas.text(out + 48, large_y + text_y + 5, "answer", SOFT)
+        canvas.cell(HEAT_X, row_y(SMALL_Y, row), HEAT[level])
+    centre, turn_y = HEAT_X + CELL_PX / 2, LARGE_Y - 82
+    canvas.text(centre, SMALL_Y - 14, "importance", SOFT, "middle")
+    canvas.arrow((DECODER_X + 3 * LAYER_PX - 4, SMALL_Y + MIDDLE), (HEAT_X - 10, SMALL_Y + MIDDLE))
+    tower = TOWER_X + CELL_PX / 2
+    canvas.arrow((centre, row_y(SMALL_Y, len(WHOLE)) - 4), (centre, turn_y), (tower, turn_y), (tower, LARGE_Y - 34))
 
-    # Where patches and tokens go, and what the numbers mean.
-    canvas.number(tower_x + CELL_PX / 2, large_y + row_y(0, 4) + 1.5 * STEP_PX + CELL_PX / 2, 1)
-    canvas.number(tower_x + 3 * LAYER_PX + CELL_PX / 2, large_y + row_y(0, 11) + 34, 2)
-    canvas.number(decoder_x + 3 * LAYER_PX + CELL_PX / 2, large_y - 20, 3)
-    canvas.number(out + 25, large_y + text_y - 24, 4)
-    steps = (
-        "Tiles of which nothing matters are never encoded.",
-        "From `vision_prune_layer` on, the tower goes on with what matters.",
-        "From `prune_layer` on, the decoder keeps fewer visual tokens again.",
-        "To confirm a draft: the same answer stands; else everything is read.",
-    )
-    for number, words in enumerate(steps, start=1):
-        y = large_y + 262 + 30 * number
+    canvas.number(tower, LARGE_Y + row_y(0, 4) + 1.5 * STEP_PX + CELL_PX / 2, 1)
+    canvas.number(tower + 3 * LAYER_PX, LARGE_Y + row_y(0, 11) + 34, 2)
+    canvas.number(DECODER_X + 3 * LAYER_PX + CELL_PX / 2, LARGE_Y - 20, 3)
+    canvas.number(DECODER_X + 7 * LAYER_PX + 11, LARGE_Y + TEXT_Y - 24, 4)
+    draw_legend(canvas)
+    return canvas.to_svg()
+
+
+def draw_model(
+    canvas: Canvas, name: str, top: float, tower: list[frozenset[int]], decoder: list[frozenset[int]], answer: str
+) -> None:
+    """A model from left to right: image, layers of the vision tower, layers of the decoder, answer."""
+    canvas.text(MARGIN_PX, top - 48, name, bold=True)
+    canvas.text(IMAGE_X + CELL_PX / 2, top - 14, "image", SOFT, "middle")
+    canvas.layer(IMAGE_X, top, PATCH, WHOLE)
+    canvas.arrow((IMAGE_X + 24, top + MIDDLE), (TOWER_X - 10, top + MIDDLE))
+    canvas.text(TOWER_X, top - 14, "vision tower", SOFT)
+    for number, kept in enumerate(tower):
+        canvas.layer(TOWER_X + number * LAYER_PX, top, PATCH, kept)
+    canvas.arrow((TOWER_X + len(tower) * LAYER_PX - 4, top + MIDDLE), (DECODER_X - 10, top + MIDDLE))
+    canvas.text(DECODER_X, top - 14, "decoder", SOFT)
+    for number, kept in enumerate(decoder):
+        canvas.layer(DECODER_X + number * LAYER_PX, top, TOKEN, kept, num_text=3)
+    end = DECODER_X + len(decoder) * LAYER_PX - 4
+    canvas.arrow((end, top + TEXT_Y), (end + 30, top + TEXT_Y))
+    canvas.text(end + 38, top + TEXT_Y + 5, answer, SOFT)
+
+
+def draw_legend(canvas: Canvas) -> None:
+    """What the numbers mean, and the shapes."""
+    for number, words in enumerate(STEPS, start=1):
+        y = STEPS_Y + STEP_LINE_PX * (number - 1)
         canvas.number(MARGIN_PX + 11, y - 5.5, number)
         canvas.text(MARGIN_PX + 34, y, words)
-    y = large_y + 262 + 30 * len(steps) + 40
-    key = (("patch", PATCH), ("visual token", TOKEN), ("left out", ""), ("text", TEXT))
-    x: float = MARGIN_PX + 5
-    for words, colour in key:
+    x, y = MARGIN_PX + 5.0, STEPS_Y + STEP_LINE_PX * len(STEPS) + 10
+    for words, colour in (("patch", PATCH), ("visual token", TOKEN), ("left out", GONE), ("text", TEXT)):
         if colour == TEXT:
             canvas.dot(x, y - 11, colour)
         else:
-            canvas.cell(x, y - 11, colour, filled=bool(colour))
+            canvas.cell(x, y - 11, colour, filled=colour != GONE)
         canvas.text(x + CELL_PX + 8, y, words, SOFT)
         x += 48 + 8 * len(words)
-    return canvas.to_svg()
 
 
 def main() -> None:

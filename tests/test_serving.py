@@ -292,7 +292,14 @@ class TestReports:
             "average_retention": 0.5,
             "exited_early": False,
             "num_draft_tokens_accepted": int(expected.num_draft_tokens_accepted),
+            "vision_share": None,
+            "draft_confirmed": None,
         }
+        settings = {"vision_retention_ratio": 0.25, "vision_prune_layer": 0, "confirmation_threshold": 0.0}
+        expected = output_of(pair, processor, example, QUESTION, **settings)
+        confirmed = self.report(server, chat(example), stream, settings)
+        assert confirmed["vision_share"] == round(float(expected.vision_share[0]), 4)
+        assert confirmed["draft_confirmed"] == bool(expected.draft_confirmed[0])
         unpruned = self.report(server, chat(example), stream, {"retention_ratio": 1.0})
         assert (unpruned["num_visual_tokens_kept"], unpruned["average_retention"]) == (320, 1.0)
 

@@ -40,7 +40,7 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         vision_prune_layer (`int`, *optional*): The tower's first layer that saw only their patches; `None` where only
             whole tiles were left out.
         vision_share (`Tensor` of shape `(batch,)`, *optional*): The part of the tower's layers that ran, by patches: 0
-            in a sample that exited early.
+            in a sample that exited early, and 1 more where the large model has read the prompt again.
         draft_sequences (`Tensor` of shape `(batch, draft_length)`, *optional*): The small model's own answers, in the
             small model's vocabulary.
         draft_complete (`Tensor` of shape `(batch,)`, *optional*): `True` where such an answer is whole; one that was

@@ -172,6 +172,7 @@ NOT_PRUNABLE: dict[str, str] = {
     "got_ocr2": _CONVOLUTIONS,
     "granite4_vision": "each of its visual tokens is made of all patches in a window",
     "idefics2": _RESAMPLED,
+    "lfm3_vl": "some of its layers are convolutions over the grid of a frame",
     "llama4": "its class token stands behind the patches",
     "minicpm_ocr": _SHRINKS,
     "minicpmv4_6": _SHRINKS,

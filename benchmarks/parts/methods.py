@@ -6,7 +6,7 @@ Everything a method does for a whole answer is in its figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -153,7 +153,7 @@ def count_operations(
     return {"methods": found}
 
 
-def _mixed(shares: dict[str, float], values: dict[str, float]) -> float:
+def _mixed(shares: Mapping[str, float], values: Mapping[str, float]) -> float:
     """The mean over the questions of a value that each way has."""
     return sum(share * values[way] for way, share in shares.items())
 

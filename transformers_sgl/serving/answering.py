@@ -189,11 +189,13 @@ def _report(pair: SGLForConditionalGeneration, output: SGLGenerateOutput) -> dic
     kept = total if output.keep_mask is None else int(output.keep_mask[0].sum())
     retention = float(output.average_retention(len(decoder_layers(pair.large)))[0])
     exited_early = output.exited_early is not None and bool(output.exited_early[0])
-    accepted = output.num_draft_tokens_accepted
+    accepted, share, confirmed = output.num_draft_tokens_accepted, output.vision_share, output.draft_confirmed
     return {
         "num_visual_tokens": total,
         "num_visual_tokens_kept": None if exited_early else kept,
         "average_retention": None if exited_early else round(retention, 4),
         "exited_early": exited_early,
         "num_draft_tokens_accepted": None if accepted is None else int(accepted[0]),
+        "vision_share": None if share is None else round(float(share[0]), 4),
+        "draft_confirmed": None if confirmed is None else bool(confirmed[0]),
     }

@@ -272,7 +272,7 @@ class TestPair:
             names = ("guidance_queries", "guidance_layers", "early_exit_threshold", "score_draft")
             seen[name] = tuple(kwargs[each] for each in names)
             assert (kwargs["vision_retention_ratio"] < 1) == (name in ("sgp-vision", "sgp-confirm"))
-            assert kwargs["confirmation_threshold"] == (0.5 if name == "sgp-confirm" else None)
+            assert kwargs["confirmation_threshold"] == (0.7 if name == "sgp-confirm" else None)
             return generate(model, **kwargs)
 
         monkeypatch.setattr(type(pair.model), "generate", watched)
