@@ -190,7 +190,7 @@ def _methods_of(
     )
     methods |= {name: _Method("pair", {name: 1.0}) for name in (_RIGHT, _WRONG)}
     methods[_EXIT] = _Method("exit", {_EXIT: 1.0})
-    points = [kept_by_preset(pairing.large, name) for name in PRESETS]
+    points = {name: kept_by_preset(pairing.large, name) for name in PRESETS}
     for name, way in baselines(pairing, image_size, points, answer_tokens, seed).items():
         methods[name], ways[name] = _Method("baseline", {name: 1.0}), way
     return methods, ways
