@@ -12,22 +12,23 @@ _MIB = 2**20
 _NAMES = {"large": "large model alone", "exit": "early exit: small model and its scores"}
 
 
-def methods_table(shown: Shown, part: dict[str, Any], counted: dict[str, Any] | None) -> Table:
-    """Average retention, the tower's share, operations and time of all methods."""
+def methods_table(shown: Shown, timed: dict[str, Any] | None, counted: dict[str, Any] | None) -> Table:
+    """Average retention, the tower's share, operations and time of all methods, as far as they were measured."""
+    part = counted or timed or {}
     rows = []
     for name, method in part["methods"].items():
         flops = {} if counted is None else counted["methods"][name]
-        exits = method.get("time_over_large_with_exits")
+        times = {} if timed is None else timed["methods"][name]
         rows.append(
             [
                 _name(name, method["kind"]),
                 f"{method['average_retention']:.0%}",
                 f"{method['tower_share']:.0%}",
                 _ratio(flops.get("flops_over_large")),
-                shown.spread(method["time_over_large"]),
-                shown.ms(method["time"]),
+                shown.spread(times["time_over_large"]) if times else "",
+                shown.ms(times["time"]) if times else "",
                 _ratio(flops.get("flops_over_large_with_exits")),
-                "" if exits is None else shown.spread(exits),
+                shown.spread(times["time_over_large_with_exits"]) if "time_over_large_with_exits" in times else "",
             ]
         )
     columns = ["method", "average retention", "tower share", "FLOPs", "time", shown.clock("ms")]
@@ -41,8 +42,8 @@ def methods_table(shown: Shown, part: dict[str, Any], counted: dict[str, Any] | 
         "confirm the draft, it reads everything again; of these questions none exits. "
     )
     if counted is not None:
-        caption += "FLOPs are those of the unshrunk models. "
-    return as_table(columns, rows, caption + shown.conditions())
+        caption += "FLOPs, average retention and tower share are those of the unshrunk models. "
+    return as_table(columns, rows, caption + (shown.conditions() if timed else "Nothing has been timed yet."))
 
 
 def profile_table(shown: Shown, part: dict[str, Any]) -> Table:

@@ -64,8 +64,9 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
             tables[f"speed-{name}"] = joined(shown_in_sweeps, found)
     if "end-to-end" in parts:
         tables["speed-exits"] = _exits_table(shown, parts["end-to-end"])
+    if "methods" in parts or "methods-flops" in parts:
+        tables["speed-methods"] = methods_table(shown, parts.get("methods"), parts.get("methods-flops"))
     if "methods" in parts:
-        tables["speed-methods"] = methods_table(shown, parts["methods"], parts.get("methods-flops"))
         tables["speed-profile"] = profile_table(shown, parts["methods"])
     if "growth-tiles" in parts:
         tables["speed-growth-tiles"] = growth_tiles_table(shown_in_sweeps, parts["growth-tiles"])

@@ -31,7 +31,7 @@ _RANKERS: dict[str, Method] = {"DivPrune": DivPrune(), "FastV": FastV(), "random
 def baselines(
     pairing: Pairing,
     image_size: tuple[int, int],
-    points: Sequence[dict[str, Any]],
+    points: dict[str, dict[str, Any]],
     answer_tokens: int = 16,
     seed: int = 0,
 ) -> dict[str, Callable[[], dict[str, float]]]:
@@ -40,7 +40,7 @@ def baselines(
     Args:
         pairing ([`Pairing`]): The large model and a question, of a single prompt.
         image_size (`tuple` of two `int`): Width and height of its image in pixels.
-        points (sequence of `dict`): What is kept at each point: `average_retention` and `prune_layer`.
+        points (`dict`): By name, what is kept: `average_retention` and `prune_layer`.
         answer_tokens (`int`, defaults to 16): How many tokens are written.
         seed (`int`, defaults to 0): What random pruning is drawn from.
 
@@ -52,18 +52,18 @@ def baselines(
     pair = _StandIn.of(large, inputs, answer_tokens, seed)
     batch = Batch([SimpleNamespace(prompt="")], [0], [_image(image_size, seed)])  # type: ignore[list-item]
     ways: dict[str, Callable[[], dict[str, float]]] = {}
-    settings = [
-        Setting(point["average_retention"], point["prune_layer"], len(decoder_layers(large))) for point in points
-    ]
-    for name, method in _RANKERS.items():
-        for setting in settings:
-            ways[f"{name}, {setting.average_retention:.0%}"] = partial(_rank, method, pair, batch, setting)
+    num_layers = len(decoder_layers(large))
+    settings = {
+        name: Setting(point["average_retention"], point["prune_layer"], num_layers) for name, point in points.items()
+    }
+    for rival, method in _RANKERS.items():
+        for name, setting in settings.items():
+            ways[f"{rival}, as {name}"] = partial(_rank, method, pair, batch, setting)
     if check_supported(large.config).inputs == {"pixel_values": "tile"}:
-        for setting in settings:
+        for name, setting in settings.items():
             smaller = smaller_inputs(pair, batch, setting)
-            ways[f"smaller image, {setting.average_retention:.0%}"] = partial(
-                _write, large, smaller, answer_tokens, _shares(large, smaller, inputs)
-            )
+            shares = _shares(large, smaller, inputs)
+            ways[f"smaller image, as {name}"] = partial(_write, large, smaller, answer_tokens, shares)
     return ways
 
 

@@ -92,18 +92,10 @@ def measure_methods(
     retained = {name: _retained(way(), num_layers) for name, way in ways.items()}  # that each ran once warms up
     timings = take_turns(ways, rounds, pairing.large.device, warmup=0)
     samples = [{name: timing.samples[number] for name, timing in timings.items()} for number in range(rounds)]
-    found: dict[str, dict[str, Any]] = {}
+    found = _described(methods, retained)
     for name, method in methods.items():
         timing = Timing(tuple(_mixed(method.shares, sample) for sample in samples))
-        found[name] = {
-            "kind": method.kind,
-            **{
-                what: _mixed(method.shares, {way: each[what] for way, each in retained.items()})
-                for what in ("average_retention", "tower_share")
-            },
-            "time": timing.to_dict(),
-            "time_over_large": ratio(timing, timings[_LARGE]),
-        }
+        found[name] |= {"time": timing.to_dict(), "time_over_large": ratio(timing, timings[_LARGE])}
         if method.with_exits:
             timing = Timing(tuple(_mixed(method.with_exits, sample) for sample in samples))
             found[name]["time_over_large_with_exits"] = ratio(timing, timings[_LARGE])
@@ -131,26 +123,38 @@ def count_operations(
         seed (`int`, defaults to 0): What random pruning is drawn from.
 
     Returns:
-        `dict`: Under `methods`, by name, `flops` and `flops_over_large`, and for the pair
-        `flops_over_large_with_exits`.
+        `dict`: Under `methods`, by name, each with its `kind`, `average_retention` and `tower_share`, and with `flops`
+        and `flops_over_large`, for the pair also `flops_over_large_with_exits`.
     """
     counts: list[dict[str, int]] = []
+    retained: dict[str, dict[str, float]] = {}
     for length in (1, 2):
         methods, ways = _methods_of(pairing, image_size, length, seed)
         counts.append({})
         for name, way in ways.items():
             with Uncomputed(), flop_counter() as counter:
-                way()
+                retained[name] = _retained(way(), len(decoder_layers(pairing.large)))
             counts[-1][name] = counter.get_total_flops()
     one, two = counts
     flops = {name: one[name] + (answer_tokens - 1) * (two[name] - one[name]) for name in one}
-    found: dict[str, dict[str, Any]] = {}
+    found = _described(methods, retained)
     for name, method in methods.items():
         count = _mixed(method.shares, flops)
-        found[name] = {"flops": count, "flops_over_large": count / flops[_LARGE]}
+        found[name] |= {"flops": count, "flops_over_large": count / flops[_LARGE]}
         if method.with_exits:
             found[name]["flops_over_large_with_exits"] = _mixed(method.with_exits, flops) / flops[_LARGE]
-    return {"methods": found}
+    return {**sizes(pairing.large, pairing.inputs), "answer_tokens": answer_tokens, "methods": found}
+
+
+def _described(methods: dict[str, _Method], retained: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Of which kind each method is, and how much of the visual tokens and of the tower's work is left."""
+    shares = {
+        what: {way: each[what] for way, each in retained.items()} for what in ("average_retention", "tower_share")
+    }
+    return {
+        name: {"kind": method.kind, **{what: _mixed(method.shares, of) for what, of in shares.items()}}
+        for name, method in methods.items()
+    }
 
 
 def _mixed(shares: Mapping[str, float], values: Mapping[str, float]) -> float:
@@ -186,7 +190,7 @@ def _methods_of(
     )
     methods |= {name: _Method("pair", {name: 1.0}) for name in (_RIGHT, _WRONG)}
     methods[_EXIT] = _Method("exit", {_EXIT: 1.0})
-    points = [kept_by_preset(pairing.large, name) for name in PRESETS]
+    points = {name: kept_by_preset(pairing.large, name) for name in PRESETS}
     for name, way in baselines(pairing, image_size, points, answer_tokens, seed).items():
         methods[name], ways[name] = _Method("baseline", {name: 1.0}), way
     return methods, ways
