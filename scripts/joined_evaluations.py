@@ -62,8 +62,10 @@ class Records:
         for name, values in facts["thresholds"].items():
             method = methods[name]
             assert isinstance(method, SGL)
-            methods[name] = replace(method, thresholds=dict(zip(_retentions(results), values, strict=True)))
-        runs = plan(methods, _retentions(results), pair.num_layers)
+            averages = [average for each, average in results if each == name]
+            methods[name] = replace(method, thresholds=dict(zip(averages, values, strict=True)))
+        # Methods that do not prune run at any one of them.
+        runs = plan(methods, _retentions(results) or [0.5], pair.num_layers)
         return cls(results, measure_costs(pair, samples, runs, folder, batch_size=facts["batch_size"]), facts)
 
     @property
