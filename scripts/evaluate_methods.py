@@ -135,7 +135,7 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
     tables["methods-comparisons-vision"] = comparisons_table(by_name, "sgp-vision", "sgl-vision")
     tables["methods-comparisons-confirmed"] = presets_comparisons_table(by_name)
     tables["methods-losses"] = losses_table(by_name)
-    tables["methods-verdicts"] = verdicts_table(by_name, NAMES, _PROPORTIONS)
+    tables["methods-verdicts"] = verdicts_table(by_name, _PROPORTIONS)
     speed = found["easy-vqa"]["speed"]
     write_record(arguments.output / "sgl_tiny_methods.json", speed, {"tables": tables, "evaluations": found})
 
@@ -190,7 +190,7 @@ def methods_table(evaluation: dict[str, Any]) -> dict[str, Any]:
         f"{_PROPORTIONS}: operations relative to the large model alone if each part had the size it has in InternVL "
         f"{_PROPORTIONS} at 1,792 visual tokens (vision encoder {parts['vision'] / 1e12:.0f}, decoder "
         f"{parts['decoder'] / 1e12:.0f}, small model {parts['small'] / 1e12:.0f} TFLOP): computed from what each part "
-        "did here, not measured on such models."
+        "did here, the decoder's in proportion to its tokens, and not measured on such models."
     )
     columns = ["method", *(f"{retention:.0%}" for retention in RETENTIONS), "GFLOPs", "time / large", _PROPORTIONS]
     return {"columns": columns, "rows": rows, "caption": caption}

@@ -23,7 +23,7 @@ from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import SGL, Pair, find_method
 from transformers_sgl.evaluation.report import compare_at_equal_cost, summarise
-from transformers_sgl.evaluation.run import Result, RunKey, measure_costs, plan
+from transformers_sgl.evaluation.run import Result, RunKey, counted_batches, measure_costs, plan
 from transformers_sgl.evaluation.run_folder import read_lines
 from transformers_sgl.evaluation.statistics import PairedScores
 from transformers_sgl.opening import open_pair
@@ -66,7 +66,8 @@ class Records:
             methods[name] = replace(method, thresholds=dict(zip(averages, values, strict=True)))
         # Methods that do not prune run at any one of them.
         runs = plan(methods, _retentions(results) or [0.5], pair.num_layers)
-        return cls(results, measure_costs(pair, samples, runs, folder, batch_size=facts["batch_size"]), facts)
+        costs = measure_costs(pair, samples, runs, folder, batch_size=facts["batch_size"])
+        return cls(results, costs, {**facts, "num_samples": len(samples)})
 
     @property
     def answered(self) -> list[int]:
@@ -118,7 +119,10 @@ def report(
     summary, speed = summarise(results, samples, runs, records.costs, records.facts)
     scores = {key: np.array([result.score for result in found]) for key, found in by_run.items()}
     paired = PairedScores([sample.image_id for sample in samples], records.facts["seed"])
-    relative = relative_operations({run.key: records.costs[run.key] for run in runs}, operations)
+    batches = counted_batches(records.facts["num_samples"], records.facts["batch_size"])
+    counted = {place for batch in batches for place in batch}
+    retained = {run.key: _retained(records.results[run.key], records.answered, counted) for run in runs}
+    relative = relative_operations({run.key: records.costs[run.key] for run in runs}, retained, operations)
     scaled = {
         "operations": operations,
         "rows": [
@@ -154,23 +158,45 @@ def versus_large(records: Records, samples: Sequence[Sample]) -> dict[str, Any]:
     return {"num_samples": len(answered), "rows": rows}
 
 
-def relative_operations(costs: dict[RunKey, Cost], operations: dict[str, float]) -> dict[RunKey, float]:
+def relative_operations(
+    costs: dict[RunKey, Cost],
+    retained: dict[RunKey, tuple[float, float, float]],
+    operations: dict[str, float],
+) -> dict[RunKey, float]:
     """The operations of each run relative to the large model alone, were the models of other proportions.
 
-    Of each part, the large model's vision encoder and decoder and the small model, it is known how many times its
-    usual operations the run took: how many it takes alone. That often are those of the part in the other models taken.
+    What a run did with each part, relative to the large and the small model alone, is taken times the part's
+    operations in the other models. The decoder's are proportional to its tokens. Of the vision encoder and the small
+    model it is counted; early exits and second readings come in as often as among all questions.
+
+    Args:
+        costs: What was counted, on few questions.
+        retained: By run: the average retention, 0 where the large model was not called, of all questions and of those
+            that were counted; and how often it was called.
+        operations: Those of the other models, as [`operations_of_parts`] gives them.
     """
     large, small = costs[_LARGE], costs[_SMALL]
-    whole = operations["vision"] + operations["decoder"]
-    return {
-        key: (
-            operations["vision"] * cost.vision_flops / large.vision_flops
-            + operations["decoder"] * cost.decoder_flops / large.decoder_flops
-            + operations["small"] * (cost.flops - cost.vision_flops - cost.decoder_flops) / small.flops
-        )
-        / whole
-        for key, cost in costs.items()
-    }
+    whole, text = operations["vision"] + operations["decoder"], operations["text"]
+    found = {}
+    for run, cost in costs.items():
+        everywhere, among_counted, called = retained[run]
+        vision = cost.vision_flops / large.vision_flops * (everywhere / among_counted if among_counted else 1)
+        of_decoder = text * called + (1 - text) * everywhere
+        guide = (cost.flops - cost.vision_flops - cost.decoder_flops) / small.flops
+        parts = {"vision": vision, "decoder": of_decoder, "small": guide}
+        found[run] = sum(operations[part] * share for part, share in parts.items()) / whole
+    return found
+
+
+def _retained(found: dict[int, Result], places: Sequence[int], counted: set[int]) -> tuple[float, float, float]:
+    """The average retention over questions, the same over those whose cost was counted, and the rate of calls."""
+    all_of_it = {place: found[place].retention or 0.0 for place in places}
+    among_counted = [share for place, share in all_of_it.items() if place in counted]
+    everywhere, called = (
+        np.mean(list(all_of_it.values())),
+        np.mean([found[place].retention is not None for place in places]),
+    )
+    return float(everywhere), float(np.mean(among_counted or [everywhere])), float(called)
 
 
 @torch.no_grad()
@@ -183,7 +209,8 @@ def operations_of_parts() -> dict[str, float]:
         pixels, prompt = (inputs[each].to("meta") for each in ("pixel_values", "input_ids"))
         vision = measure_cost(partial(model.get_image_features, pixels)).flops
         found[part] = {"vision": float(vision), "decoder": float(measure_cost(partial(decoder(model), prompt)).flops)}
-    return {**found["large"], "small": sum(found["small"].values())}
+    text = 1 - float((inputs["input_ids"] == model.config.image_token_id).double().mean())
+    return {**found["large"], "small": sum(found["small"].values()), "text": text}
 
 
 def _retentions(runs: Iterable[RunKey]) -> list[float]:

@@ -9,6 +9,14 @@ __all__ = ["verdict", "verdicts_table"]
 
 OURS = ("sgp", "sgl", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 _SIGNIFICANT = 0.05
+# Short names of the others.
+_SHORT = {
+    "random": "random",
+    "fastv": "FastV",
+    "divprune": "DivPrune",
+    "divprune-late": "late DivPrune",
+    "downsample": "smaller image",
+}
 
 
 def verdict(differences: Mapping[str, Mapping[str, float] | None]) -> str:
@@ -26,26 +34,25 @@ def verdict(differences: Mapping[str, Mapping[str, float] | None]) -> str:
         >>> verdict({"random": ahead, "FastV": ahead})
         'ahead of all'
         >>> verdict({"random": ahead, "DivPrune": level, "FastV": None})
-        'ahead of random; level with DivPrune; cheaper than any FastV'
+        'ahead of random; level with DivPrune; the others cost more'
 
         ```
     """
-    said: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": [], "cheaper than any": []}
+    said: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
     for name, difference in differences.items():
         if difference is None:
-            said["cheaper than any"].append(name)
-        elif difference["p_value"] >= _SIGNIFICANT:
+            continue
+        if difference["p_value"] >= _SIGNIFICANT:
             said["level with"].append(name)
         else:
             said["ahead of" if difference["mean"] > 0 else "behind"].append(name)
     if len(said["ahead of"]) == len(differences) > 0:
         return "ahead of all"
-    return "; ".join(f"{what} {', '.join(names)}" for what, names in said.items() if names)
+    parts = [f"{what} {', '.join(names)}" for what, names in said.items() if names]
+    return "; ".join([*parts, *(["the others cost more"] if None in differences.values() else [])])
 
 
-def verdicts_table(
-    evaluations: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], proportions: str
-) -> dict[str, Any]:
+def verdicts_table(evaluations: Mapping[str, Mapping[str, Any]], proportions: str) -> dict[str, Any]:
     """What [`verdict`] says of each guided method at each retention, by what is equal."""
     rows = []
     for data, evaluation in evaluations.items():
@@ -63,8 +70,8 @@ def verdicts_table(
                 small = versus_small.get((ours, "", retention))
                 cells = [
                     verdict(
-                        {names[other]: equal.get((ours, other, retention)) for other in others}
-                        | ({names["small"]: small} if small else {})
+                        {_SHORT.get(other, other): equal.get((ours, other, retention)) for other in others}
+                        | ({"the small model": small} if small else {})
                     )
                     for equal in map(_by_run, equals)
                 ]

@@ -14,7 +14,7 @@ from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import METHODS
 from transformers_sgl.evaluation.run import Result
 
-SCALED = {"vision": 6.0, "decoder": 4.0, "small": 1.0}
+SCALED = {"vision": 6.0, "decoder": 4.0, "small": 1.0, "text": 0.1}
 
 
 def row(method: str, target: float | None, score: float, reached: float | None = None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def records(seconds_of_large: float, scores: dict[tuple[str, float | None], list
     }
     costs = {run: Cost(100, None, 40, 40) for run in scores}
     known = {"data": "things", "metric_name": "exact_match", "batch_size": 2, "seed": 0, "max_new_tokens": 8}
-    known |= {"dtype": [], "data_sha256": "a", "weights": "b", "thresholds": {}}
+    known |= {"num_samples": 4, "dtype": [], "data_sha256": "a", "weights": "b", "thresholds": {}}
     return Records(results, costs, {**known, **facts})
 
 
@@ -175,8 +175,11 @@ def test_operations_on_other_proportions_by_hand() -> None:
         ),  # the small model takes a tenth more, and half of the decoder is left
         VISION: Cost(50 + 200 + 300, None, 50, 200),
     }
-    found = relative_operations(costs, SCALED)
-    assert found == pytest.approx({LARGE: 1, SMALL: 0.1, SGP: (6 + 2 + 1.1) / 10, VISION: (1.5 + 1 + 1) / 10})
+    # All questions, those that were counted, calls: half as many were read again as among the counted ones.
+    retained = {LARGE: (1.0, 1.0, 1.0), SMALL: (0.0, 0.0, 0.0), SGP: (0.5, 0.5, 1.0), VISION: (0.2, 0.4, 0.5)}
+    found = relative_operations(costs, retained, SCALED)
+    vision = (6 * 0.25 / 2 + 4 * (0.1 * 0.5 + 0.9 * 0.2) + 1) / 10
+    assert found == pytest.approx({LARGE: 1, SMALL: 0.1, SGP: (6 + 4 * 0.55 + 1.1) / 10, VISION: vision})
 
 
 def test_the_preset_is_compared_at_equal_cost_alone() -> None:
@@ -223,10 +226,10 @@ def test_the_loss_is_measured_on_all_that_was_answered() -> None:
 
 
 def test_verdicts_say_who_is_ahead() -> None:
-    table = verdicts_table({"scenes": evaluation()}, evaluate_methods.NAMES, "26B/2B")
+    table = verdicts_table({"scenes": evaluation()}, "26B/2B")
     rows = {(row[1], row[2]): row[3:] for row in table["rows"]}
     assert len(rows) == 6
-    small = "level with small model alone"
+    small = "level with the small model"
     assert rows["64%", "`sgp`"] == [f"{small}; behind random", f"ahead of random; {small}"]
-    assert rows["64%", "`sgl`"] == ["level with random", "cheaper than any random"]
+    assert rows["64%", "`sgl`"] == ["level with random", "the others cost more"]
     assert verdict({"a": {"mean": 0.1, "p_value": 0.001}}) == "ahead of all"

@@ -30,7 +30,17 @@ from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.run_folder import claim, not_a_record, read_lines
 from transformers_sgl.storage.files import append, locked, write_atomically
 
-__all__ = ["Result", "Run", "RunKey", "all_processes", "alone_in", "measure_costs", "open_in_process", "plan"]
+__all__ = [
+    "Result",
+    "Run",
+    "RunKey",
+    "all_processes",
+    "alone_in",
+    "counted_batches",
+    "measure_costs",
+    "open_in_process",
+    "plan",
+]
 __all__ += ["run_methods"]
 
 RunKey = tuple[str, float | None]  # a method's name and its average retention
@@ -189,9 +199,7 @@ def measure_costs(
 
     `folder/costs.jsonl` keeps them for later calls.
     """
-    starts = range(0, len(samples), batch_size)
-    chosen = [starts[place * len(starts) // _NUM_COST_BATCHES] for place in range(_NUM_COST_BATCHES)]
-    batches = [_batch(samples, range(start, min(start + batch_size, len(samples)))) for start in dict.fromkeys(chosen)]
+    batches = [_batch(samples, indices) for indices in counted_batches(len(samples), batch_size)]
     number = sum(len(batch.samples) for batch in batches)
     file = folder / "costs.jsonl"
     costs = dict(_read_cost(file, line, fields) for line, fields in read_lines(file))
@@ -207,6 +215,13 @@ def measure_costs(
             append(file, json.dumps(fields) + "\n")
             costs[run.key] = cost
     return costs
+
+
+def counted_batches(num_samples: int, batch_size: int) -> list[range]:
+    """The batches whose operations are counted."""
+    starts = range(0, num_samples, batch_size)
+    chosen = [starts[place * len(starts) // _NUM_COST_BATCHES] for place in range(_NUM_COST_BATCHES)]
+    return [range(start, min(start + batch_size, num_samples)) for start in dict.fromkeys(chosen)]
 
 
 def _read_cost(file: Path, line: int, fields: dict[str, Any]) -> tuple[RunKey, Cost]:
