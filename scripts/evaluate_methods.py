@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from joined_evaluations import PROPORTIONS, Records, joined, operations_of_parts, report
-from method_verdicts import verdicts_table
+from joined_evaluations import PROPORTIONS, Records, joined, operations_of_parts, report, versus_large
+from method_verdicts import OURS, verdicts_table
 
 from transformers_sgl.evaluation import evaluate, load_samples
 from transformers_sgl.evaluation.figure import draw_figure
@@ -34,9 +34,9 @@ DATA = {"easy-vqa": "easy-VQA", "scenes": "scenes"}
 GROUPS = {
     "baselines": ["large", "small", "sgp", "sgl", "random", "fastv", "divprune", "divprune-late", "downsample"],
     "vision": ["large", "sgp-vision", "sgl-vision"],
-    "confirm": ["large", "sgp-confirm", "sgl-confirm"],
+    "confirmed": ["large", "confirmed", "sgl-confirmed"],
 }
-METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm"]
+METHODS = ["large", "small", "sgp", "sgl", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]
 METHODS += ["random", "fastv", "divprune", "divprune-late", "downsample"]
 GUIDES = ["large", "sgp", "oracle"]
 GUIDES += [f"sgp-{part}" for part in ("10%", "30%", "50%", "70%", "last", "prompt", "generated")]
@@ -50,8 +50,8 @@ NAMES = {
     "sgl": "**guided, early exit** (`sgl`)",
     "sgp-vision": "**guided, vision tower, too** (`sgp-vision`)",
     "sgl-vision": "**the same, early exit** (`sgl-vision`)",
-    "sgp-confirm": "**vision tower, too; only confirms** (`sgp-confirm`)",
-    "sgl-confirm": "**the same, early exit** (`sgl-confirm`)",
+    "confirmed": "**confirmed** (`confirmed`)",
+    "sgl-confirmed": "**the same, early exit** (`sgl-confirmed`)",
     "random": "random",
     "fastv": "FastV",
     "divprune": "DivPrune, from the first layer",
@@ -121,9 +121,11 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
     operations, found = operations_of_parts(), {}
     for data in DATA:
         samples = load_samples(data, limit=arguments.limit, seed=arguments.seed)
-        records = joined([Records.of(folder, arguments.model, samples) for folder in folders[data]])
+        groups = [Records.of(folder, arguments.model, samples) for folder in folders[data]]
+        records = joined(groups)
         answered = [samples[index] for index in records.answered]
         found[data] = report(records, answered, METHODS, operations)
+        found[data]["versus_large"] = [versus_large(group, samples) for group in groups]
         figure = arguments.figures / f"methods-{data}.png"
         draw_figure(found[data]["summary"], found[data]["speed"], figure)
         print(f"written: {figure}")
@@ -131,7 +133,8 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
     tables = {f"methods-{data}": methods_table(found[data]) for data in DATA}
     tables["methods-comparisons"] = comparisons_table(by_name, "sgp", "sgl")
     tables["methods-comparisons-vision"] = comparisons_table(by_name, "sgp-vision", "sgl-vision")
-    tables["methods-comparisons-confirm"] = comparisons_table(by_name, "sgp-confirm", "sgl-confirm")
+    tables["methods-comparisons-confirmed"] = presets_comparisons_table(by_name)
+    tables["methods-losses"] = losses_table(by_name)
     tables["methods-verdicts"] = verdicts_table(by_name, NAMES, _PROPORTIONS)
     speed = found["easy-vqa"]["speed"]
     write_record(arguments.output / "sgl_tiny_methods.json", speed, {"tables": tables, "evaluations": found})
@@ -198,7 +201,7 @@ def score_cell(row: dict[str, Any]) -> str:
     low, high = (100 * end for end in row["interval"])
     cell = f"{100 * row['score']:.1f} [{low:.1f}, {high:.1f}]"
     target, reached = row["target_retention"], row["average_retention"]
-    if target is not None and reached is not None and abs(target - reached) > 0.02:
+    if reached not in (None, 1.0) and (target is None or abs(target - reached) > 0.02):
         cell += f" ({reached:.0%})"
     return cell
 
@@ -235,6 +238,63 @@ def comparisons_table(evaluations: dict[str, dict[str, Any]], pruned: str, exits
             "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its two "
             "nearest settings, the unpruned large model being one of them, so guided answers that cost more than the "
             "large model alone are compared with that. A dash: even its cheapest setting costs more."
+        ),
+    }
+
+
+def presets_comparisons_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The preset that confirms drafts, alone and with early exit, against the others at equal cost."""
+    rows = []
+    for data, evaluation in evaluations.items():
+        equals = [
+            by_run(evaluation["summary"]["at_equal_operations"]),
+            by_run(evaluation["speed"]["at_equal_time"]),
+            by_run(evaluation["scaled"]["at_equal_operations"]),
+        ]
+        others = [row["method"] for row in evaluation["summary"]["rows"] if row["target_retention"] is not None]
+        for other in dict.fromkeys(others):
+            found = [same.get((ours, other, None)) for ours in ("confirmed", "sgl-confirmed") for same in equals]
+            if any(found):
+                rows.append([data, NAMES[other], *map(difference_cell, found)])
+    what = ("GFLOPs", "time", f"{_PROPORTIONS} operations")
+    columns = [f"`{ours}`, equal {cost}" for ours in ("confirmed", "sgl-confirmed") for cost in what]
+    caption = "As the tables of the other guided methods; the preset has no retention to set."
+    return {"columns": ["data", "compared with", *columns], "rows": rows, "caption": caption}
+
+
+def losses_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What pruning loses against the large model alone, and what it costs then."""
+    rows = []
+    for data, evaluation in evaluations.items():
+        costs = {
+            (row["method"], row["target_retention"]): [f"{each['relative_to_large']:.2f}" for each in (clock, scaled)]
+            for row, clock, scaled in zip(
+                evaluation["summary"]["rows"], evaluation["speed"]["rows"], evaluation["scaled"]["rows"], strict=True
+            )
+        }
+        for group in evaluation["versus_large"]:
+            for row in group["rows"]:
+                name, retention = row["method"], row["target_retention"]
+                if name in OURS or name == "divprune":
+                    share = "" if retention is None else f"{retention:.0%}"
+                    cells = [f"{group['num_samples']:,}", f"{100 * row['large_score']:.1f}", difference_cell(row)]
+                    rows.append([data, NAMES[name], share, *cells, *costs[name, retention]])
+    return {
+        "columns": [
+            "data",
+            "method",
+            "retention",
+            "questions",
+            "large alone",
+            "minus large",
+            "time / large",
+            _PROPORTIONS,
+        ],
+        "rows": rows,
+        "caption": (
+            "Exact match minus that of the large model alone, in percentage points with the 95 % paired-bootstrap "
+            "interval, bold where p < 0.05, on all questions that the method has answered; time and operations "
+            "relative to the large model alone, as above."
         ),
     }
 

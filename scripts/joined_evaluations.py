@@ -31,7 +31,7 @@ from transformers_sgl.opening import open_pair
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.random_models import random_inputs, random_model
 
-__all__ = ["PROPORTIONS", "Records", "joined", "operations_of_parts", "report"]
+__all__ = ["PROPORTIONS", "Records", "joined", "operations_of_parts", "report", "versus_large"]
 
 # Whose proportions the operations are told for, and the picture they read: 7 tiles of 256 visual tokens.
 PROPORTIONS = {"large": "internvl-26b", "small": "internvl-2b"}
@@ -128,9 +128,28 @@ def report(
     versus_small = [
         {"method": name, "target_retention": average, **vars(paired.difference(own, scores[_SMALL]))}
         for (name, average), own in scores.items()
-        if average is not None and _SMALL in scores
+        if name not in ("large", "small") and _SMALL in scores
     ]
     return {"summary": summary, "speed": speed, "scaled": scaled, "versus_small": versus_small}
+
+
+def versus_large(records: Records, samples: Sequence[Sample]) -> dict[str, Any]:
+    """How much better than the large model alone the other methods of an evaluation are, on all that it answered."""
+    answered = records.answered
+    paired = PairedScores([samples[place].image_id for place in answered], records.facts["seed"])
+    scores = {run: np.array([found[place].score for place in answered]) for run, found in records.results.items()}
+    rows = [
+        {
+            "method": name,
+            "target_retention": average,
+            "score": float(own.mean()),
+            "large_score": float(scores[_LARGE].mean()),
+            **vars(paired.difference(own, scores[_LARGE])),
+        }
+        for (name, average), own in scores.items()
+        if name != "large"
+    ]
+    return {"num_samples": len(answered), "rows": rows}
 
 
 def relative_operations(costs: dict[RunKey, Cost], operations: dict[str, float]) -> dict[RunKey, float]:

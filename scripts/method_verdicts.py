@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["verdict", "verdicts_table"]
 
-OURS = ("sgp", "sgl", "sgp-vision", "sgl-vision", "sgp-confirm", "sgl-confirm")
+OURS = ("sgp", "sgl", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 _SIGNIFICANT = 0.05
 
 
@@ -68,7 +68,7 @@ def verdicts_table(
                     )
                     for equal in map(_by_run, equals)
                 ]
-                rows.append([data, f"{retention:.0%}", f"`{ours}`", *cells])
+                rows.append([data, "" if retention is None else f"{retention:.0%}", f"`{ours}`", *cells])
     caption = (
         "Ahead and behind: the difference at equal cost, as in the tables of comparisons, has p < 0.05 in the paired "
         "randomisation test; level: it has not. With the small model alone, which always costs less, scores are "

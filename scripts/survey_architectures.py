@@ -60,7 +60,7 @@ def main() -> None:
 
     if arguments.tables:
         record = json.loads(arguments.output.read_text(encoding="utf-8"))
-        record["tables"] = tables(record["runs"])
+        record["tables"] = tables(record["runs"], record.get("towers"))
         arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return
     torch.set_num_threads(1)
@@ -72,12 +72,15 @@ def main() -> None:
     if arguments.only is not None:
         print(json.dumps(found, indent=2))
         return
-    runs = json.loads(arguments.output.read_text(encoding="utf-8"))["runs"] if arguments.output.exists() else {}
+    record = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    runs = record.get("runs", {})
     run = runs.setdefault(transformers.__version__, {}) if arguments.towers else {}
     for model_type, variants in found.items():
         run.setdefault(model_type, {}).update(merged(variants))
     runs[transformers.__version__] = run
-    record = {**measurement_record(0), "runs": runs, "tables": tables(runs)}
+    # What only tried towers leaves the earlier run's versions and date as they are, and tells its own.
+    head = {**record, "towers": measurement_record(0)} if arguments.towers else measurement_record(0)
+    record = {**head, "runs": runs, "tables": tables(runs, head.get("towers"))}
     arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"written: {arguments.output}")
 
@@ -154,7 +157,7 @@ def merged(variants: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def tables(runs: dict[str, Any]) -> dict[str, Any]:
+def tables(runs: dict[str, Any], towers: dict[str, Any] | None = None) -> dict[str, Any]:
     """The tables of docs/architectures.md: what is supported, and why the rest is not."""
     words = {True: "yes", False: "no", None: "-"}
     newest_first = sorted(runs, key=lambda version: tuple(map(int, version.split("."))), reverse=True)
@@ -168,7 +171,8 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             [
                 f"`{model_type}`",
-                *(words[found.get(field)] for field in FIELDS),
+                *(words[found[field]] for field in FIELDS[:-1]),
+                words[bool(found.get("vision"))],
                 words[other_families(model_type)],
                 ", ".join(".".join(version.split(".")[:2]) for version in passed),
                 "; ".join(found["limits"]),
@@ -188,6 +192,9 @@ def tables(runs: dict[str, Any]) -> dict[str, Any]:
         "and patches, with everything kept it is stock's to the last bit, and a batch encodes and writes what its "
         "samples do."
     )
+    if towers is not None:
+        versions = ", ".join(f"{name} {version}" for name, version in towers["versions"].items())
+        caption += f" The vision towers were tried by themselves, with {versions}, on {towers['date']}."
     reasons = [
         [f"`{model_type}`", UNSUPPORTED[model_type]] for model_type in sorted(UNSUPPORTED) if model_type in types
     ]

@@ -5,7 +5,7 @@ from typing import Any
 import evaluate_methods
 import pytest
 from evaluate_methods import comparisons_table, guides_table, methods_table, score_cell
-from joined_evaluations import Records, joined, relative_operations, report
+from joined_evaluations import Records, joined, relative_operations, report, versus_large
 from method_verdicts import verdict, verdicts_table
 from PIL import Image
 
@@ -177,6 +177,49 @@ def test_operations_on_other_proportions_by_hand() -> None:
     }
     found = relative_operations(costs, SCALED)
     assert found == pytest.approx({LARGE: 1, SMALL: 0.1, SGP: (6 + 2 + 1.1) / 10, VISION: (1.5 + 1 + 1) / 10})
+
+
+def test_the_preset_is_compared_at_equal_cost_alone() -> None:
+    found = evaluation()
+    found["summary"]["rows"].append(row("confirmed", None, 0.9, reached=0.42))
+    found["speed"]["rows"].append({"relative_to_large": 0.7})
+    found["scaled"]["rows"].append({"relative_to_large": 0.45})
+    found["scaled"]["at_equal_operations"].append(
+        {**difference("confirmed", "random", 0.64, 0.2, 0.01), "target_retention": None}
+    )
+    assert evaluate_methods.presets_comparisons_table({"scenes": found})["rows"] == [
+        ["scenes", "random", "-", "-", "**+20.0 [+19.0, +21.0]**", "-", "-", "-"]
+    ]
+    assert methods_table(found)["rows"][-1] == [
+        "**confirmed** (`confirmed`)",
+        "90.0 [89.0, 91.0] (42%)",
+        "",
+        "",
+        "2",
+        "0.70",
+        "0.45",
+    ]
+    loss = {
+        "method": "confirmed",
+        "target_retention": None,
+        "score": 0.9,
+        "large_score": 0.91,
+        **difference("", "", 0, -0.01, 0.2),
+    }
+    loss |= {"method": "confirmed", "target_retention": None}
+    found["versus_large"] = [{"num_samples": 1200, "rows": [loss]}]
+    assert evaluate_methods.losses_table({"scenes": found})["rows"] == [
+        ["scenes", "**confirmed** (`confirmed`)", "", "1,200", "91.0", "-1.0 [-2.0, +0.0]", "0.70", "0.45"]
+    ]
+
+
+def test_the_loss_is_measured_on_all_that_was_answered() -> None:
+    group = records(1.0, {LARGE: [1, 1, 1, 0], VISION: [1, 0, 1, 0]})
+    found = versus_large(group, SAMPLES)
+    assert found["num_samples"] == 4
+    assert [(each["method"], each["mean"], each["large_score"]) for each in found["rows"]] == [
+        ("sgp-vision", -0.25, 0.75)
+    ]
 
 
 def test_verdicts_say_who_is_ahead() -> None:

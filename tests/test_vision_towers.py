@@ -59,6 +59,7 @@ def test_errors_leave_nothing_behind(name: str) -> None:
     vision.check_leaves_nothing_behind(name)
 
 
+@pytest.mark.skipif(not vision.is_newest(), reason="only the best known are tried with an older transformers")
 def test_a_tower_can_be_pruned_or_tells_why_not() -> None:
     assert not VISION_TOWERS.keys() & NOT_PRUNABLE.keys()
     assert VISION_TOWERS.keys() | NOT_PRUNABLE.keys() <= ARCHITECTURES.keys()

@@ -261,7 +261,7 @@ def choose_thresholds(
     num_evaluated: int,
     score: Metric = exact_match,
     batch_size: int = 8,
-) -> dict[float, float]:
+) -> dict[float | None, float]:
     """Chooses, on questions that are not evaluated, a decision score from which on drafts are returned.
 
     An answer counts as right from a score of 0.5 on. The promise has to hold for the `num_evaluated` questions of the
@@ -272,8 +272,8 @@ def choose_thresholds(
     runs = plan({"sgp": method}, retentions, pair.num_layers)
     options: dict[str, Any] = {"score": score, "batch_size": batch_size, "title": "calibrate"}
     results = run_methods(pair, samples, runs, folder, facts, **options)
-    thresholds = {}
-    for average in retentions:
+    thresholds: dict[float | None, float] = {}
+    for average in dict.fromkeys(run.average_retention for run in runs):
         records = [Record.of(result) for result in results if result.average_retention == average]
         counted = sum(promise.counts(record) for record in records)
         allowed = allowed_failures(counted, num_evaluated, promise.limit, _CONFIDENCE) if counted else None

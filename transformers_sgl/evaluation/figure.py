@@ -18,8 +18,8 @@ _STYLES = {
     "sgl": ("#56B4E9", "D"),
     "sgp-vision": ("#004B75", "p"),
     "sgl-vision": ("#E69F00", "d"),
-    "sgp-confirm": ("#004B75", "o"),
-    "sgl-confirm": ("#E69F00", "D"),
+    "confirmed": ("#004B75", "*"),
+    "sgl-confirmed": ("#E69F00", "*"),
     "oracle": ("#000000", "*"),
     "divprune": ("#009E73", "s"),
     "divprune-late": ("#009E73", "x"),
@@ -55,7 +55,7 @@ def draw_figure(summary: dict[str, Any], speed: dict[str, Any], path: Path) -> A
     relative = all("relative_to_large" in clock for _, clock in rows)
     time = "relative_to_large" if relative else "seconds"
     spare = iter(_SPARE_STYLES * len(rows))
-    for name in dict.fromkeys(row["method"] for row in summary["rows"] if row["target_retention"] is not None):
+    for name in dict.fromkeys(row["method"] for row in summary["rows"] if row["method"] not in ("large", "small")):
         colour, marker = _STYLES.get(name) or next(spare)
         style = {"color": colour, "marker": marker, "markersize": 6, "linewidth": 1.4, "capsize": 2}
         if name == "divprune-late":

@@ -23,7 +23,7 @@ __all__ = ["as_markdown", "compare_at_equal_cost", "p_value", "points", "summari
 
 # Guided methods, each compared with every other method, and with what it adds to.
 _OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
-_OURS |= {"sgp-confirm": "sgp-vision", "sgl-confirm": "sgl-vision"}
+_OURS |= {"confirmed": "sgp-vision", "sgl-confirmed": "sgl-vision"}
 
 
 def summarise(
@@ -100,7 +100,7 @@ def _comparisons(scores: dict[RunKey, Array], paired: PairedScores) -> list[dict
             **vars(paired.difference(scores[ours, retention], scores[other, retention])),
         }
         for ours, retention in scores
-        if ours in _OURS
+        if ours in _OURS and retention is not None
         for other, same in scores
         if same == retention and _is_compared(ours, other)
     ]

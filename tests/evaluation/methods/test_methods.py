@@ -47,9 +47,9 @@ from transformers_sgl.evaluation.methods.downsample import _fitting_size, _Size
 from transformers_sgl.evaluation.methods.guides import max_min_diversity
 from transformers_sgl.generation_config_sgl import PRESETS
 
-VISION_METHODS = [method for method in METHODS.values() if getattr(method, "vision", False)]
+VISION_METHODS = ("sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 THIRD = Setting(0.35, 2, 10)
-THRESHOLDS = {0.64: 0.5, 0.35: 0.5, 0.09: 0.5}
+THRESHOLDS = {None: 0.5, 0.64: 0.5, 0.35: 0.5, 0.09: 0.5}
 GUIDES = ["random", "fastv", "oracle", "divprune", "divprune-late"]
 
 
@@ -271,18 +271,18 @@ class TestPair:
         def watched(model: Any, **kwargs: Any) -> Any:
             names = ("guidance_queries", "guidance_layers", "early_exit_threshold", "score_draft")
             seen[name] = tuple(kwargs[each] for each in names)
-            assert (kwargs["vision_retention_ratio"] < 1) == (name in ("sgp-vision", "sgp-confirm"))
-            assert kwargs["confirmation_threshold"] == (0.7 if name == "sgp-confirm" else None)
+            assert (kwargs["vision_retention_ratio"] < 1) == (name in ("sgp-vision", "confirmed"))
+            assert (kwargs["confirmation_threshold"] is None) == (name != "confirmed")
             return generate(model, **kwargs)
 
         monkeypatch.setattr(type(pair.model), "generate", watched)
         for name in METHODS:
-            if name.startswith("sgp"):
+            if name.startswith("sgp") or name == "confirmed":
                 METHODS[name].answer(pair, alone(MIXED, 1), THIRD)
         assert seen == {
             "sgp": ("both", 1.0, 2.0, False),
             "sgp-vision": ("both", 1.0, 2.0, False),
-            "sgp-confirm": ("both", 1.0, 2.0, False),
+            "confirmed": ("both", 1.0, 2.0, False),
             "sgp-last": ("last", 1.0, 2.0, False),
             "sgp-prompt": ("prompt", 1.0, 2.0, False),
             "sgp-generated": ("generated", 1.0, 2.0, False),
@@ -681,7 +681,7 @@ class TestAll:
 
     @pytest.mark.parametrize("name", [name for name in METHODS if "%" not in name])
     def test_models_of_unlike_families(self, name: str) -> None:
-        families = ("internvl", "qwen2_vl") if METHODS[name] in VISION_METHODS else ("qwen2_vl", "internvl")
+        families = ("internvl", "qwen2_vl") if name in VISION_METHODS else ("qwen2_vl", "internvl")
         pair = Pair(*tiny_family_pair(*families), max_new_tokens=4)
         images = [picture(40, 40), picture(56, 24, seed=1)]
         samples = [Sample(image, "what?", ("a",)) for image in images]
@@ -689,7 +689,7 @@ class TestAll:
         found = method.answer(pair, Batch(samples, [0, 1], images), Setting.of(0.35, pair.num_layers))
         assert len(found) == 2
         for answer in found:
-            most = 2 if name.endswith("confirm") else 1  # which may read everything once more
+            most = 2 if name.endswith("confirmed") else 1  # which may read everything once more
             assert answer.retention is None or 0 < answer.retention <= most
 
     def test_there_is_none_of_that_name(self) -> None:

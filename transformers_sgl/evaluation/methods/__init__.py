@@ -12,7 +12,7 @@ name in [`METHODS`]:
 from transformers_sgl.evaluation.methods.alone import Large, Small
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.methods.downsample import Downsample
-from transformers_sgl.evaluation.methods.guided import SGL, SGP, pair_answers
+from transformers_sgl.evaluation.methods.guided import SGL, SGP, Confirmed, ConfirmedSGL, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "SGP",
     "Answer",
     "Batch",
+    "Confirmed",
+    "ConfirmedSGL",
     "DivPrune",
     "Downsample",
     "FastV",
@@ -43,8 +45,8 @@ METHODS: dict[str, Method] = {
     "sgl": SGL(),
     "sgp-vision": SGP(vision=True),
     "sgl-vision": SGL(vision=True),
-    "sgp-confirm": SGP(vision=True, confirms=True),
-    "sgl-confirm": SGL(vision=True, confirms=True),
+    "confirmed": Confirmed(),
+    "sgl-confirmed": ConfirmedSGL(),
     "random": Random(),
     "fastv": FastV(),
     "oracle": Oracle(),

@@ -9,12 +9,9 @@ from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair
 from transformers_sgl.generation_config_sgl import preset_settings
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 
-__all__ = ["SGL", "SGP", "pair_answers"]
+__all__ = ["SGL", "SGP", "Confirmed", "ConfirmedSGL", "pair_answers"]
 
-# Where the pruned large model only confirms drafts, it gets this part of the average retention, so that 35 % is the
-# preset "confirmed"; the rest is for the questions whose draft it does not confirm, for which it reads everything.
-_FIRST_READING = 0.15 / 0.35
-_CONFIRMATION_THRESHOLD = preset_settings("confirmed")["confirmation_threshold"]
+_CONFIRMED = "confirmed"  # the preset
 
 
 @dataclass(frozen=True)
@@ -25,31 +22,34 @@ class SGP(Method):
     layers: float = 1.0  # the fraction of the small model's layers that count, from the first one on
     scores_draft: bool = False  # whether the draft is scored although nothing exits; a calibration needs that
     vision: bool = False  # whether the large model's vision tower is pruned, too
-    confirms: bool = False  # whether the pruned large model only confirms drafts, and else reads everything
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
-        if self.confirms:
-            setting = Setting.of(setting.average_retention * _FIRST_READING, setting.num_layers)
-        if self.vision:
-            setting = setting.with_vision()
         return pair_answers(
             pair,
             batch,
             do_sample=False,
             num_beams=1,
-            retention_ratio=setting.retention_ratio,
-            prune_layer=setting.prune_layer,
-            vision_retention_ratio=setting.vision_retention_ratio,
-            vision_prune_layer=setting.vision_prune_layer,
+            **self.pruning(setting),
             guidance_queries=self.queries,
             guidance_layers=self.layers,
             early_exit_threshold=threshold,
             score_draft=self.scores_draft,
-            confirmation_threshold=_CONFIRMATION_THRESHOLD if self.confirms else None,
         )
+
+    def pruning(self, setting: Setting) -> dict[str, Any]:
+        """The settings of `generate` that say what the large model reads."""
+        if self.vision:
+            setting = setting.with_vision()
+        return {
+            "retention_ratio": setting.retention_ratio,
+            "prune_layer": setting.prune_layer,
+            "vision_retention_ratio": setting.vision_retention_ratio,
+            "vision_prune_layer": setting.vision_prune_layer,
+            "confirmation_threshold": None,
+        }
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,39 @@ class SGL(SGP):
     """The whole method: guided pruning with early exit (paper, section 3.3)."""
 
     # By average retention, the decision score from which on drafts are returned; chosen on other questions.
-    thresholds: dict[float, float] = field(default_factory=dict)
+    thresholds: dict[float | None, float] = field(default_factory=dict)
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        return self._generate(pair, batch, setting, self.thresholds[setting.average_retention])
+        return self._generate(
+            pair, batch, setting, self.thresholds[setting.average_retention if self.prunes else None]
+        )
 
     def without_exit(self) -> SGP:
         """The same with scored drafts, of which none is returned."""
-        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision, confirms=self.confirms)
+        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision)
+
+
+@dataclass(frozen=True)
+class Confirmed(SGP):
+    """The preset "confirmed": the pruned large model only confirms drafts, and else reads everything."""
+
+    prunes = False
+
+    def pruning(self, setting: Setting) -> dict[str, Any]:
+        return preset_settings(_CONFIRMED)
+
+
+@dataclass(frozen=True)
+class ConfirmedSGL(SGL):
+    """The same with early exit."""
+
+    prunes = False
+
+    def pruning(self, setting: Setting) -> dict[str, Any]:
+        return preset_settings(_CONFIRMED)
+
+    def without_exit(self) -> SGP:
+        return Confirmed(self.queries, self.layers, scores_draft=True)
 
 
 def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
