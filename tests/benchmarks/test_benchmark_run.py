@@ -95,6 +95,7 @@ def put_in_place(patch: pytest.MonkeyPatch) -> list[str]:
     for module in (run, workbench):
         patch.setattr(module, "num_parameters", lambda name, shrink=1: SIZES[name] * 10**9 // shrink**2)
     patch.setattr(run, "weightless", tiny_model)
+    patch.setattr(methods, "baselines", lambda *_: {})
     for module in (methods, run):
         patch.setattr(module, "VISION_SETTINGS", {"half of the tiles": {"vision_retention_ratio": 0.5}})
     patch.setattr(run, "_GROWTH_TOKENS", TOKENS_PER_TILE)
