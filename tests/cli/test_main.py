@@ -63,7 +63,7 @@ def test_a_fault_of_ours_keeps_its_traceback(example, monkeypatch):
         (("run", "image.png"), "Missing argument 'QUESTION' (see `transformers-sgl run --help`)."),
         (("run", "image.png", "what?", "how?"), "how?"),
         (("run", "image.png", "what?", "--presett", "fast"), "No such option: --presett"),
-        (("run", "image.png", "what?", "--preset", "slow"), "'slow' is not one of 'quality', 'balanced', 'fast'"),
+        (("run", "image.png", "what?", "--preset", "slow"), "'slow' is not one of 'quality', 'balanced', 'fast', 'confirmed'"),
         (("run", "image.png", "what?", "--dtype", "int8"), "'int8' is not one of 'auto', 'float32', 'bfloat16'"),
         (("run", "image.png", "what?", "--retention", "some"), "Invalid value for '--retention'"),
         (("run", "image.png", "what?", "--model"), "'--model' requires an argument"),
@@ -143,7 +143,7 @@ class TestCompletion:
     def test_commands_options_and_values(self):
         assert self.complete("transformers-sgl ") == list(COMMANDS)
         assert "--early-exit-threshold" in self.complete("transformers-sgl run --")
-        assert self.complete("transformers-sgl run --preset ") == ["quality", "balanced", "fast"]
+        assert self.complete("transformers-sgl run --preset ") == ["quality", "balanced", "fast", "confirmed"]
 
     def test_a_script_for_a_shell(self):
         result = piped("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
