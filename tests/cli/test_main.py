@@ -63,7 +63,7 @@ def test_a_fault_of_ours_keeps_its_traceback(example, monkeypatch):
         (("run", "image.png"), "Missing argument 'QUESTION' (see `transformers-sgl run --help`)."),
         (("run", "image.png", "what?", "how?"), "how?"),
         (("run", "image.png", "what?", "--presett", "fast"), "No such option: --presett"),
-        (("run", "image.png", "what?", "--preset", "slow"), "'slow' is not one of 'quality', 'balanced', 'fast', 'confirmed'"),
+        (("run", "image.png", "what?", "--preset", "slow"), "'slow' is not one of 'quality', 'balanced', 'fast'"),
         (("run", "image.png", "what?", "--dtype", "int8"), "'int8' is not one of 'auto', 'float32', 'bfloat16'"),
         (("run", "image.png", "what?", "--retention", "some"), "Invalid value for '--retention'"),
         (("run", "image.png", "what?", "--model"), "'--model' requires an argument"),
