@@ -25,6 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "some exit early": {"retention_ratio": 0.4, "prune_layer": 2, "early_exit_threshold": 0.085},
     "pruned at layer 0": {"retention_ratio": 0.4, "prune_layer": 0},
     "draft only": {"retention_ratio": 1.0, "verify_draft": True},
+    "pruned in the tower": {"vision_retention_ratio": 0.5, "vision_prune_layer": 0, "prune_layer": 2},
+    "tiles left out, drafts confirmed": {"vision_retention_ratio": 0.5, "confirmation_threshold": 0.0},
 }
 LAYERS = "model.language_model.layers"
 # Every other layer on disk, and both ends of the model in memory; and the other way round.
@@ -51,7 +53,8 @@ def results(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> dic
     for name, settings in SETTINGS.items():
         output = pair.generate(**inputs, **GREEDY, **settings, return_dict_in_generate=True)
         assert output.sequences.device == inputs["input_ids"].device
-        fields = ("sequences", "keep_mask", "exited_early", "num_draft_tokens_accepted")
+        fields = ("sequences", "keep_mask", "vision_keep_mask", "exited_early", "draft_confirmed")
+        fields = (*fields, "num_draft_tokens_accepted")
         found[name] = {field: output[field].tolist() for field in fields if output.get(field) is not None}
         found[name]["passes"] = output.num_large_forward_passes
     return found

@@ -119,6 +119,18 @@ def test_saving_after_an_answer_writes_the_same_weights_or_nothing(
     assert torch.equal(pair.generate(**prompts(), **GREEDY), expected)
 
 
+@pytest.mark.parametrize("settings", [{"vision_prune_layer": 0}, {"confirmation_threshold": 0.0}])
+def test_the_tower_of_a_quantized_model_is_pruned_as_in_full_precision(
+    pair: Any, full: Any, settings: dict[str, float]
+) -> None:
+    asked = {**prompts(), **GREEDY, "vision_retention_ratio": 0.5, **settings, "return_dict_in_generate": True}
+    found, expected = pair.generate(**asked), full.generate(**asked)
+    assert torch.equal(found.vision_keep_mask, expected.vision_keep_mask)
+    assert torch.equal(found.keep_mask, expected.keep_mask)
+    again = pair.generate(**asked)
+    assert torch.equal(again.sequences, found.sequences)
+
+
 @pytest.mark.parametrize("prune_layer", [0, 2])
 def test_guidance_and_pruning_are_as_in_full_precision(pair: Any, full: Any, prune_layer: int) -> None:
     asked = {**prompts(), **GREEDY, "retention_ratio": 0.4, "prune_layer": prune_layer, "verify_draft": False}
