@@ -141,16 +141,7 @@ class AnswerRules:
     def check_exits(self, inputs: Mapping[str, Any]) -> None:
         """Raises `ValueError` if the small model's answer cannot stand for the large one's, with cause and cure."""
         cure = "or pass `early_exit_threshold=None`, which never exits."
-        if not self.is_greedy:
-            raise ValueError(
-                "An early exit returns the small model's one greedy answer, but sampling, beams or several answers "
-                f"were asked for: set do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
-            )
-        if self.vocabularies.shared is None:
-            raise ValueError(
-                "An early exit returns the small model's tokens, but nothing tells whether they mean the same to the "
-                f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
-            )
+        self._check_one_answer("An early exit returns", cure)
         never, foreign = unmet(self.settings, self.arguments, bool(self.vocabularies.shared))
         if inputs.get("inputs_embeds") is not None:
             never.append("inputs_embeds")
@@ -168,16 +159,7 @@ class AnswerRules:
     def check_confirmations(self, inputs: Mapping[str, Any], earlier: Any) -> None:
         """Raises `ValueError` if the large model cannot confirm a draft, with cause and cure."""
         cure = "or leave out `confirmation_threshold`."
-        if not self.is_greedy:
-            raise ValueError(
-                "A confirmed draft is one greedy answer, but sampling, beams or several answers were asked for: set "
-                f"do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
-            )
-        if self.vocabularies.shared is None:
-            raise ValueError(
-                "A confirmed draft is the small model's tokens, but nothing tells whether they mean the same to the "
-                f"large model: pass `tokenizer` and `small_tokenizer`, {cure}"
-            )
+        self._check_one_answer("A confirmed draft is", cure)
         if inputs.get("inputs_embeds") is not None:
             raise ValueError(
                 f"The small model cannot read `inputs_embeds`, so there is no draft: leave it out, {cure}"
@@ -186,6 +168,19 @@ class AnswerRules:
             raise ValueError(
                 "A later turn of a conversation goes on with the pruned cache, where no draft can be confirmed: pass "
                 f"the whole conversation without this cache, {cure}"
+            )
+
+    def _check_one_answer(self, what: str, cure: str) -> None:
+        """Raises `ValueError` if the small model's answer has another form than the large one's, or may have."""
+        if not self.is_greedy:
+            raise ValueError(
+                f"{what} the small model's one greedy answer, but sampling, beams or several answers were asked for: "
+                f"set do_sample=False, num_beams=1 and num_return_sequences=1, {cure}"
+            )
+        if self.vocabularies.shared is None:
+            raise ValueError(
+                f"{what} the small model's tokens, but nothing tells whether they mean the same to the large model: "
+                f"pass `tokenizer` and `small_tokenizer`, {cure}"
             )
 
     def check_prunable(self, inputs: Mapping[str, Any]) -> None:

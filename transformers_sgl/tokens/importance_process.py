@@ -22,6 +22,7 @@ __all__ = [
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
     "RetentionRatioProcessor",
+    "checked_ratio",
     "rank_within",
 ]
 
@@ -183,10 +184,7 @@ class RetentionRatioProcessor(ImportanceProcessor):
     """
 
     def __init__(self, retention_ratio: float) -> None:
-        is_number = isinstance(retention_ratio, (int, float)) and not isinstance(retention_ratio, bool)
-        if not is_number or not 0 < retention_ratio <= 1:
-            raise ValueError(f"`retention_ratio` is {retention_ratio!r}: pass a number above 0 and up to 1.")
-        self.retention_ratio = retention_ratio
+        self.retention_ratio = checked_ratio(retention_ratio)
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Drops all but the most important tokens; see [`ImportanceProcessor`]."""
@@ -231,6 +229,14 @@ class MinimumPerImageProcessor(ImportanceProcessor):
         protect = (rank < self.min_tokens) & visual_tokens.valid
         # A token dropped by an earlier processor stays dropped.
         return importance.masked_fill(protect & (importance > DROPPED), PROTECTED)
+
+
+def checked_ratio(retention_ratio: float) -> float:
+    """The ratio; raises `ValueError` if it is out of range."""
+    is_number = isinstance(retention_ratio, (int, float)) and not isinstance(retention_ratio, bool)
+    if not is_number or not 0 < retention_ratio <= 1:
+        raise ValueError(f"`retention_ratio` is {retention_ratio!r}: pass a number above 0 and up to 1.")
+    return retention_ratio
 
 
 def rank_within(group: Tensor, importance: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from transformers_sgl.tokens.importance_process import (
     DROPPED,
     ImportanceProcessor,
     ImportanceProcessorList,
+    checked_ratio,
     rank_within,
 )
 
@@ -80,7 +81,7 @@ class TileRetentionProcessor(ImportanceProcessor):
     """
 
     def __init__(self, retention_ratio: float) -> None:
-        self.retention_ratio = _checked(retention_ratio)
+        self.retention_ratio = checked_ratio(retention_ratio)
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Drops all tokens of the less important tiles; see [`ImportanceProcessor`]."""
@@ -189,7 +190,7 @@ class RetentionPerTileProcessor(ImportanceProcessor):
     """
 
     def __init__(self, retention_ratio: float) -> None:
-        self.retention_ratio = _checked(retention_ratio)
+        self.retention_ratio = checked_ratio(retention_ratio)
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Drops all but the most important tokens of every tile; see [`ImportanceProcessor`]."""
@@ -198,14 +199,6 @@ class RetentionPerTileProcessor(ImportanceProcessor):
         budget = torch.floor(sizes.double() * self.retention_ratio).long().clamp(min=1)
         over = rank_within(tile, importance) >= budget.gather(1, tile.clamp(min=0))
         return importance.masked_fill((tile >= 0) & over, DROPPED)
-
-
-def _checked(retention_ratio: float) -> float:
-    """The ratio; raises `ValueError` if it is out of range."""
-    is_number = isinstance(retention_ratio, (int, float)) and not isinstance(retention_ratio, bool)
-    if not is_number or not 0 < retention_ratio <= 1:
-        raise ValueError(f"`retention_ratio` is {retention_ratio!r}: pass a number above 0 and up to 1.")
-    return retention_ratio
 
 
 def _tiles(visual_tokens: VisualTokens) -> Tensor:
