@@ -51,6 +51,7 @@ _FRACTIONS = {
     "guidance_layers": "the small model's layers that rank the visual tokens",
 }
 _CHOICES = {
+    "guidance": ("answer", "prompt"),
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }
@@ -135,9 +136,12 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             behind its own most important tokens.
         min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image or video frame are kept
             whatever their rank, so that none vanishes; with 0 some may.
-        guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens: `"prompt"`
-            (the prompt after the last visual token), its `"last"` token alone, `"generated"` (the small model's own
-            answer) or `"both"`, prompt and answer (paper, section 3.2).
+        guidance (`str`, *optional*, defaults to `"answer"`): What the small model does: it writes an `"answer"`, or it
+            reads the `"prompt"` and stops. Then there is no draft to exit with, to score, to verify or to confirm,
+            and the prompt alone ranks the visual tokens.
+        guidance_queries (`str`, *optional*): Whose attention ranks the visual tokens: `"prompt"` (the prompt after the
+            last visual token), its `"last"` token alone, `"generated"` (the small model's own answer) or `"both"`,
+            prompt and answer (paper, section 3.2). By default `"both"`, or `"prompt"` where there is no answer.
         guidance_layers (`float`, *optional*, defaults to 1.0): The fraction, in `(0, 1]`, of the small model's layers
             whose attention counts, from the first one on.
         guidance_max_new_tokens (`int`, *optional*): The most tokens the small model may write; by default as many as
@@ -224,7 +228,8 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "vision_retention_ratio": 1.0,
             "vision_prune_layer": None,
             "min_tokens_per_image": 1,
-            "guidance_queries": "both",
+            "guidance": "answer",
+            "guidance_queries": None,
             "guidance_layers": 1.0,
             "guidance_max_new_tokens": None,
             "early_exit_threshold": None,

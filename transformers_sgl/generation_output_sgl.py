@@ -58,8 +58,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
             model confirmed.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
-        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
-            run) and `total_ms`.
+        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` (the small model's answer and its scores,
+            or with `guidance="prompt"` its one pass), `large_ms` (0 where that model did not run) and `total_ms`.
         scores, logits (tuples of `Tensor` of shape `(batch, vocab_size)`, *optional*): As the large model's `generate`
             returns them, one for each token of the answers; NaN where an answer exited early, because then the
             large model has none.

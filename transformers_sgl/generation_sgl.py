@@ -210,7 +210,7 @@ def generate(
         if settled.any():
             prompt = prompt.select(rest)
             generate_kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
-        verifies = settings.verify_draft is not False and vocabularies.shared is not None
+        verifies = settings.verify_draft is not False and vocabularies.shared is not None and guidance.has_draft
         verifier = DraftVerifier(
             large,
             draft[rest] if verifies else None,
@@ -250,12 +250,8 @@ def generate(
         importance_transfer=None if transfer is None else transfer.kind,
         **pruned,
         num_visual_tokens=num_visual_tokens,
-        draft_sequences=guidance.draft_sequences,
-        draft_complete=complete,
+        **guidance.fields(complete),
         exited_early=exits,
-        confidence=guidance.confidence,
-        consistency=guidance.consistency,
-        decision_score=guidance.decision_score,
         num_draft_tokens_accepted=num_accepted,
         draft_confirmed=confirmed,
         num_large_forward_passes=verifier.num_forward_passes + num_checks,

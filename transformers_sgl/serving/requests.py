@@ -75,6 +75,7 @@ _SETTINGS: dict[str, tuple[type, float, float | None]] = {
     "consistency_retention_ratio": (float, -inf, inf),
     "do_sample": (bool, 0, 0),
     "early_exit_threshold": (float, -inf, inf),
+    "guidance": (str, 0, 0),
     "guidance_layers": (float, -inf, inf),
     "guidance_max_new_tokens": (int, -inf, None),
     "guidance_queries": (str, 0, 0),
