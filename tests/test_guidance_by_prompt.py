@@ -53,22 +53,20 @@ def test_importance_is_that_of_the_prompt_rows_in_one_pass(padding_side: str, qu
         assert torch.equal(found.sequences, wanted.sequences)
 
 
+DECODING = [
+    {"do_sample": False},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"num_beams": 3, "num_return_sequences": 2},
+]
+
+
 @pytest.mark.parametrize(
-    "decoding",
+    ("decoding", "own"),
     [
-        {"do_sample": False},
-        {"do_sample": True, "num_return_sequences": 2},
-        {"num_beams": 3, "num_return_sequences": 2},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "own",
-    [
-        {},
-        {"prune_layer": 0, "retention_ratio": 0.1, "min_tokens_per_image": 0},
-        {"vision_retention_ratio": 0.5, "retention_ratio": 1.0},
-        {"vision_retention_ratio": 0.5, "vision_prune_layer": 1, "retention_ratio": 0.25, "prune_layer": 1},
+        *((decoding, {}) for decoding in DECODING),
+        *((decoding, {"prune_layer": 0, "retention_ratio": 0.1, "min_tokens_per_image": 0}) for decoding in DECODING),
+        ({"do_sample": False}, {"vision_retention_ratio": 0.5, "retention_ratio": 1.0}),
+        ({"do_sample": True}, {"vision_retention_ratio": 0.5, "vision_prune_layer": 1, "prune_layer": 1}),
     ],
     ids=str,
 )
