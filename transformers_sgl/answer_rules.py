@@ -149,6 +149,7 @@ class AnswerRules:
         needs = {
             "early_exit_threshold": self.may_exit,
             "confirmation_threshold": settings.confirmation_threshold is not None,
+            "unsure_threshold": settings.unsure_threshold is not None,
             "guidance_queries": settings.guidance_queries in ("generated", "both"),
             "guidance_max_new_tokens": settings.guidance_max_new_tokens is not None,
             "score_draft": settings.score_draft is True,
@@ -183,6 +184,11 @@ class AnswerRules:
     def check_confirmations(self, inputs: Mapping[str, Any], earlier: Any) -> None:
         """Raises `ValueError` if the large model cannot confirm a draft, with cause and cure."""
         cure = "or leave out `confirmation_threshold`."
+        if self.settings.unsure_threshold is not None:
+            raise ValueError(
+                "`confirmation_threshold` and `unsure_threshold` both say of which samples the large model reads "
+                "more: pass None for one of them."
+            )
         self._check_one_answer("A confirmed draft is", cure)
         if inputs.get("inputs_embeds") is not None:
             raise ValueError(

@@ -100,7 +100,7 @@ def _explain(
     _check_count(small_tokens, small_pictures)
     start = inputs["input_ids"].shape[1]  # of an answer
     own = SGLGenerationConfig().resolved(model.generation_config)
-    settings = {**settings, "guidance": "answer", "guidance_queries": guiding_queries(own)}
+    settings |= {"guidance": "answer", "guidance_queries": guiding_queries(own), "unsure_threshold": None}
 
     # 2. The large model answers unguided, the small model guides, and the large model answers at every preset.
     unguided, oracle = _answer_unguided(model, inputs, tokens, settings)

@@ -91,6 +91,8 @@ _SETTINGS: dict[str, tuple[type, float, float | None]] = {
     "temperature": (float, 0.01, 10),
     "top_k": (int, 0, 1000),
     "top_p": (float, 0.01, 1),
+    "unsure_retention_ratio": (float, -inf, inf),
+    "unsure_threshold": (float, -inf, inf),
     "verify_draft": (bool, 0, 0),
     "vision_prune_layer": (float, -inf, inf),
     "vision_retention_ratio": (float, -inf, inf),

@@ -33,6 +33,7 @@ class SGP(Method):
             do_sample=False,
             num_beams=1,
             **self.pruning(setting),
+            guidance="answer",
             guidance_queries=self.queries,
             guidance_layers=self.layers,
             early_exit_threshold=threshold,
@@ -49,6 +50,7 @@ class SGP(Method):
             "vision_retention_ratio": setting.vision_retention_ratio,
             "vision_prune_layer": setting.vision_prune_layer,
             "confirmation_threshold": None,
+            "unsure_threshold": None,
         }
 
 
