@@ -167,10 +167,11 @@ def generate(
             large, some, importance, steps[0] if of_tower else of_tower, steps[1], prune_layer, vision_layer
         )
 
-    settled, confirmed, num_checks = exits, None, 0
+    settled, confirmed, scores, num_checks = exits, None, None, 0
     pruned: dict[str, Any] = {}
     if confirms:
         confirmed, checked = torch.zeros_like(exits), complete & ~exits
+        scores = torch.zeros(len(exits), device=exits.device)
         if checked.any():
             some = prompt if checked.all() else prompt.select(checked)
             pruning = pruning_of(some, checked)
@@ -179,7 +180,7 @@ def generate(
                 if some.inputs["input_ids"] is prompts
                 else WholeBatch(prompts, checked, draft, rules.pad_token_id)
             )
-            confirmed[checked], num_checks = confirm(
+            confirmed[checked], scores[checked], num_checks = confirm(
                 large,
                 some,
                 pruning,
@@ -256,6 +257,7 @@ def generate(
         exited_early=exits,
         num_draft_tokens_accepted=num_accepted,
         draft_confirmed=confirmed,
+        confirmation_score=scores,
         num_large_forward_passes=verifier.num_forward_passes + num_checks,
         timings=clock.timings,
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers_sgl.evaluation.calibration.promises import Promise
+from transformers_sgl.evaluation.calibration.promises import DECISIONS, Promise
 from transformers_sgl.evaluation.calibration.report import CalibrationReport, write_results
 from transformers_sgl.evaluation.calibration.run import run_samples
 from transformers_sgl.evaluation.calibration.threshold import check_feasible, choose_threshold
@@ -29,6 +29,7 @@ def calibrate(
     promise: Promise,
     *,
     out: Path | str,
+    setting: str = "early_exit_threshold",
     confidence: float = 0.99,
     held_out: float = 0.5,
     seed: int = 0,
@@ -37,15 +38,20 @@ def calibrate(
     dtype: str = "auto",
     device: str = "auto",
 ) -> CalibrationReport:
-    """Chooses a pair's early-exit threshold on questions with known answers (paper, section 3.3).
+    """Chooses a threshold of a pair, by default that of its early exits, on questions with known answers.
 
-    A call that was cut off goes on where it stopped when it is made again. If the promise holds on the held-out
-    questions, and the pair is given as a folder, the threshold goes into its `generation_config.json`.
+    Early exits are those of the paper's section 3.3. A call that was cut off goes on where it stopped when it is made
+    again. If the promise holds on the held-out questions, and the pair is given as a folder, the threshold goes into
+    its `generation_config.json`.
 
     Args:
         pair (`str`, `Path` or `tuple`): A saved pair, in a folder or on the Hub; or a model and its processor.
         data (`str` or `Path`): Questions and answers as JSON lines; see [`read_samples`].
         promise ([`KeepAccuracy`] or [`LargeCallBudget`]): What the threshold has to keep.
+        setting (`str`, defaults to `"early_exit_threshold"`): The threshold to choose. For an `"unsure_threshold"`,
+            the right answers to keep are those with at least the pair's `unsure_retention_ratio` of every sample, and
+            the budget is of samples that keep so much; for a `"confirmation_threshold"`, they are the unpruned large
+            model's, and the budget is of samples that it reads again.
         out (`str` or `Path`): The folder for records, report, curve, and settings with the threshold.
         confidence (`float`, defaults to 0.99): The probability with which the promise holds.
         held_out (`float`, defaults to 0.5): The fraction of the images that is held out to measure on.
@@ -66,6 +72,9 @@ def calibrate(
     # 1. What can be wrong is checked before the models are loaded.
     check_settings(batch_size=batch_size, seed=seed, max_new_tokens=max_new_tokens)
     check_packages("Calibration", "calibrate")
+    if setting not in DECISIONS:
+        raise ValueError(f"`setting` is {setting!r}: choose one of {', '.join(map(repr, DECISIONS))}.")
+    promise = replace(promise, decision=DECISIONS[setting])
     out, source = Path(out), pair if isinstance(pair, (str, Path)) else None
     folder = None if source is None or not Path(source).is_dir() else Path(source)
     for place in (out, folder):
@@ -75,9 +84,10 @@ def calibrate(
     check_feasible(promise, images, confidence=confidence, held_out=held_out, seed=seed)
     with alone_in(out, device):
         model, processor = open_in_process(pair, dtype, device)
-        # 2. Both models answer everything; what an earlier call has done is not done again.
-        facts = run_facts(model, source, data, max_new_tokens)
-        records = run_samples(Pair(model, processor, max_new_tokens), samples, out, facts, batch_size=batch_size)
+        # 2. Everything is answered in both ways; what an earlier call has done is not done again.
+        facts = run_facts(model, source, data, max_new_tokens, setting)
+        opened, decision = Pair(model, processor, max_new_tokens), promise.decision
+        records = run_samples(opened, samples, out, facts, batch_size=batch_size, decision=decision)
 
         # 3. The threshold, and what it gives. One that breaks the promise is reported, but not put into the pair.
         report = choose_threshold(
@@ -109,10 +119,18 @@ def _still_the_pair(folder: Path | None, facts: dict[str, Any], out: Path) -> It
         yield
 
 
-def run_facts(model: Any, source: str | Path | None, data: str | Path, max_new_tokens: int) -> dict[str, Any]:
+def run_facts(
+    model: Any,
+    source: str | Path | None,
+    data: str | Path,
+    max_new_tokens: int,
+    setting: str = "early_exit_threshold",
+) -> dict[str, Any]:
     """What the records depend on, for `run.json`."""
+    # A second calibration is not another run, so what it sets does not count; nothing exits early in any.
     return {
-        **pair_facts(model, source, without_threshold=True),
+        **pair_facts(model, source, without=("early_exit_threshold", setting)),
+        "setting": setting,
         "data_sha256": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
         "max_new_tokens": max_new_tokens,
     }

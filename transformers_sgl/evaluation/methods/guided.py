@@ -105,8 +105,8 @@ def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
     if output.draft_sequences is not None:
         read = pair.read(pair.model.small, pair.processor.small_processor, output.draft_sequences)
         drafts = [text for text, _ in read]
-    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete")
-    values = (getattr(output, name) for name in names)
+    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete", "confirmation_score")
+    values = (getattr(output, name, None) for name in names)
     exited, *scored = ([None] * len(written) if each is None else each.tolist() for each in values)
     retention = output.average_retention(pair.num_layers).tolist()
     found = zip(written, retention, exited, drafts, *scored, strict=True)
