@@ -44,7 +44,7 @@ def calibrate(
     device: shared.Device = "auto",
     as_json: shared.Json = False,
 ) -> None:
-    """Chooses a threshold of a pair on questions with known answers, by default that of its early exits.
+    """Chooses the early-exit threshold of a pair, or another one, on questions with known answers.
 
     Chooses from which score on an answer takes the cheap way, so that a promise about accuracy or cost holds with the
     confidence asked for, and writes the threshold into the pair's settings. By default that is the decision score from
