@@ -24,7 +24,7 @@ __all__ += ["write_report"]
 
 # Guided methods, each compared with every other method, and with what it adds to.
 _OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
-_OURS |= {"confirmed": "sgp-vision", "sgl-confirmed": "sgl-vision"}
+_OURS |= {"confirmed": "sgp-vision", "sgl-confirmed": "sgl-vision", "unsure": "sgp"}
 
 
 def summarise(

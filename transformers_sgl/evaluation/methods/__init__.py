@@ -14,6 +14,7 @@ from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair
 from transformers_sgl.evaluation.methods.downsample import Downsample
 from transformers_sgl.evaluation.methods.guided import SGL, SGP, Confirmed, ConfirmedSGL, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
+from transformers_sgl.evaluation.methods.unsure import Unsure
 
 __all__ = [
     "METHODS",
@@ -34,6 +35,7 @@ __all__ = [
     "Random",
     "Setting",
     "Small",
+    "Unsure",
     "find_method",
     "pair_answers",
 ]
@@ -47,6 +49,7 @@ METHODS: dict[str, Method] = {
     "sgl-vision": SGL(vision=True),
     "confirmed": Confirmed(),
     "sgl-confirmed": ConfirmedSGL(),
+    "unsure": Unsure(),
     "random": Random(),
     "fastv": FastV(),
     "oracle": Oracle(),
