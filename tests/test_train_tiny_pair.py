@@ -113,11 +113,12 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
 
 def test_dense_labels_and_hints_of_a_page_are_where_its_text_is() -> None:
     tokenizer = build_tokenizer(tiny_pair_pages.corpus(0, num_pages=20), COURSES["reading"].vocab_size)
+    characters = tiny_pair_pages.CHARACTERS
     for index in range(24):
         example = tiny_pair_pages.example("page", 7, index, 8)
         assert all(len(labels) == 5 * 64 for labels in example.labels.values())
         assert all((labels[-64:] == -100).all() for labels in example.labels.values())  # too small to be read
-        assert example.labels["first"].max() == len(tiny_pair_pages.CHARACTERS)
+        assert example.labels["first"].max() == len(characters)
         crowd = np.bincount([place for places in example.places for place in places], minlength=5 * 64)
         for question in example.questions:
             spans = tokenizer(question.answer, return_offsets_mapping=True).offset_mapping

@@ -89,7 +89,8 @@ class Canvas:
         lines: Sequence[str],
         middle: tuple[float, float],
         degrees: float,
-        font: ImageFont.FreeTypeFont,
+        font_name: str,
+        font_size: int,
         colors: tuple[Color, Color],
     ) -> list[int]:
         """Puts up a sign of one or more centred lines at an angle; gives the lines' indices in `texts`.
@@ -98,14 +99,15 @@ class Canvas:
             lines: What it says.
             middle: Where its middle is, in pixels.
             degrees: How far it is turned, counterclockwise.
-            font: The font.
+            font_name: The name of the font.
+            font_size: Its size in pixels.
             colors: Of the sign and of the ink.
         """
-        pitch, pad = font.size + 3, 5
+        font, pitch, pad = load_font(font_name, font_size), font_size + 3, 5
         width = math.ceil(max(font.getlength(line) for line in lines)) + 2 * pad
         height = pitch * len(lines) + pad
         sharp = 3  # drawn larger, so that turning does not blur it
-        large = ImageFont.truetype(font.path, font.size * sharp, layout_engine=ImageFont.Layout.BASIC)
+        large = load_font(font_name, font_size * sharp)
         sign = Image.new("RGBA", (width * sharp, height * sharp), (*colors[0], 255))
         draw = ImageDraw.Draw(sign)
         draw.rectangle((sharp, sharp, (width - 1) * sharp, (height - 1) * sharp), outline=colors[1], width=sharp)

@@ -151,7 +151,7 @@ def _form(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQuestio
     if is_page:
         top += 30
         canvas.write(
-            spell(_pick(rng, FORM_TITLES)), 5 + rng.integers(0, 30), 13, load_font("DejaVuSans-Bold", 14), ink
+            spell(_pick(rng, FORM_TITLES)), 5 + int(rng.integers(0, 30)), 13, load_font("DejaVuSans-Bold", 14), ink
         )
         canvas.draw.line((4, 24, SIDE - 5, 24), fill=ink)
     pitch = (side - 30 if is_page else side) / len(fields)
@@ -242,11 +242,12 @@ def _sign(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQuestio
         lines = _sign_lines(word, is_page, rng)
         ink = SIGN_COLORS["black"] if color in ("white", "yellow") else SIGN_COLORS["white"]
         sizes = (13, 16) if is_page else (11, 13)
-        font = load_font(_pick(rng, ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSerif-Bold")), int(rng.integers(*sizes)))
+        font, size = _pick(rng, ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSerif-Bold")), int(rng.integers(*sizes))
         shift = 14 if is_page else 4
         middle = (side / 2 + rng.uniform(-shift, shift), side / 2 if number == 1 else 34 + 60 * place)
         degrees = float(rng.uniform(-14, 14))
-        at = canvas.put_sign([spell(line) for line in lines], middle, degrees, font, (SIGN_COLORS[color], ink))
+        spelled, paint = [spell(line) for line in lines], (SIGN_COLORS[color], ink)
+        at = canvas.put_sign(spelled, middle, degrees, font, size, paint)
         name = "sign" if number == 1 and rng.random() < 0.5 else f"{color} sign"
         questions.append(_printed("\n".join(lines), at, "sign", f"what does the {name} say?"))
         questions.append(_unprinted(color, "sign", f"what color is the sign that says {word}?", at))
