@@ -165,8 +165,8 @@ _READING = {
     ),
     "small": Schedule(
         phases=(
-            Phase(300, {"card": 1.0}, hints=1.0),
-            Phase(1100, {"card": 0.4, "page": 0.6}, hints=1.0, kinds=PAGE_MIX),
+            Phase(200, {"card": 1.0}, hints=1.0),
+            Phase(700, {"card": 0.3, "page": 0.7}, hints=1.0, kinds=PAGE_MIX),
             Phase(400, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
         ),
         batch={"card": 32, "page": 10},
@@ -177,9 +177,9 @@ _READING = {
     ),
     "large": Schedule(
         phases=(
-            Phase(300, {"card": 1.0}, hints=1.0),
-            Phase(700, {"card": 0.3, "page": 0.7}, hints=1.0, kinds=PAGE_MIX),
-            Phase(800, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
+            Phase(200, {"card": 1.0}, hints=1.0),
+            Phase(600, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
+            Phase(600, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
         ),
         batch={"card": 20, "page": 6},
         questions={"card": 6, "page": 8},
