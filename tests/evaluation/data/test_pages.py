@@ -1,9 +1,11 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluate_tiny_pair import reading_table
 
-from transformers_sgl.evaluation.data import Pages, load_samples
+from transformers_sgl.evaluation.data import Pages, Sample, load_samples
 from transformers_sgl.evaluation.data.page_kinds import (
     CARD_KINDS,
     CHARACTERS,
@@ -133,3 +135,19 @@ def test_there_are_two_thousand_questions_one_a_page():
 def test_what_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="split is 'valid'; it must be one of train, test, calibration"):
         Pages("valid")
+
+
+def test_the_table_of_the_pair_that_reads_has_every_metric():
+    samples = [
+        Sample(Path("a.png"), "what is the name?", ("anna reed",), kind="form"),
+        Sample(Path("b.png"), "what is the value of jan?", ("40",), kind="chart"),
+    ]
+    answers = {"large": ["anna reed", "41"], "small": ["anna read", "50"]}
+    table = reading_table(samples, answers, prior=[False, True])
+    columns = table["columns"]
+    every, chart, form = (dict(zip(columns, row, strict=True)) for row in table["rows"])
+    assert (every["pages"], chart["pages"], form["pages"]) == ("all", "chart", "form")
+    assert (form["exact, large"], form["exact, small"], chart["exact, large"]) == (100.0, 0.0, 0.0)
+    assert form["ANLS, small"] == pytest.approx(88.9)  # one character of nine
+    assert (chart["relaxed, large"], chart["relaxed, small"]) == (100.0, 0.0)  # 2.5 and 25 % away
+    assert (every["exact, large"], every["question-only prior"], every["number"]) == (50.0, 50.0, 2)
