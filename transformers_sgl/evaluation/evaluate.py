@@ -231,8 +231,8 @@ def other_split(data: str) -> str:
     """Where to calibrate for built-in data: another split of the same."""
     if data not in _OTHER_SPLITS:
         raise ValueError(
-            f"The method sgl needs questions to choose its threshold on, and nothing tells which go with {data!r}: "
-            "name other questions as `calibration_data`, or leave sgl out of `methods`."
+            "Methods with a threshold (sgl and its like, unsure) choose it on other questions, but nothing tells which "
+            f"go with {data!r}: name other questions as `calibration_data`, or leave these methods out."
         )
     return _OTHER_SPLITS[data]
 
