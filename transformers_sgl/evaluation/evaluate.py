@@ -231,7 +231,7 @@ def other_split(data: str) -> str:
     """Where to calibrate for built-in data: another split of the same."""
     if data not in _OTHER_SPLITS:
         raise ValueError(
-            "Methods with a threshold (sgl and its like, unsure) choose it on other questions, but nothing tells which "
+            "Methods with a threshold (such as sgl, unsure) choose it on other questions, and nothing tells which "
             f"go with {data!r}: name other questions as `calibration_data`, or leave these methods out."
         )
     return _OTHER_SPLITS[data]
