@@ -31,6 +31,12 @@ def test_the_share_of_unsure_samples_by_hand(ratio: float, share: float) -> None
     assert mean == pytest.approx(ratio)
 
 
+def test_without_a_threshold_it_does_not_answer() -> None:
+    pair = Pair(*tiny_family_pair("internvl", "internvl"), max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"No threshold was chosen for 0.35: pass `thresholds`."):
+        Unsure(thresholds={0.09: 0.5}).answer(pair, Batch([], [], []), Setting.of(0.35, 10))
+
+
 def test_answers_are_those_of_the_ratio_that_the_score_gives() -> None:
     pair = Pair(*tiny_family_pair("internvl", "internvl"), max_new_tokens=4)
     images = [picture(40, 40, seed) for seed in range(6)]

@@ -21,11 +21,13 @@ class Unsure(SGL):
     """
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
+        if setting.average_retention not in self.thresholds:
+            raise ValueError(f"No threshold was chosen for {setting.average_retention}: pass `thresholds`.")
         return self._generate(pair, batch, setting, NEVER_EXIT)
 
     def pruning(self, setting: Setting) -> dict[str, Any]:
         usual, (half, twice) = super().pruning(setting), self._ratios(setting)
-        threshold = self.thresholds[setting.average_retention]
+        threshold = self.thresholds.get(setting.average_retention)
         unsure = {"unsure_threshold": threshold, "unsure_retention_ratio": twice}
         return {**usual, "retention_ratio": half, **unsure}
 
