@@ -45,6 +45,7 @@ class Schedule:
         questions: Questions per picture, by source.
         matrix_lr: Learning rate of Muon, which trains the weight matrices.
         other_lr: Learning rate of AdamW, which trains everything else.
+        tower_rate: Learning rates of a vision tower that has been trained before, relative to the others.
         hinted_layer: Index of the decoder layer that attention hints go to; some go to the one before it.
         warmup: Steps until the full learning rate.
         decay: The fraction of steps, at the end, over which the learning rate falls to zero.
@@ -55,6 +56,7 @@ class Schedule:
     questions: dict[str, int]
     matrix_lr: float
     other_lr: float
+    tower_rate: float = 1.0
     hinted_layer: int = -1
     warmup: int = 100
     decay: float = 0.25
@@ -178,6 +180,7 @@ _READING = {
         questions={"card": 8, "page": 12},
         matrix_lr=0.01,
         other_lr=3e-3,
+        tower_rate=0.2,
         hinted_layer=2,
         decay=0.5,
     ),
@@ -191,6 +194,7 @@ _READING = {
         questions={"card": 8, "page": 12},
         matrix_lr=0.008,
         other_lr=2e-3,
+        tower_rate=0.2,
         hinted_layer=4,
         decay=0.6,
     ),

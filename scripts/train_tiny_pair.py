@@ -70,15 +70,24 @@ class Trainer:
         self.seed = seed
         self.checkpoint = work_dir / f"{stage}.pt"
         self.log_file = work_dir / f"{stage}.jsonl"
-        matrices, others = [], []
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in modules.named_parameters():
             is_matrix = parameter.ndim == 2 and "embed" not in name and "heads" not in name
-            (matrices if is_matrix else others).append(parameter)
+            groups[is_matrix, "vision_tower" in name].append(parameter)
+
+        def with_rates(is_matrix: bool, lr: float) -> list[dict[str, object]]:
+            rates = {False: lr, True: lr * schedule.tower_rate}
+            return [
+                {"params": groups[is_matrix, of_tower], "lr": rate}
+                for of_tower, rate in rates.items()
+                if groups[is_matrix, of_tower]
+            ]
+
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=self.schedule.matrix_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=self.schedule.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(with_rates(True, schedule.matrix_lr), weight_decay=0.0),
+            torch.optim.AdamW(with_rates(False, schedule.other_lr), betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.base_lrs = [self.schedule.matrix_lr, self.schedule.other_lr]
+        self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.state = {"step": 0, "seconds": 0.0, "pictures": {}, "questions": 0}
         if self.checkpoint.exists():
             saved = torch.load(self.checkpoint, weights_only=True)
@@ -115,8 +124,9 @@ class Trainer:
         recent: dict[str, list[float]] = defaultdict(list)
         while self.state["step"] < self.schedule.steps:
             started, step = time.perf_counter(), self.state["step"]
-            for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
-                optimizer.param_groups[0]["lr"] = lr * self.schedule.factor(step)
+            for optimizer, rates in zip(self.optimizers, self.base_lrs, strict=True):
+                for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = lr * self.schedule.factor(step)
                 optimizer.zero_grad(set_to_none=True)
             source = self.schedule.source(step, self.seed)
             seen = self.state["pictures"].get(source, 0)
