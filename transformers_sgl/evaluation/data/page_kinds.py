@@ -181,7 +181,8 @@ def _receipt(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQues
     items = _some(rng, _short(ITEMS, side), int(rng.integers(3, 6) if is_page else rng.integers(2, 4)))
     cents = [5 * int(value) for value in rng.choice(np.arange(10, 200), len(items), replace=False)]
     rows = [*zip(items, cents, strict=True), *([("total", sum(cents))] if is_page else [])]
-    pitch, questions, keys = (side - 2 - top) / len(rows), [], []
+    pitch, questions = (side - 2 - top) / len(rows), []
+    keys: list[int] = []
     for row, (item, price) in enumerate(rows):
         y = round(top + pitch * (row + 0.5))
         if item == "total":
