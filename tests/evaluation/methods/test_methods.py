@@ -50,7 +50,7 @@ from transformers_sgl.generation_config_sgl import PRESETS
 VISION_METHODS = ("sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 THIRD = Setting(0.35, 2, 10)
 THRESHOLDS = {None: 0.5, 0.64: 0.5, 0.35: 0.5, 0.09: 0.5}
-GUIDES = ["random", "fastv", "oracle", "divprune", "divprune-late"]
+GUIDES = ["random", "fastv", "oracle", "divprune", "divprune-late", "cdpruner"]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ name in [`METHODS`]:
 
 from transformers_sgl.evaluation.methods.alone import Large, Small
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
+from transformers_sgl.evaluation.methods.cdpruner import CDPruner
 from transformers_sgl.evaluation.methods.downsample import Downsample
 from transformers_sgl.evaluation.methods.guided import SGL, SGP, Confirmed, ConfirmedSGL, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
@@ -21,6 +22,7 @@ __all__ = [
     "SGP",
     "Answer",
     "Batch",
+    "CDPruner",
     "Confirmed",
     "ConfirmedSGL",
     "DivPrune",
@@ -52,6 +54,7 @@ METHODS: dict[str, Method] = {
     "oracle": Oracle(),
     "divprune": DivPrune(),
     "divprune-late": DivPrune(from_first_layer=False),
+    "cdpruner": CDPruner(),
     "downsample": Downsample(),
     "sgp-last": SGP(queries="last"),
     "sgp-prompt": SGP(queries="prompt"),
