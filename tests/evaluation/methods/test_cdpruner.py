@@ -43,9 +43,10 @@ def by_determinants(features: list[list[float]], relevance: list[float], number:
     return chosen
 
 
-def plain_relevance(features: list[list[float]], text: list[list[float]]) -> list[float]:
+def plain_relevance(features: list[list[float]], text: list[list[float]], alpha: float | None = None) -> list[float]:
     means = [sum(cosine(token, word) for word in text) / len(text) for token in features]
-    return [(mean - min(means) + 1e-6) / (max(means) - min(means)) for mean in means]
+    relevance = [(mean - min(means) + 1e-6) / (max(means) - min(means)) for mean in means]
+    return relevance if alpha is None else [math.exp(alpha * each) for each in relevance]
 
 
 def order_of(rank: Tensor) -> list[int]:
@@ -138,10 +139,16 @@ def batch() -> Batch:
     return Batch(samples, [0, 1], images)
 
 
-@pytest.mark.parametrize("family", ["internvl", "llava", "qwen2_vl"])
+@pytest.mark.parametrize(
+    ("family", "name", "alpha"),
+    [
+        *(("internvl", "cdpruner", None), ("llava", "cdpruner", None), ("qwen2_vl", "cdpruner", None)),
+        ("internvl", "cdpruner-weighted", 0.5),  # 0.5 / (2 * (1 - 0.5))
+    ],
+)
 @torch.no_grad()
 def test_it_compares_what_the_decoder_is_handed_with_the_question(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, name: str, alpha: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(*tiny_family_pair(family, "internvl"), max_new_tokens=4)
     seen: list[tuple[Tensor, int]] = []
@@ -162,7 +169,7 @@ def test_it_compares_what_the_decoder_is_handed_with_the_question(
     monkeypatch.setattr(guides, "VisualTokenPruner", Watched)
     questions = batch()
     try:
-        found = METHODS["cdpruner"].answer(pair, questions, Setting.of(0.35, pair.num_layers))
+        found = METHODS[name].answer(pair, questions, Setting.of(0.35, pair.num_layers))
     finally:
         hook.remove()
 
@@ -177,7 +184,7 @@ def test_it_compares_what_the_decoder_is_handed_with_the_question(
         text = [large.get_input_embeddings().weight[word].double().tolist() for word in words]
         features = [handed[0][row, column].double().tolist() for column in columns]
         number = max(1, math.floor(0.35 * len(columns)))
-        kept = by_determinants(features, plain_relevance(features, text), number)
+        kept = by_determinants(features, plain_relevance(features, text, alpha), number)
         expected = inputs["attention_mask"][row].bool().tolist()
         for place, column in enumerate(columns):
             expected[column] = place in kept

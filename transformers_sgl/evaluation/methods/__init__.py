@@ -15,6 +15,7 @@ from transformers_sgl.evaluation.methods.cdpruner import CDPruner
 from transformers_sgl.evaluation.methods.downsample import Downsample
 from transformers_sgl.evaluation.methods.guided import SGL, SGP, Confirmed, ConfirmedSGL, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
+from transformers_sgl.evaluation.methods.visionzip import VisionZip
 
 __all__ = [
     "METHODS",
@@ -36,6 +37,7 @@ __all__ = [
     "Random",
     "Setting",
     "Small",
+    "VisionZip",
     "find_method",
     "pair_answers",
 ]
@@ -55,6 +57,9 @@ METHODS: dict[str, Method] = {
     "divprune": DivPrune(),
     "divprune-late": DivPrune(from_first_layer=False),
     "cdpruner": CDPruner(),
+    "cdpruner-weighted": CDPruner(weight=0.5),
+    "visionzip": VisionZip(),
+    "visionzip-mean": VisionZip(by_class_token=False),
     "downsample": Downsample(),
     "sgp-last": SGP(queries="last"),
     "sgp-prompt": SGP(queries="prompt"),

@@ -43,6 +43,10 @@ class CDPruner(Guide):
     as with the other methods.
     """
 
+    # How much relevance weighs against diversity, from 0 to less than 1; by default as it is. With it the kernel's
+    # relevance is exp(weight / (2 * (1 - weight)) * relevance), the authors' option, so that no token is ruled out.
+    weight: float | None = None
+
     def setting(self, setting: Setting) -> Setting:
         return setting.from_layer(0)
 
@@ -52,22 +56,23 @@ class CDPruner(Guide):
     ) -> Iterator[Callable[[], Tensor]]:
         tokenizer = getattr(pair.processor.large_processor, "tokenizer", pair.processor.large_processor)
         instructions = [tokenizer(sample.prompt, add_special_tokens=False)["input_ids"] for sample in batch.samples]
-        order = partial(_order, pair.model.large, instructions, tokens.valid, setting.retention_ratio)
+        order = partial(self._order, pair.model.large, instructions, tokens.valid, setting.retention_ratio)
         with FeatureRanker(pair.model.large, tokens, order) as ranker:
             yield lambda: ranker.ranking
 
-
-def _order(
-    model: Any, instructions: list[list[int]], valid: Tensor, retention_ratio: float, features: Tensor
-) -> Tensor:
-    """The ranking for the token ids of each sample's instruction."""
-    ids = pad_sequence([torch.tensor(each, dtype=torch.long) for each in instructions], batch_first=True)
-    lengths = torch.tensor([len(each) for each in instructions])
-    embeddings = model.get_input_embeddings()
-    text = embeddings(ids.to(next(embeddings.parameters()).device)).to(features.device)
-    valid = valid.to(features.device)
-    relevance = instruction_relevance(features, valid, text, lengths.to(features.device))
-    return conditional_diversity(features, valid, relevance, retention_ratio)
+    def _order(
+        self, model: Any, instructions: list[list[int]], valid: Tensor, retention_ratio: float, features: Tensor
+    ) -> Tensor:
+        """The ranking for the token ids of each sample's instruction."""
+        ids = pad_sequence([torch.tensor(each, dtype=torch.long) for each in instructions], batch_first=True)
+        lengths = torch.tensor([len(each) for each in instructions])
+        embeddings = model.get_input_embeddings()
+        text = embeddings(ids.to(next(embeddings.parameters()).device)).to(features.device)
+        valid = valid.to(features.device)
+        relevance = instruction_relevance(features, valid, text, lengths.to(features.device))
+        if self.weight is not None:
+            relevance = torch.exp(self.weight / (2 * (1 - self.weight)) * relevance)
+        return conditional_diversity(features, valid, relevance, retention_ratio)
 
 
 def instruction_relevance(features: Tensor, valid: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
@@ -110,8 +115,8 @@ def conditional_diversity(features: Tensor, valid: Tensor, relevance: Tensor, re
     factors = unit.new_zeros(batch_size, num_steps, number)
     for step in range(num_steps):
         gain = relevance.square() * remaining
-        # Relevance is 1 at most, so with 2 less the dependent ones come last.
-        gain = torch.where(remaining > _DEPENDENT, gain, relevance - 2 - _LEAST).masked_fill(~left, -torch.inf)
+        # These gains are negative, so the dependent ones come last.
+        gain = torch.where(remaining > _DEPENDENT, gain, -1 / (relevance + _LEAST)).masked_fill(~left, -torch.inf)
         chosen = gain.argmax(dim=1)
         is_left = left[rows, chosen]
         rank[rows, chosen] = torch.where(is_left, float(number - step), rank[rows, chosen])
