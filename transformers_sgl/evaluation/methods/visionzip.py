@@ -186,7 +186,8 @@ def _merging_layer(model: PreTrainedModel) -> tuple[nn.Module, nn.Module, list[n
     except ValueError as error:
         raise _refused(model.config, "nothing tells which of its patches stand behind a visual token") from error
     layers = vision_layers(model)
-    index = getattr(model.config, "vision_feature_layer", -1)
+    names = ("vision_feature_layer", "vision_feature_layers")  # the second of several, with older transformers
+    index = next((getattr(model.config, name) for name in names if hasattr(model.config, name)), -1)
     if not isinstance(index, int):
         raise _refused(model.config, "its projector reads several of its layers")
     # Before the first layer's output there is what enters it.
