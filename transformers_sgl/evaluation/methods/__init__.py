@@ -18,6 +18,7 @@ from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, O
 from transformers_sgl.evaluation.methods.visionzip import VisionZip
 
 __all__ = [
+    "GUIDED",
     "METHODS",
     "SGL",
     "SGP",
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "small": Small(),
     "sgp": SGP(),
     "sgl": SGL(),
+    "sgp-first": SGP(from_first_layer=True),
     "sgp-vision": SGP(vision=True),
     "sgl-vision": SGL(vision=True),
     "confirmed": Confirmed(),
@@ -68,6 +70,16 @@ METHODS: dict[str, Method] = {
     "sgp-30%": SGP(layers=0.3),
     "sgp-50%": SGP(layers=0.5),
     "sgp-70%": SGP(layers=0.7),
+}
+# The guided ones that an evaluation compares with every other method, and with what each adds to.
+GUIDED = {
+    "sgp": "",
+    "sgl": "",
+    "sgp-first": "sgp",
+    "sgp-vision": "sgp",
+    "sgl-vision": "sgl",
+    "confirmed": "sgp-vision",
+    "sgl-confirmed": "sgl-vision",
 }
 
 

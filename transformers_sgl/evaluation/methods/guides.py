@@ -55,6 +55,10 @@ class Guide(Method):
         """Where this guide prunes; by default where all do."""
         return setting
 
+    def facts(self, setting: Setting) -> dict[str, Any]:
+        setting = self.setting(setting)
+        return {"retention_ratio": setting.retention_ratio, "prune_layer": setting.prune_layer}
+
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         large, processor = pair.model.large, pair.processor.large_processor
         setting = self.setting(setting)
