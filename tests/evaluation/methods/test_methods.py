@@ -281,6 +281,7 @@ class TestPair:
                 METHODS[name].answer(pair, alone(MIXED, 1), THIRD)
         assert seen == {
             "sgp": ("both", 1.0, 2.0, False),
+            "sgp-first": ("both", 1.0, 2.0, False),
             "sgp-vision": ("both", 1.0, 2.0, False),
             "confirmed": ("both", 1.0, 2.0, False),
             "sgp-last": ("last", 1.0, 2.0, False),
