@@ -72,14 +72,17 @@ def methods_table(evaluation: dict[str, Any]) -> dict[str, Any]:
         + ", ".join(f"{100 * row['large_call_rate']:.0f} %" for row in summary["rows"] if row["method"] == name)
         for name, thresholds in summary["thresholds"].items()
     )
+    if exits:
+        exits = (
+            "Early exit from scores chosen on other questions so that with 99 % confidence 99 % of the large model's "
+            f"right answers stay: {exits} of the questions. "
+        )
     parts = scaled["operations"]
     caption = (
         f"{_metric(summary)} in percent on {summary['num_samples']:,} questions about {summary['num_images']:,} "
         "images, with 95 % intervals (bootstrap over images). Where a method cannot reach the average retention of "
-        "the column, its own stands behind the interval. Early exit from scores chosen on other questions so that "
-        f"with 99 % confidence 99 % of the large model's right answers stay: {exits} of the questions. GFLOPs for a "
-        "question (counted on four batches) and end-to-end time relative to the large model alone (median over "
-        f"batches of {summary['batch_size']}, methods taking turns with the large model in "
+        f"the column, its own stands behind the interval. {exits}GFLOPs for a question (counted on four batches) and "
+        f"end-to-end time relative to the large model alone (median over batches of {summary['batch_size']}, methods taking turns with the large model in "
         "several runs, each on a core of a machine that was busy with other work) at these "
         "retentions; both models, vision encoders and scores are counted. "
         f"{LABEL}: operations relative to the large model alone if each part had the size it has in InternVL "
