@@ -161,32 +161,38 @@ _SHAPES = {
 
 _READING = {
     "tower": Schedule(
-        phases=(Phase(1500, {"tile": 1.0}),), batch={"tile": 64}, questions={}, matrix_lr=0.02, other_lr=3e-3
+        phases=(Phase(3000, {"tile": 1.0}),),
+        batch={"tile": 64},
+        questions={},
+        matrix_lr=0.02,
+        other_lr=3e-3,
+        decay=0.4,
     ),
     "small": Schedule(
         phases=(
             Phase(200, {"card": 1.0}, hints=1.0),
-            Phase(700, {"card": 0.3, "page": 0.7}, hints=1.0, kinds=PAGE_MIX),
-            Phase(400, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
+            Phase(1200, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
+            Phase(600, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
         ),
-        batch={"card": 32, "page": 10},
-        questions={"card": 6, "page": 8},
+        batch={"card": 24, "page": 10},
+        questions={"card": 8, "page": 12},
         matrix_lr=0.01,
         other_lr=3e-3,
         hinted_layer=2,
+        decay=0.5,
     ),
     "large": Schedule(
         phases=(
             Phase(200, {"card": 1.0}, hints=1.0),
-            Phase(600, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
-            Phase(600, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
+            Phase(1200, {"card": 0.1, "page": 0.9}, hints=1.0, kinds=PAGE_MIX),
+            Phase(1000, {"card": 0.05, "page": 0.95}, kinds=PAGE_MIX),
         ),
-        batch={"card": 20, "page": 6},
-        questions={"card": 6, "page": 8},
-        matrix_lr=0.01,
+        batch={"card": 16, "page": 6},
+        questions={"card": 8, "page": 12},
+        matrix_lr=0.008,
         other_lr=2e-3,
         hinted_layer=4,
-        decay=0.5,
+        decay=0.6,
     ),
 }
 
