@@ -97,6 +97,7 @@ class Result:
     num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
     decision_score: float | None = None  # how trustworthy it is
     draft_complete: bool | None = None  # whether it was not cut off
+    confirmation_score: float | None = None  # how probable the pruned large model finds it; 0 where it disagrees
 
     @property
     def run(self) -> RunKey:

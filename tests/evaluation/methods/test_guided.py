@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def test_guided_methods_are_compared_with_what_they_add_to() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_is_run_with_can_be_told(name: str) -> None:
     method, setting = METHODS[name], Setting.of(0.2, 10)
+    if isinstance(method, SGL):
+        method = replace(method, thresholds={0.2: 0.5, 0.05: 0.5})
     facts = method.facts(setting)
     assert json.loads(json.dumps(facts)) == facts
     if not method.prunes:

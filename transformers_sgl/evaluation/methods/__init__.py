@@ -15,6 +15,7 @@ from transformers_sgl.evaluation.methods.cdpruner import CDPruner
 from transformers_sgl.evaluation.methods.downsample import Downsample
 from transformers_sgl.evaluation.methods.guided import SGL, SGP, Confirmed, ConfirmedSGL, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
+from transformers_sgl.evaluation.methods.unsure import Unsure
 from transformers_sgl.evaluation.methods.visionzip import VisionZip
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Random",
     "Setting",
     "Small",
+    "Unsure",
     "VisionZip",
     "find_method",
     "pair_answers",
@@ -53,6 +55,7 @@ METHODS: dict[str, Method] = {
     "sgl-vision": SGL(vision=True),
     "confirmed": Confirmed(),
     "sgl-confirmed": ConfirmedSGL(),
+    "unsure": Unsure(),
     "random": Random(),
     "fastv": FastV(),
     "oracle": Oracle(),
@@ -80,6 +83,7 @@ GUIDED = {
     "sgl-vision": "sgl",
     "confirmed": "sgp-vision",
     "sgl-confirmed": "sgl-vision",
+    "unsure": "sgp",
 }
 
 

@@ -109,6 +109,7 @@ class Answer:
     num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
     decision_score: float | None = None  # how trustworthy it is
     draft_complete: bool | None = None  # whether it was not cut off
+    confirmation_score: float | None = None  # how probable the pruned large model finds it; 0 where it disagrees
 
 
 @dataclass(frozen=True)

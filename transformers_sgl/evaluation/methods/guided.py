@@ -40,7 +40,7 @@ class SGP(Method):
 
     def facts(self, setting: Setting) -> dict[str, Any]:
         queries = "prompt" if self._reads_only else self.queries
-        guidance = {"guidance_queries": queries, "guidance_layers": self.layers}
+        guidance = {"guidance": "answer", "guidance_queries": queries, "guidance_layers": self.layers}
         return {**guidance, **self.pruning(setting), **self.settings}
 
     def pruning(self, setting: Setting) -> dict[str, Any]:
@@ -55,6 +55,7 @@ class SGP(Method):
             "vision_retention_ratio": setting.vision_retention_ratio,
             "vision_prune_layer": setting.vision_prune_layer,
             "confirmation_threshold": None,
+            "unsure_threshold": None,
         }
 
 
@@ -110,8 +111,8 @@ def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
     if output.draft_sequences is not None:
         read = pair.read(pair.model.small, pair.processor.small_processor, output.draft_sequences)
         drafts = [text for text, _ in read]
-    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete")
-    values = (getattr(output, name) for name in names)
+    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete", "confirmation_score")
+    values = (getattr(output, name, None) for name in names)
     exited, *scored = ([None] * len(written) if each is None else each.tolist() for each in values)
     retention = output.average_retention(pair.num_layers).tolist()
     found = zip(written, retention, exited, drafts, *scored, strict=True)
