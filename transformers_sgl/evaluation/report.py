@@ -14,6 +14,7 @@ import torch
 from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.figure import draw_figure
+from transformers_sgl.evaluation.methods import GUIDED
 from transformers_sgl.evaluation.run import Result, Run, RunKey
 from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.evaluation.statistics import Array, PairedScores, at_equal_cost
@@ -21,10 +22,6 @@ from transformers_sgl.storage.files import write_atomically
 
 __all__ = ["as_markdown", "compare_at_equal_cost", "p_value", "points", "split_as_markdown", "summarise"]
 __all__ += ["write_report"]
-
-# Guided methods, each compared with every other method, and with what it adds to.
-_OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
-_OURS |= {"confirmed": "sgp-vision", "sgl-confirmed": "sgl-vision", "unsure": "sgp"}
 
 
 def summarise(
@@ -145,14 +142,14 @@ def _comparisons(scores: dict[RunKey, Array], paired: PairedScores) -> list[dict
             **vars(paired.difference(scores[ours, retention], scores[other, retention])),
         }
         for ours, retention in scores
-        if ours in _OURS and retention is not None
+        if ours in GUIDED and retention is not None
         for other, same in scores
         if same == retention and _is_compared(ours, other)
     ]
 
 
 def _is_compared(ours: str, other: str) -> bool:
-    return ours in _OURS and (other not in _OURS or other == _OURS[ours])
+    return ours in GUIDED and (other not in GUIDED or other == GUIDED[ours])
 
 
 def compare_at_equal_cost(

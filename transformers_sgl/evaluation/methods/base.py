@@ -159,6 +159,10 @@ class Method(ABC):
 
     prunes: ClassVar[bool] = True  # whether it has a retention to set; if not, it runs once
 
+    def facts(self, setting: Setting) -> dict[str, Any]:
+        """What it is run with at this setting, for the record."""
+        return {"average_retention": setting.average_retention} if self.prunes else {}
+
     @abstractmethod
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         """Answers each sample of a batch; `setting` is how many visual tokens the large model may process."""
