@@ -45,7 +45,7 @@ class Schedule:
         questions: Questions per picture, by source.
         matrix_lr: Learning rate of Muon, which trains the weight matrices.
         other_lr: Learning rate of AdamW, which trains everything else.
-        hinted_layer: Index of the decoder layer that attention hints go to.
+        hinted_layer: Index of the decoder layer that attention hints go to; some go to the one before it.
         warmup: Steps until the full learning rate.
         decay: The fraction of steps, at the end, over which the learning rate falls to zero.
     """

@@ -64,6 +64,12 @@ class PageExample:
             hints.append(np.unique(np.array(looked_at, dtype=np.int64)))
         return hints
 
+    def where_to_look_first(self, question: PageQuestion) -> np.ndarray:
+        """The visual tokens of what the question names, from where the answer is found."""
+        answer = {spot[0] for spot in question.spots if spot is not None}
+        named = [place for index in question.about if index not in answer for place in self.places[index]]
+        return np.unique(np.array(named, dtype=np.int64))
+
 
 def example(
     source: str, seed: int, index: int, num_questions: int, negation: float = 0.5, kinds: Sequence[str] = PAGE_KINDS

@@ -13,8 +13,8 @@ pretrained weights and no downloaded data: pictures, questions and answers are d
 2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about pictures
    of five tiles. Pictures are the expensive part, so a row holds one picture and several independent questions: each
    question attends to the picture and to itself, and counts its positions from the picture on, as if it were alone.
-   The dense labels stay in the loss at half weight. In the first phases, two attention heads of one layer are told
-   where to look; the last phase does without. The learning rate is constant, then falls to zero.
+   The dense labels stay in the loss at half weight. In the first phases, two attention heads of a layer or two are
+   told where to look; the last phase does without. The learning rate is constant, then falls to zero.
 3. `export`: writes the bundle, and a record of the training in `training.json`. `evaluate_tiny_pair.py` measures it.
 
 Greedy decoding gives exactly the right answer if and only if, with the answer itself as input, the most likely token
@@ -205,7 +205,8 @@ def train_model(
         asked = schedule.questions[source]
         examples = [course.example(source, seed, first + i, asked, phase.negation, phase.kinds) for i in range(count)]
         batch = packer.pack(examples)
-        hints = AttentionHints(*batch.hints, schedule.hinted_layer) if phase.hints else None
+        layers = {schedule.hinted_layer + offset: hints for offset, hints in batch.hints.items()}
+        hints = AttentionHints(layers) if phase.hints else None
         logits, features = answer_logits(model, batch, hints)
         answers = F.cross_entropy(logits, batch.targets)
         dense, measured = heads(features, batch.labels)
