@@ -32,7 +32,7 @@ _STYLES = {
     "random": ("#999999", "v"),
     "downsample": ("#CC79A7", "P"),
 }
-_SPARE_STYLES = [("#E69F00", marker) for marker in "<>hpX18H"]
+_SPARE_STYLES = [(colour, marker) for colour in ("#E69F00", "#56B4E9") for marker in "<>hpX18H"]
 
 
 def new_figure(width: float, height: float) -> Any:
