@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         MinimumPerImageProcessor,
         RetentionRatioProcessor,
     )
+    from transformers_sgl.tokens.selection import ConditionalDPPProcessor
     from transformers_sgl.tokens.tile_retention import (
         BlurProcessor,
         RetentionPerTileProcessor,
@@ -39,6 +40,7 @@ __all__ = [
     "PRESETS",
     "AttentionRecorder",
     "BlurProcessor",
+    "ConditionalDPPProcessor",
     "DraftVerifier",
     "ImportanceProcessor",
     "ImportanceProcessorList",
@@ -63,6 +65,7 @@ _DEFINED_IN = {
     "PRESETS": "generation_config_sgl",
     "AttentionRecorder": "hooks.attention_recorder",
     "BlurProcessor": "tokens.tile_retention",
+    "ConditionalDPPProcessor": "tokens.selection",
     "DraftVerifier": "hooks.draft_verifier",
     "ImportanceProcessor": "tokens.importance_process",
     "ImportanceProcessorList": "tokens.importance_process",

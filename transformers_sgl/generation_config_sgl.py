@@ -51,6 +51,7 @@ _FRACTIONS = {
     "guidance_layers": "the small model's layers that rank the visual tokens",
 }
 _CHOICES = {
+    "selection": ("top_k", "dpp"),
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }
@@ -135,6 +136,9 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             behind its own most important tokens.
         min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image or video frame are kept
             whatever their rank, so that none vanishes; with 0 some may.
+        selection (`str`, *optional*, defaults to `"top_k"`): Which tokens the large model's decoder keeps: `"top_k"`,
+            the most important ones, or `"dpp"`, those that are important and unlike each other
+            ([`ConditionalDPPProcessor`]). The vision tower has its own rule.
         guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens: `"prompt"`
             (the prompt after the last visual token), its `"last"` token alone, `"generated"` (the small model's own
             answer) or `"both"`, prompt and answer (paper, section 3.2).
@@ -224,6 +228,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "vision_retention_ratio": 1.0,
             "vision_prune_layer": None,
             "min_tokens_per_image": 1,
+            "selection": "top_k",
             "guidance_queries": "both",
             "guidance_layers": 1.0,
             "guidance_max_new_tokens": None,

@@ -35,6 +35,7 @@ from transformers_sgl.prompt import Prompt
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
+from transformers_sgl.tokens.selection import decoder_processors
 from transformers_sgl.tokens.tile_retention import vision_processors
 from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
@@ -76,8 +77,8 @@ def generate(
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
-    processors = ImportanceProcessorList.of_settings(
-        settings.retention_ratio, settings.min_tokens_per_image, importance_processor
+    processors = decoder_processors(
+        settings.retention_ratio, settings.min_tokens_per_image, importance_processor, settings.selection
     )
     of_tower = vision_processors(
         settings.vision_retention_ratio, settings.vision_prune_layer is not None, vision_processor
@@ -141,10 +142,12 @@ def generate(
             settings,
             ranks=prunes,
             scores=rules.scores_draft,
+            features=processors.needs_features or of_tower.needs_features,
             **draft_settings,
         ).to(prompts.device)
     if guidance.importance is not None and transfer is not None:
-        guidance = replace(guidance, importance=transfer(guidance.importance))
+        features = None if guidance.features is None else transfer.features(guidance.features)
+        guidance = replace(guidance, importance=transfer(guidance.importance), features=features)
     clock.lap("guidance_ms")
 
     # 4. Where the draft can be trusted, it is the answer.
@@ -162,8 +165,10 @@ def generate(
     def pruning_of(some: Prompt, chosen: Tensor) -> Pruning | None:
         if guidance.importance is None or some.visual_tokens.num_visual_tokens == 0:
             return None
-        importance = guidance.importance[chosen, : some.visual_tokens.num_visual_tokens]
-        return Pruning(large, some, importance, of_tower, processors, prune_layer, vision_layer)
+        of_chosen = (slice(None), slice(some.visual_tokens.num_visual_tokens))
+        importance = guidance.importance[chosen][of_chosen]
+        features = None if guidance.features is None else guidance.features[chosen][of_chosen]
+        return Pruning(large, some, importance, of_tower, processors, prune_layer, vision_layer, features)
 
     settled, confirmed, num_checks = exits, None, 0
     pruned: dict[str, Any] = {}

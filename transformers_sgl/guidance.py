@@ -54,6 +54,8 @@ class Guidance:
             received, in float32; 0 in padding.
         confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was.
         consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays with few visual tokens.
+        features (`Tensor` of shape `(batch, num_visual_tokens, width)`, *optional*): What its decoder was given for
+            each visual token; 0 in padding.
     """
 
     draft_sequences: Tensor
@@ -63,6 +65,7 @@ class Guidance:
     importance: Tensor | None = None
     confidence: Tensor | None = None
     consistency: Tensor | None = None
+    features: Tensor | None = None
 
     @property
     def decision_score(self) -> Tensor | None:
@@ -84,6 +87,7 @@ def guide(
     generation_config: SGLGenerationConfig,
     ranks: bool = True,
     scores: bool = False,
+    features: bool = False,
     logits_processor: Iterable[LogitsProcessor] = (),
     stopping_criteria: Iterable[StoppingCriteria] = (),
     **settings: Any,
@@ -91,8 +95,9 @@ def guide(
     """Lets the small model answer first, greedily, and records its attention (paper, section 3.2).
 
     `inputs` are the arguments of its `generate`, with `input_ids` of shape `(batch, small_prompt_length)`; they win
-    over `settings`. `ranks` asks for the importance, `scores` for confidence and consistency; `logits_processor` and
-    `stopping_criteria` also hold for the draft. The result is on the small model's device.
+    over `settings`. `ranks` asks for the importance, together with `features` also for those of the visual tokens, and
+    `scores` for confidence and consistency; `logits_processor` and `stopping_criteria` also hold for the draft. The
+    result is on the small model's device.
 
     Raises:
         ValueError: If a sample has no token whose attention could rank its visual tokens.
@@ -102,7 +107,7 @@ def guide(
     with ExitStack() as stack:
         recorder = None
         if ranks or scores:
-            recorder = stack.enter_context(_attention_recorder(small, visual_tokens, generation_config))
+            recorder = stack.enter_context(_attention_recorder(small, visual_tokens, generation_config, features))
         draft = stack.enter_context(_DraftRecorder(small)) if scores else None
         watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
         watch.recorder = recorder
@@ -121,7 +126,7 @@ def guide(
     importance = _of_queries(recorder, generation_config.guidance_queries)
     if ranks:
         _check_ranked(visual_tokens, importance)
-        guidance = replace(guidance, importance=importance)
+        guidance = replace(guidance, importance=importance, features=recorder.features)
     if draft is None:
         return guidance
     log_probs = _log_probs_when_pruned(
@@ -151,12 +156,12 @@ def _beside(
 
 
 def _attention_recorder(
-    small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig
+    small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig, features: bool
 ) -> AttentionRecorder:
     """A recorder of the layers and queries that the settings name."""
     # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
     queries: Literal["last", "both"] = "last" if settings.guidance_queries == "last" else "both"
-    return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings))
+    return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings), features)
 
 
 def _check_ranked(visual_tokens: VisualTokens, importance: Tensor) -> None:

@@ -1,0 +1,139 @@
+"""Choosing visual tokens that matter and differ: important ones that show the same are worth no more than one of them.
+
+Pure tensors. These are steps like those of `importance_process`, for the last place among them. Beside importance they
+read the tokens' features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from transformers_sgl.tokens.importance_process import (
+    DROPPED,
+    PROTECTED,
+    ImportanceProcessor,
+    ImportanceProcessorList,
+    checked_ratio,
+    token_budget,
+)
+
+if TYPE_CHECKING:
+    from transformers_sgl.tokens.visual_tokens import VisualTokens
+
+__all__ = ["ConditionalDPPProcessor", "decoder_processors"]
+
+
+def decoder_processors(
+    retention_ratio: float,
+    min_tokens_per_image: int,
+    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
+    selection: str = "top_k",
+) -> ImportanceProcessorList:
+    """The user's processors, then those that the settings ask for; empty where every token is kept.
+
+    As [`ImportanceProcessorList.of_settings`], whose arguments and errors it has. `selection` is `"top_k"` or `"dpp"`.
+    """
+    processors = ImportanceProcessorList.of_settings(retention_ratio, min_tokens_per_image, own)
+    if selection == "dpp" and retention_ratio < 1:
+        processors[-1] = ConditionalDPPProcessor(retention_ratio)
+    return processors
+
+
+class ConditionalDPPProcessor(ImportanceProcessor):
+    """Keeps a fixed fraction of each sample's visual tokens: those that are important, and unlike each other.
+
+    As many tokens are kept as by [`RetentionRatioProcessor`]. They are chosen one by one, greedily, so that the
+    determinant of their kernel is the largest: the most probable set of a determinantal point process that is
+    conditioned on the question by the importance (arXiv 2506.10967; greedy search as in arXiv 1709.05135). The kernel
+    of tokens `i` and `j` is `importance[i] * importance[j] * (diversity * cosine(i, j) + (1 - diversity) * (i == j))`,
+    with the cosine of their features. Each step takes the token of the largest `importance**2 * novelty`, where the
+    novelty is 1 at first, and what the tokens chosen so far do not explain of it later; of equal ones the earlier.
+
+    Protected tokens are chosen first. A token whose features are zero or not finite is unlike any other. The memory
+    for `V` tokens with features of width `W` is that of `V * W` and `W * W` numbers, however many are kept.
+
+    Args:
+        retention_ratio (`float`): The fraction kept, in `(0, 1]`.
+        diversity (`float`, *optional*, defaults to 0.9): How much likeness counts, at least 0 and below 1. With 0 the
+            most important tokens are kept.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when called, if the visual tokens have no features.
+
+    Example:
+        ```python
+        >>> from dataclasses import replace
+        >>> import torch
+        >>> from transformers_sgl import ConditionalDPPProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 5]]), token_ids=9)
+        >>> tokens = replace(tokens, features=torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]))
+        >>> ConditionalDPPProcessor(0.7)(tokens, torch.tensor([[0.5, 0.4, 0.3]]))
+        tensor([[0.5000,   -inf, 0.3000]])
+
+        ```
+    """
+
+    needs_features = True
+
+    def __init__(self, retention_ratio: float, diversity: float = 0.9) -> None:
+        self.retention_ratio = checked_ratio(retention_ratio)
+        is_number = isinstance(diversity, (int, float)) and not isinstance(diversity, bool)
+        if not is_number or not 0 <= diversity < 1:
+            raise ValueError(f"`diversity` is {diversity!r}: pass a number of at least 0 and below 1.")
+        self.diversity = diversity
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Drops all but the chosen tokens; see [`ImportanceProcessor`]."""
+        features = visual_tokens.features
+        if features is None:
+            raise ValueError(
+                f"{type(self).__name__} compares the features of visual tokens, but there are none: pass "
+                "`VisualTokens` with `features`, of the shape (batch, num_visual_tokens, width)."
+            )
+        if features.shape[:-1] != importance.shape:
+            raise ValueError(
+                f"The visual tokens' features have the shape {tuple(features.shape)}, but the importance "
+                f"{tuple(importance.shape)}: pass one row of features per visual token."
+            )
+        if importance.shape[1] == 0:
+            return importance
+        budget = token_budget(visual_tokens, importance, self.retention_ratio)
+        return importance.masked_fill(~self._choose(features.to(importance.device), importance, budget), DROPPED)
+
+    def _choose(self, features: Tensor, importance: Tensor, budget: Tensor) -> Tensor:
+        """The `budget`, `(batch,)`, tokens that are chosen of each sample; `(batch, num_visual_tokens)`."""
+        left = importance > DROPPED
+        keeps_all = left.sum(dim=1) <= budget
+        chosen = left & keeps_all[:, None]
+        wanted = budget.masked_fill(keeps_all, 0)
+        steps = int(wanted.max())
+
+        finite = importance.masked_fill(~importance.isfinite(), 0.0).float().clamp(min=0.0)
+        relevance = finite / finite.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        relevance = relevance.masked_fill(importance == PROTECTED, PROTECTED)
+        # Scaled so that the product of two rows is what their tokens have in common.
+        unit = normalize(features.float().nan_to_num(0.0, 0.0, 0.0), dim=-1) * self.diversity**0.5
+        own = 1 - self.diversity  # what of a token no other explains
+        # The novelty of token i, given the chosen tokens Y, is `1 - |u_i|**2 + u_i (I + U_Y' U_Y / own)^-1 u_i'`: what
+        # a Cholesky factor of Y's kernel gives, at a cost for each step that does not grow with Y.
+        novelty = torch.ones_like(relevance)
+        inverse = torch.eye(unit.shape[-1], device=unit.device).expand(len(unit), -1, -1).clone()
+        samples = torch.arange(len(unit), device=unit.device)
+        for step in range(steps):
+            best = (relevance * novelty.sqrt()).masked_fill(~left, DROPPED).argmax(dim=1)  # (batch,)
+            counts = step < wanted
+            chosen[samples, best] |= counts
+            left[samples, best] &= ~counts
+            row = unit[samples, best, :, None]  # (batch, width, 1)
+            direction = inverse @ row
+            pivot = own + (row * direction).sum(dim=1, keepdim=True)
+            likeness = unit @ direction  # (batch, num_visual_tokens, 1)
+            novelty = (novelty - (likeness.square() / pivot)[..., 0]).clamp(min=own)
+            inverse -= direction @ direction.mT / pivot
+        return chosen
