@@ -104,7 +104,8 @@ class ConditionalDPPProcessor(ImportanceProcessor):
         if importance.shape[1] == 0:
             return importance
         budget = token_budget(visual_tokens, importance, self.retention_ratio)
-        return importance.masked_fill(~self._choose(features.to(importance.device), importance, budget), DROPPED)
+        chosen = self._choose(features.to(importance.device), importance, budget)
+        return importance.masked_fill(~chosen & ~importance.isnan(), DROPPED)  # NaN is refused by who called
 
     def _choose(self, features: Tensor, importance: Tensor, budget: Tensor) -> Tensor:
         """The `budget`, `(batch,)`, tokens that are chosen of each sample; `(batch, num_visual_tokens)`."""
