@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         MinimumPerImageProcessor,
         RetentionRatioProcessor,
     )
-    from transformers_sgl.tokens.selection import ConditionalDPPProcessor
+    from transformers_sgl.tokens.selection import ConditionalDPPProcessor, FacilityLocationProcessor
     from transformers_sgl.tokens.tile_retention import (
         BlurProcessor,
         RetentionPerTileProcessor,
@@ -42,6 +42,7 @@ __all__ = [
     "BlurProcessor",
     "ConditionalDPPProcessor",
     "DraftVerifier",
+    "FacilityLocationProcessor",
     "ImportanceProcessor",
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
@@ -67,6 +68,7 @@ _DEFINED_IN = {
     "BlurProcessor": "tokens.tile_retention",
     "ConditionalDPPProcessor": "tokens.selection",
     "DraftVerifier": "hooks.draft_verifier",
+    "FacilityLocationProcessor": "tokens.selection",
     "ImportanceProcessor": "tokens.importance_process",
     "ImportanceProcessorList": "tokens.importance_process",
     "MinimumPerImageProcessor": "tokens.importance_process",

@@ -51,7 +51,7 @@ _FRACTIONS = {
     "guidance_layers": "the small model's layers that rank the visual tokens",
 }
 _CHOICES = {
-    "selection": ("top_k", "dpp"),
+    "selection": ("top_k", "dpp", "facility_location"),
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }

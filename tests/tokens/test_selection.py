@@ -1,8 +1,9 @@
-"""The choice by a determinantal point process, against determinants of the kernel as it is defined, and by hand."""
+"""Every selection against plain loops over its definition, and by hand."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from transformers_sgl import (
     ConditionalDPPProcessor,
+    FacilityLocationProcessor,
+    ImportanceProcessor,
     ImportanceProcessorList,
     MinimumPerImageProcessor,
     RetentionRatioProcessor,
@@ -33,84 +36,96 @@ def visual_tokens(features: Tensor, counts: list[int] | None = None) -> VisualTo
     return replace(VisualTokens.from_input_ids(torch.tensor(rows), IMAGE), features=features)
 
 
-def kept_by(processor: ConditionalDPPProcessor, tokens: VisualTokens, importance: Tensor) -> list[list[int]]:
+def kept_by(processor: ImportanceProcessor, tokens: VisualTokens, importance: Tensor) -> list[list[int]]:
     """The indices that are kept of each sample."""
     kept = ImportanceProcessorList([processor]).keep_mask(tokens, importance)
     return [row.nonzero()[:, 0].tolist() for row in kept]
 
 
-def one_by_one(
-    importance: list[float], features: np.ndarray, budget: int, diversity: float
-) -> tuple[list[int], float]:
-    """The greedy choice by determinants of the whole kernel, and how close the closest decision was."""
-    count, cosine = len(importance), np.zeros((len(importance), len(importance)))
-    for i in range(count):
-        for j in range(count):
-            norms = math.sqrt(features[i] @ features[i]) * math.sqrt(features[j] @ features[j])
-            cosine[i, j] = 1.0 if i == j else features[i] @ features[j] / norms if norms else 0.0
-    highest = max([value for value in importance if math.isfinite(value)], default=0.0) or 1.0
-    # A protected token is more important than any other can be.
-    quality = [0.0 if value == DROPPED else 1e4 * highest if value == PROTECTED else value for value in importance]
-    kernel = np.array(
-        [
-            [quality[i] * quality[j] * (diversity * cosine[i, j] + (1 - diversity) * (i == j)) for j in range(count)]
-            for i in range(count)
-        ]
+def cosines(features: np.ndarray) -> np.ndarray:
+    cosine = np.eye(len(features))
+    for i, one in enumerate(features):
+        for j, other in enumerate(features):
+            norms = math.sqrt(one @ one) * math.sqrt(other @ other)
+            if i != j:
+                cosine[i, j] = one @ other / norms if norms else 0.0
+    return cosine
+
+
+def by_determinants(chosen: list[int], importance: list[float], cosine: np.ndarray, diversity: float) -> float:
+    """The determinant of the kernel of these tokens."""
+    kernel = np.zeros((len(chosen), len(chosen)))
+    for row, i in enumerate(chosen):
+        for column, j in enumerate(chosen):
+            likeness = diversity * cosine[i, j] + (1 - diversity) * (i == j)
+            kernel[row, column] = importance[i] * importance[j] * likeness
+    return float(np.linalg.det(kernel))
+
+
+def by_coverage(chosen: list[int], importance: list[float], cosine: np.ndarray, _: float) -> float:
+    """How much of the importance these tokens stand for."""
+    return sum(
+        weight * max(max(0.0, cosine[i, j]) for j in chosen)
+        for i, weight in enumerate(importance)
+        if math.isfinite(weight)
     )
-    chosen: list[int] = []
-    closest, before = math.inf, 1.0
-    while len(chosen) < budget:
-        candidates = [index for index in range(count) if index not in chosen and importance[index] > DROPPED]
-        if not candidates:
-            break
-        gains = {}
-        for index in candidates:
-            some = [*chosen, index]
-            gains[index] = float(np.linalg.det(kernel[np.ix_(some, some)])) / before
-        best = max(gains.values())
-        first = next(index for index in candidates if gains[index] >= best * (1 - CLOSE))
-        others = [gain for index, gain in gains.items() if index != first]
-        if others and best > 0:
-            closest = min(closest, 1 - max(others) / best if importance[first] != PROTECTED else closest)
+
+
+def one_by_one(
+    value: Callable[..., float], importance: list[float], cosine: np.ndarray, budget: int, diversity: float
+) -> tuple[list[int], float]:
+    """The greedy choice by the value of whole sets, and how close the closest decision was, relatively."""
+    left = [index for index, weight in enumerate(importance) if weight > DROPPED]
+    chosen = [index for index in left if importance[index] == PROTECTED]
+    # Determinants want a number for protected tokens; which one makes no difference.
+    known = [1.0 if weight == PROTECTED and value is by_determinants else weight for weight in importance]
+    closest, highest = math.inf, value(left, known, cosine, diversity)
+    while len(chosen) < min(budget, len(left)):
+        values = {index: value([*chosen, index], known, cosine, diversity) for index in left if index not in chosen}
+        before = value(chosen, known, cosine, diversity) if chosen and value is by_coverage else 0.0
+        best = max(values.values())
+        first = next(index for index, each in values.items() if each - before >= (best - before) * (1 - CLOSE))
+        others = [each - before for index, each in values.items() if index != first]
+        if others:
+            is_tie = best - before <= 1e-6 * abs(highest)
+            closest = 0.0 if is_tie else min(closest, 1 - max(others) / (best - before))
         chosen.append(first)
-        before = gains[first] * before
-        if before <= 0:  # the rest has no importance, and a tie
-            chosen += [index for index in candidates if index != first][: budget - len(chosen)]
-            break
     return sorted(chosen), closest
 
 
-def test_against_determinants_in_2000_random_cases() -> None:
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_against_plain_loops_in_2000_random_cases(kind: type[ImportanceProcessor]) -> None:
     random = np.random.default_rng(0)
+    value = by_determinants if kind is ConditionalDPPProcessor else by_coverage
     compared = 0
     for _ in range(100):  # batches of 20
-        number, width = int(random.integers(1, 9)), int(random.integers(1, 6))
+        number, width = int(random.integers(1, 9)), int(random.integers(2, 6))
         ratio, diversity = float(random.uniform(0.05, 1)), float(random.choice([0.3, 0.7, 0.9]))
         features = random.normal(size=(20, number, width)) * random.uniform(0.1, 10)
         features[random.random((20, number)) < 0.05] = 0
         importance = random.random((20, number)) ** 2
-        for value, share in ((0.0, 0.1), (DROPPED, 0.1), (PROTECTED, 0.05)):
-            importance[random.random((20, number)) < share] = value
+        for special, share in ((0.0, 0.05), (DROPPED, 0.1), (PROTECTED, 0.05)):
+            importance[random.random((20, number)) < share] = special
+        importance[:, 0] = np.where(importance[:, 0] == DROPPED, 0.5, importance[:, 0])
         counts = random.integers(1, number + 1, size=20).tolist()
         counts[0] = number
         alive = np.arange(number) < np.array(counts)[:, None]
-        importance[:, 0] = np.where(importance[:, 0] == DROPPED, 0.5, importance[:, 0])
         tokens = visual_tokens(torch.tensor(features, dtype=torch.float32), counts)
-        result = ConditionalDPPProcessor(ratio, diversity)(
+        result = (kind(ratio, diversity) if kind is ConditionalDPPProcessor else kind(ratio))(
             tokens, torch.tensor(np.where(alive, importance, DROPPED), dtype=torch.float32)
         )
         assert (result[~tokens.valid] == DROPPED).all()
         for sample, count in enumerate(counts):
             values = importance[sample, :count].tolist()
             budget = max(1, math.floor(ratio * count), values.count(PROTECTED))
-            expected, closest = one_by_one(values, features[sample, :count], budget, diversity)
             kept = (result[sample] > DROPPED).nonzero()[:, 0].tolist()
-            assert len(kept) == len(expected) == min(budget, count - values.count(DROPPED))
+            assert len(kept) == min(budget, count - values.count(DROPPED))
             assert all(result[sample, index] == np.float32(values[index]) for index in kept)
+            expected, closest = one_by_one(value, values, cosines(features[sample, :count]), budget, diversity)
             if closest > CLOSE:
                 compared += 1
                 assert kept == expected, (values, features[sample, :count], ratio, diversity)
-    assert compared > 1800
+    assert compared > 1500
 
 
 @pytest.mark.parametrize(
@@ -125,7 +140,7 @@ def test_against_determinants_in_2000_random_cases() -> None:
         ([0.5, 0.4, 0.39], 0.0, [0, 1]),
     ],
 )
-def test_by_hand(importance: list[float], cosine: float, kept: list[int]) -> None:
+def test_determinants_by_hand(importance: list[float], cosine: float, kept: list[int]) -> None:
     features = torch.tensor([[[1.0, 0, 0], [cosine, math.sqrt(1 - cosine**2), 0], [0, 0, 1.0]]])
     tokens = visual_tokens(features)
     assert kept_by(ConditionalDPPProcessor(0.7), tokens, torch.tensor([importance])) == [kept]
@@ -141,30 +156,53 @@ def test_protected_tokens_come_first_and_count() -> None:
     assert kept_by(ConditionalDPPProcessor(0.3), tokens, everything) == [[1, 2, 3]]
 
 
-def test_ties_zeros_and_a_single_token() -> None:
+def test_coverage_by_hand() -> None:
+    # Two of the first kind weigh 0.3 + 0.3, two of the second 0.4 + 0.1; the third stands for 0.8 of the first kind.
+    features = torch.tensor([[[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0], [0.8, 0, 0.6]]])
+    tokens = visual_tokens(features)
+    importance = torch.tensor([[0.3, 0.3, 0.4, 0.1, 0.2]])
+    gained = [0.3 + 0.3 + 0.8 * 0.2, 0.4 + 0.1, 0.8 * 0.6 + 0.2]  # 0.76, 0.5 and 0.68
+    assert kept_by(FacilityLocationProcessor(0.2), tokens, importance) == [[[0], [2], [4]][gained.index(max(gained))]]
+    assert kept_by(FacilityLocationProcessor(0.4), tokens, importance) == [[0, 2]]  # then 0.5, and 0.2 * 0.2 = 0.04
+    assert kept_by(FacilityLocationProcessor(0.6), tokens, importance) == [[0, 2, 4]]
+    more = torch.tensor([[0.2, 0.2, 0.4, 0.1, 0.4]])  # 0.72, 0.5, and 0.8 * 0.4 + 0.4 = 0.72: the earlier
+    assert kept_by(FacilityLocationProcessor(0.2), tokens, more + torch.tensor([0.0, 0, 0, 0, 0.01])) == [[4]]
+    opposite = visual_tokens(torch.tensor([[[1.0, 0], [-1.0, 0], [0, 1.0]]]))  # stands for nothing
+    assert kept_by(FacilityLocationProcessor(0.7), opposite, torch.tensor([[0.5, 0.4, 0.3]])) == [[0, 1]]
+
+
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_ties_zeros_and_a_single_token(kind: type[ImportanceProcessor]) -> None:
     alike = visual_tokens(torch.ones(1, 6, 4))
-    half, one = ConditionalDPPProcessor(0.5), ConditionalDPPProcessor(0.01)
+    half, one = kind(0.5), kind(0.01)
     assert kept_by(half, alike, torch.ones(1, 6)) == [[0, 1, 2]]
     assert kept_by(half, alike, torch.zeros(1, 6)) == [[0, 1, 2]]
-    assert kept_by(half, alike, torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.2, 0.0]])) == [[0, 1, 4]]
-    assert kept_by(one, alike, torch.tensor([[0.1, 0.2, 0.3, 0.3, 0.2, 0.1]])) == [[2]]
-    assert kept_by(ConditionalDPPProcessor(1.0), alike, torch.zeros(1, 6)) == [[0, 1, 2, 3, 4, 5]]
+    if kind is ConditionalDPPProcessor:
+        assert kept_by(half, alike, torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.2, 0.0]])) == [[0, 1, 4]]
+        assert kept_by(one, alike, torch.tensor([[0.1, 0.2, 0.3, 0.3, 0.2, 0.1]])) == [[2]]
+    many = visual_tokens(torch.ones(2, 100, 4))  # more ties than are looked at together
+    assert kept_by(kind(0.3), many, torch.zeros(2, 100)) == 2 * [list(range(30))]
+    assert kept_by(kind(1.0), alike, torch.zeros(1, 6)) == [[0, 1, 2, 3, 4, 5]]
     assert kept_by(one, visual_tokens(torch.ones(1, 1, 4)), torch.zeros(1, 1)) == [[0]]
     tiny = torch.tensor([[1e-30, 3e-30, 2e-30, 0.0, 0.0, 0.0]])
     assert kept_by(half, visual_tokens(torch.eye(6)[None]), tiny) == [[0, 1, 2]]
 
 
-def test_dropped_tokens_are_neither_kept_nor_compared() -> None:
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_dropped_tokens_are_neither_kept_nor_compared(kind: type[ImportanceProcessor]) -> None:
     tokens = visual_tokens(torch.tensor([[[1.0, 0], [1.0, 0], [0, 1.0], [1.0, 1.0]]]))
     importance = torch.tensor([[DROPPED, 0.2, DROPPED, DROPPED]])
-    assert kept_by(ConditionalDPPProcessor(0.9), tokens, importance) == [[1]]
+    assert kept_by(kind(0.9), tokens, importance) == [[1]]
 
 
 @pytest.mark.parametrize("unknown", [0.0, math.nan, math.inf])
-def test_a_token_of_which_nothing_is_known_is_unlike_any_other(unknown: float) -> None:
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_a_token_of_which_nothing_is_known_is_unlike_any_other(
+    kind: type[ImportanceProcessor], unknown: float
+) -> None:
     features = torch.tensor([[[1.0, 0], [1.0, 0], [unknown, unknown], [unknown, unknown]]])
     importance = torch.tensor([[0.9, 0.8, 0.5, 0.4]])
-    assert kept_by(ConditionalDPPProcessor(0.75), visual_tokens(features), importance) == [[0, 2, 3]]
+    assert kept_by(kind(0.75), visual_tokens(features), importance) == [[0, 2, 3]]
 
 
 def test_every_image_keeps_its_minimum() -> None:
@@ -191,10 +229,11 @@ def test_without_diversity_the_most_important_are_kept() -> None:
         assert torch.equal(*masks)
 
 
-def test_the_choice_depends_on_directions_and_on_relative_importance_alone() -> None:
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_the_choice_depends_on_directions_and_on_relative_importance_alone(kind: type[ImportanceProcessor]) -> None:
     random = torch.Generator().manual_seed(1)
     features, importance = torch.randn(3, 60, 8, generator=random), torch.rand(3, 60, generator=random)
-    choose = ConditionalDPPProcessor(0.2)
+    choose = kind(0.2)
     expected = kept_by(choose, visual_tokens(features), importance)
     lengths = torch.rand(3, 60, 1, generator=random) + 0.1
     assert kept_by(choose, visual_tokens(features * lengths), importance * 1e-3) == expected
@@ -207,7 +246,7 @@ def test_the_choice_depends_on_directions_and_on_relative_importance_alone() -> 
     for sample in range(3):
         alone = visual_tokens(features[sample : sample + 1])
         assert kept_by(choose, alone, importance[sample : sample + 1]) == expected[sample : sample + 1]
-        more = kept_by(ConditionalDPPProcessor(0.5), alone, importance[sample : sample + 1])[0]
+        more = kept_by(kind(0.5), alone, importance[sample : sample + 1])[0]
         assert set(expected[sample]) < set(more)
 
 
@@ -231,25 +270,47 @@ def test_wide_and_many_tokens_stay_exact() -> None:
     assert kept == [sorted(chosen)]
 
 
-def test_what_cannot_be_done_is_refused() -> None:
+def test_lazy_search_finds_what_a_whole_search_finds() -> None:
+    random = np.random.default_rng(3)
+    features, importance = random.normal(size=(3, 300, 12)).cumsum(axis=1), random.random((3, 300)) ** 3
+    expected = []
+    for rows, weights in zip(features, importance, strict=True):
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        likeness, covered, chosen = (unit @ unit.T).clip(0), np.zeros(300), []
+        for _ in range(90):
+            gains = ((likeness - covered).clip(0) * weights).sum(axis=1)
+            gains[chosen] = -1
+            chosen.append(int(gains.argmax()))
+            covered = np.maximum(covered, likeness[chosen[-1]])
+        expected.append(sorted(chosen))
+    tokens = visual_tokens(torch.tensor(features, dtype=torch.float32))
+    kept = kept_by(FacilityLocationProcessor(0.3), tokens, torch.tensor(importance, dtype=torch.float32))
+    assert kept == expected
+
+
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_what_cannot_be_done_is_refused(kind: type[ImportanceProcessor]) -> None:
     tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 1]]), IMAGE)
     with pytest.raises(ValueError, match="compares the features of visual tokens, but there are none"):
-        ConditionalDPPProcessor(0.5)(tokens, torch.ones(1, 3))
+        kind(0.5)(tokens, torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"features have the shape \(1, 2, 4\), but the importance \(1, 3\)"):
-        ConditionalDPPProcessor(0.5)(replace(tokens, features=torch.ones(1, 2, 4)), torch.ones(1, 3))
+        kind(0.5)(replace(tokens, features=torch.ones(1, 2, 4)), torch.ones(1, 3))
     for ratio in (0, 1.5, True, "0.5"):
         with pytest.raises(ValueError, match="`retention_ratio` is"):
-            ConditionalDPPProcessor(ratio)  # type: ignore[arg-type]
+            kind(ratio)  # type: ignore[arg-type]
     for diversity in (-0.1, 1.0, math.nan, True, "much"):
         with pytest.raises(ValueError, match="`diversity` is"):
             ConditionalDPPProcessor(0.5, diversity)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="returned NaN"):
-        processors = ImportanceProcessorList([ConditionalDPPProcessor(0.7)])
+        processors = ImportanceProcessorList([kind(0.7)])
         processors.keep_mask(visual_tokens(torch.ones(1, 3, 2)), torch.tensor([[math.nan, 1.0, 1.0]]))
 
 
 def test_the_settings_choose_the_processor() -> None:
     assert decoder_processors(1.0, 1, selection="dpp") == []
+    assert [type(each) for each in decoder_processors(0.5, 0, selection="facility_location")] == [
+        FacilityLocationProcessor
+    ]
     assert [type(each) for each in decoder_processors(0.5, 0)] == [RetentionRatioProcessor]
     assert not decoder_processors(0.5, 1).needs_features
     chosen = decoder_processors(0.5, 0, RetentionRatioProcessor(0.9), selection="dpp")
