@@ -189,6 +189,10 @@ class FacilityLocationProcessor(_GreedyProcessor):
         ```
     """
 
+    def __init__(self, retention_ratio: float, own_share: float = 0.0) -> None:
+        super().__init__(retention_ratio)
+        self.own_share = own_share
+
     def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
         """The greedy choice; see the base class."""
         samples = torch.arange(len(unit), device=unit.device)[:, None]  # (batch, 1)
@@ -201,7 +205,8 @@ class FacilityLocationProcessor(_GreedyProcessor):
 
         def gains(rows: Tensor) -> Tensor:
             """What each of the tokens would add; `(batch, num)`."""
-            return ((likeness(rows) - covered[:, None]).clamp_(min=0.0) @ relevance[..., None])[..., 0]
+            shared = ((likeness(rows) - covered[:, None]).clamp_(min=0.0) @ relevance[..., None])[..., 0]
+            return shared + self.own_share * relevance.gather(1, rows)
 
         # What a token adds only shrinks, so an older gain is an upper bound.
         block = max(1, _MAX_BLOCK_ELEMENTS // relevance.numel())
