@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,27 +63,25 @@ def by_determinants(chosen: list[int], importance: list[float], cosine: np.ndarr
     return float(np.linalg.det(kernel))
 
 
-def by_coverage(chosen: list[int], importance: list[float], cosine: np.ndarray, _: float) -> float:
-    """How much of the importance these tokens stand for."""
-    return sum(
-        weight * max(max(0.0, cosine[i, j]) for j in chosen)
-        for i, weight in enumerate(importance)
-        if math.isfinite(weight)
-    )
+def by_coverage(chosen: list[int], importance: list[float], cosine: np.ndarray, own_share: float) -> float:
+    """How much of the importance these tokens stand for, and a share of their own."""
+    finite = [weight if math.isfinite(weight) else 0.0 for weight in importance]
+    covered = sum(weight * max(max(0.0, cosine[i, j]) for j in chosen) for i, weight in enumerate(finite))
+    return covered + own_share * sum(finite[j] for j in chosen)
 
 
 def one_by_one(
-    value: Callable[..., float], importance: list[float], cosine: np.ndarray, budget: int, diversity: float
+    value: Callable[..., float], importance: list[float], cosine: np.ndarray, budget: int, number: float
 ) -> tuple[list[int], float]:
     """The greedy choice by the value of whole sets, and how close the closest decision was, relatively."""
     left = [index for index, weight in enumerate(importance) if weight > DROPPED]
     chosen = [index for index in left if importance[index] == PROTECTED]
     # Determinants want a number for protected tokens; which one makes no difference.
     known = [1.0 if weight == PROTECTED and value is by_determinants else weight for weight in importance]
-    closest, highest = math.inf, value(left, known, cosine, diversity)
+    closest, highest = math.inf, value(left, known, cosine, number)
     while len(chosen) < min(budget, len(left)):
-        values = {index: value([*chosen, index], known, cosine, diversity) for index in left if index not in chosen}
-        before = value(chosen, known, cosine, diversity) if chosen and value is by_coverage else 0.0
+        values = {index: value([*chosen, index], known, cosine, number) for index in left if index not in chosen}
+        before = value(chosen, known, cosine, number) if chosen and value is by_coverage else 0.0
         best = max(values.values())
         first = next(index for index, each in values.items() if each - before >= (best - before) * (1 - CLOSE))
         others = [each - before for index, each in values.items() if index != first]
@@ -94,13 +93,13 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_against_plain_loops_in_2000_random_cases(kind: type[ImportanceProcessor]) -> None:
+def test_against_plain_loops_in_2000_random_cases(kind: Any) -> None:
     random = np.random.default_rng(0)
     value = by_determinants if kind is ConditionalDPPProcessor else by_coverage
     compared = 0
     for _ in range(100):  # batches of 20
         number, width = int(random.integers(1, 9)), int(random.integers(2, 6))
-        ratio, diversity = float(random.uniform(0.05, 1)), float(random.choice([0.3, 0.7, 0.9]))
+        ratio, setting = float(random.uniform(0.05, 1)), float(random.choice([0.0, 0.3, 0.9]))
         features = random.normal(size=(20, number, width)) * random.uniform(0.1, 10)
         features[random.random((20, number)) < 0.05] = 0
         importance = random.random((20, number)) ** 2
@@ -111,9 +110,7 @@ def test_against_plain_loops_in_2000_random_cases(kind: type[ImportanceProcessor
         counts[0] = number
         alive = np.arange(number) < np.array(counts)[:, None]
         tokens = visual_tokens(torch.tensor(features, dtype=torch.float32), counts)
-        result = (kind(ratio, diversity) if kind is ConditionalDPPProcessor else kind(ratio))(
-            tokens, torch.tensor(np.where(alive, importance, DROPPED), dtype=torch.float32)
-        )
+        result = kind(ratio, setting)(tokens, torch.tensor(np.where(alive, importance, DROPPED), dtype=torch.float32))
         assert (result[~tokens.valid] == DROPPED).all()
         for sample, count in enumerate(counts):
             values = importance[sample, :count].tolist()
@@ -121,10 +118,10 @@ def test_against_plain_loops_in_2000_random_cases(kind: type[ImportanceProcessor
             kept = (result[sample] > DROPPED).nonzero()[:, 0].tolist()
             assert len(kept) == min(budget, count - values.count(DROPPED))
             assert all(result[sample, index] == np.float32(values[index]) for index in kept)
-            expected, closest = one_by_one(value, values, cosines(features[sample, :count]), budget, diversity)
+            expected, closest = one_by_one(value, values, cosines(features[sample, :count]), budget, setting)
             if closest > CLOSE:
                 compared += 1
-                assert kept == expected, (values, features[sample, :count], ratio, diversity)
+                assert kept == expected, (values, features[sample, :count], ratio, setting)
     assert compared > 1500
 
 
@@ -162,17 +159,25 @@ def test_coverage_by_hand() -> None:
     tokens = visual_tokens(features)
     importance = torch.tensor([[0.3, 0.3, 0.4, 0.1, 0.2]])
     gained = [0.3 + 0.3 + 0.8 * 0.2, 0.4 + 0.1, 0.8 * 0.6 + 0.2]  # 0.76, 0.5 and 0.68
-    assert kept_by(FacilityLocationProcessor(0.2), tokens, importance) == [[[0], [2], [4]][gained.index(max(gained))]]
-    assert kept_by(FacilityLocationProcessor(0.4), tokens, importance) == [[0, 2]]  # then 0.5, and 0.2 * 0.2 = 0.04
-    assert kept_by(FacilityLocationProcessor(0.6), tokens, importance) == [[0, 2, 4]]
+    assert kept_by(FacilityLocationProcessor(0.2, 0.0), tokens, importance) == [
+        [[0], [2], [4]][gained.index(max(gained))]
+    ]
+    assert kept_by(FacilityLocationProcessor(0.4, 0.0), tokens, importance) == [
+        [0, 2]
+    ]  # then 0.5, and 0.2 * 0.2 = 0.04
+    assert kept_by(FacilityLocationProcessor(0.6, 0.0), tokens, importance) == [[0, 2, 4]]
     more = torch.tensor([[0.2, 0.2, 0.4, 0.1, 0.4]])  # 0.72, 0.5, and 0.8 * 0.4 + 0.4 = 0.72: the earlier
-    assert kept_by(FacilityLocationProcessor(0.2), tokens, more + torch.tensor([0.0, 0, 0, 0, 0.01])) == [[4]]
+    assert kept_by(FacilityLocationProcessor(0.2, 0.0), tokens, more + torch.tensor([0.0, 0, 0, 0, 0.01])) == [[4]]
     opposite = visual_tokens(torch.tensor([[[1.0, 0], [-1.0, 0], [0, 1.0]]]))  # stands for nothing
-    assert kept_by(FacilityLocationProcessor(0.7), opposite, torch.tensor([[0.5, 0.4, 0.3]])) == [[0, 1]]
+    assert kept_by(FacilityLocationProcessor(0.7, 0.0), opposite, torch.tensor([[0.5, 0.4, 0.3]])) == [[0, 1]]
+    # With a share of its own each token adds more: 0.76 + 0.3, 0.5 + 0.4 and 0.68 + 0.2; then 0.5 + 0.4 again, 0.3 for
+    # the second of the first kind, and 0.04 + 0.2 for the last.
+    assert kept_by(FacilityLocationProcessor(0.6, 1.0), tokens, importance) == [[0, 1, 2]]
+    assert kept_by(FacilityLocationProcessor(0.6, 0.1), tokens, importance) == [[0, 2, 4]]  # 0.03, and 0.04 + 0.02
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_ties_zeros_and_a_single_token(kind: type[ImportanceProcessor]) -> None:
+def test_ties_zeros_and_a_single_token(kind: Any) -> None:
     alike = visual_tokens(torch.ones(1, 6, 4))
     half, one = kind(0.5), kind(0.01)
     assert kept_by(half, alike, torch.ones(1, 6)) == [[0, 1, 2]]
@@ -189,7 +194,7 @@ def test_ties_zeros_and_a_single_token(kind: type[ImportanceProcessor]) -> None:
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_dropped_tokens_are_neither_kept_nor_compared(kind: type[ImportanceProcessor]) -> None:
+def test_dropped_tokens_are_neither_kept_nor_compared(kind: Any) -> None:
     tokens = visual_tokens(torch.tensor([[[1.0, 0], [1.0, 0], [0, 1.0], [1.0, 1.0]]]))
     importance = torch.tensor([[DROPPED, 0.2, DROPPED, DROPPED]])
     assert kept_by(kind(0.9), tokens, importance) == [[1]]
@@ -197,9 +202,7 @@ def test_dropped_tokens_are_neither_kept_nor_compared(kind: type[ImportanceProce
 
 @pytest.mark.parametrize("unknown", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_a_token_of_which_nothing_is_known_is_unlike_any_other(
-    kind: type[ImportanceProcessor], unknown: float
-) -> None:
+def test_a_token_of_which_nothing_is_known_is_unlike_any_other(kind: Any, unknown: float) -> None:
     features = torch.tensor([[[1.0, 0], [1.0, 0], [unknown, unknown], [unknown, unknown]]])
     importance = torch.tensor([[0.9, 0.8, 0.5, 0.4]])
     assert kept_by(kind(0.75), visual_tokens(features), importance) == [[0, 2, 3]]
@@ -230,7 +233,7 @@ def test_without_diversity_the_most_important_are_kept() -> None:
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_the_choice_depends_on_directions_and_on_relative_importance_alone(kind: type[ImportanceProcessor]) -> None:
+def test_the_choice_depends_on_directions_and_on_relative_importance_alone(kind: Any) -> None:
     random = torch.Generator().manual_seed(1)
     features, importance = torch.randn(3, 60, 8, generator=random), torch.rand(3, 60, generator=random)
     choose = kind(0.2)
@@ -278,7 +281,7 @@ def test_lazy_search_finds_what_a_whole_search_finds() -> None:
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         likeness, covered, chosen = (unit @ unit.T).clip(0), np.zeros(300), []
         for _ in range(90):
-            gains = ((likeness - covered).clip(0) * weights).sum(axis=1)
+            gains = ((likeness - covered).clip(0) * weights).sum(axis=1) + 0.3 * weights
             gains[chosen] = -1
             chosen.append(int(gains.argmax()))
             covered = np.maximum(covered, likeness[chosen[-1]])
@@ -289,7 +292,7 @@ def test_lazy_search_finds_what_a_whole_search_finds() -> None:
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_what_cannot_be_done_is_refused(kind: type[ImportanceProcessor]) -> None:
+def test_what_cannot_be_done_is_refused(kind: Any) -> None:
     tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 1]]), IMAGE)
     with pytest.raises(ValueError, match="compares the features of visual tokens, but there are none"):
         kind(0.5)(tokens, torch.ones(1, 3))
@@ -298,6 +301,9 @@ def test_what_cannot_be_done_is_refused(kind: type[ImportanceProcessor]) -> None
     for ratio in (0, 1.5, True, "0.5"):
         with pytest.raises(ValueError, match="`retention_ratio` is"):
             kind(ratio)  # type: ignore[arg-type]
+    for own_share in (-0.1, math.inf, math.nan, True, "much"):
+        with pytest.raises(ValueError, match="`own_share` is"):
+            FacilityLocationProcessor(0.5, own_share)  # type: ignore[arg-type]
     for diversity in (-0.1, 1.0, math.nan, True, "much"):
         with pytest.raises(ValueError, match="`diversity` is"):
             ConditionalDPPProcessor(0.5, diversity)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ read the tokens' features. Both choose greedily, one token of every sample at a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -162,8 +163,10 @@ class FacilityLocationProcessor(_GreedyProcessor):
 
     As many tokens are kept as by [`RetentionRatioProcessor`]. They are chosen one by one, greedily, so that
     `sum over tokens i of importance[i] * max over kept tokens j of similarity(i, j)` is the largest: every important
-    token should have a kept one like it, itself or another (facility location, Lin and Bilmes, ACL 2011). The
-    similarity is the cosine of both tokens' features, at least 0. Of tokens that add the same the earlier is taken.
+    token should have a kept one like it, itself or another (facility location, Lin and Bilmes, ACL 2011). To this,
+    `own_share * importance[j]` is added for every kept token j, so that important tokens go on to be kept when all
+    have one like them. The similarity is the cosine of both tokens' features, at least 0. Of tokens that add the same
+    the earlier is taken.
 
     Protected tokens are chosen first. A token whose features are zero or not finite is like itself alone. The first
     step compares all tokens with each other, block by block; later ones compute anew only what each of the most
@@ -171,9 +174,11 @@ class FacilityLocationProcessor(_GreedyProcessor):
 
     Args:
         retention_ratio (`float`): The fraction kept, in `(0, 1]`.
+        own_share (`float`, *optional*, defaults to 0.3): How much a kept token counts for itself, beside what it
+            stands for; 0 or more. The larger, the more the choice is that of the most important tokens.
 
     Raises:
-        ValueError: If the ratio is out of range, or, when called, if the visual tokens have no features.
+        ValueError: If an argument is out of range, or, when called, if the visual tokens have no features.
 
     Example:
         ```python
@@ -189,8 +194,11 @@ class FacilityLocationProcessor(_GreedyProcessor):
         ```
     """
 
-    def __init__(self, retention_ratio: float, own_share: float = 0.0) -> None:
+    def __init__(self, retention_ratio: float, own_share: float = 0.3) -> None:
         super().__init__(retention_ratio)
+        is_number = isinstance(own_share, (int, float)) and not isinstance(own_share, bool)
+        if not is_number or not 0 <= own_share < math.inf:
+            raise ValueError(f"`own_share` is {own_share!r}: pass a number of 0 or more.")
         self.own_share = own_share
 
     def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
