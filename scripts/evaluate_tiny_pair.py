@@ -1,13 +1,14 @@
-"""Measures how well the embedded pair's models read.
+"""Measures how well the embedded pairs' models read.
 
     python scripts/evaluate_tiny_pair.py
+    python scripts/evaluate_tiny_pair.py --model model_cards/sgl-tiny-reading
 
-Accuracy of both models, unpruned, on the whole easy-VQA test split and on held-out scenes, with the question-only
-prior beside them: the answer that each question has most often in training, given without looking. What pruning costs
-is measured by `evaluate_methods.py`.
+Accuracy of both models, unpruned: of the first pair on the whole easy-VQA test split and on held-out scenes, of the
+pair that reads on held-out pages. Beside them stands the question-only prior: the answer that each question has most
+often in training, given without looking. What pruning costs is measured by `evaluate_methods.py`.
 
-An answer counts if it is the expected one to the letter. The result goes to `benchmarks/results/sgl_tiny.json`, from
-which `scripts/render_tables.py` fills the README and the card.
+An answer counts if it is the expected one to the letter; for pages, ANLS and relaxed accuracy are there, too. The
+result goes to `benchmarks/results/`, from which `scripts/render_tables.py` fills the README and the cards.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ from tqdm import tqdm
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import Sample, Scenes, load_samples
+from transformers_sgl.evaluation.data import Pages
+from transformers_sgl.evaluation.metrics import anls, exact_match, relaxed_accuracy
 
 
 def main() -> None:
-    arguments = argument_parser(__doc__, "sgl_tiny.json").parse_args()
+    arguments = argument_parser(__doc__, "").parse_args()
+    name = arguments.model.name
+    if arguments.output.is_dir():
+        arguments.output /= f"{name.replace('-', '_')}.json"
 
     evaluate = open_evaluation(arguments)
-    # One question about each test scene, so that the samples are independent.
-    easy, scenes = load_samples("easy-vqa"), scene_samples("test", 2000, questions_per_scene=1)
-
     both = {"large": evaluate.large_alone, "small": evaluate.small_alone}
-    whole = [*easy[: arguments.limit], *scenes[: arguments.limit]]
-    reading = evaluate(whole, both, "unpruned")
-    prior = guess([*load_samples("easy-vqa:train"), *scene_samples("train", 2000, questions_per_scene=9)], whole)
+    if name.endswith("-reading"):
+        whole = load_samples("reading", limit=arguments.limit)
+        answers = evaluate.answers(whole, both, "unpruned")
+        accuracy = reading_table(whole, answers, guess(page_samples("train", 2000), whole))
+    else:
+        # One question about each test scene, so that the samples are independent.
+        easy, scenes = load_samples("easy-vqa"), scene_samples("test", 2000, questions_per_scene=1)
+        whole = [*easy[: arguments.limit], *scenes[: arguments.limit]]
+        right = evaluate(whole, both, "unpruned")
+        train = [*load_samples("easy-vqa:train"), *scene_samples("train", 2000, questions_per_scene=9)]
+        accuracy = accuracy_table(whole, right, guess(train, whole))
 
-    tables = {
-        "sgl-tiny-models": models_table(evaluate.model),
-        "sgl-tiny-accuracy": accuracy_table(whole, reading, prior),
-    }
-    write_record(arguments, tables)
+    write_record(arguments, {f"{name}-models": models_table(evaluate.model), f"{name}-accuracy": accuracy})
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -58,6 +65,14 @@ def scene_samples(split: str, num_scenes: int, questions_per_scene: int) -> list
         )
         for index, scene in enumerate(tqdm(scenes, desc=f"scenes {split}", leave=False))
         for question in scene.questions[:questions_per_scene]
+    ]
+
+
+def page_samples(split: str, num_pages: int) -> list[Sample]:
+    return [
+        Sample(page.image, question.question, (question.answer,), kind=page.kind, image_id=f"reading/{split}/{index}")
+        for index, page in enumerate(tqdm(Pages(split, length=num_pages), desc=f"pages {split}", leave=False))
+        for question in page.questions
     ]
 
 
@@ -85,6 +100,24 @@ def accuracy_table(samples: Sequence[Sample], right: dict[str, list[bool]], prio
         "columns": ["data", "questions", "number", "large", "small", "question-only prior"],
         "rows": rows,
         "caption": "Exact match in percent, unpruned, greedy; easy-VQA is its whole test split, scenes are held out.",
+    }
+
+
+def reading_table(samples: Sequence[Sample], answers: dict[str, list[str]], prior: Sequence[bool]) -> dict[str, Any]:
+    rows = []
+    for kind in ["all", *sorted({sample.kind for sample in samples})]:
+        chosen = [i for i, sample in enumerate(samples) if kind in ("all", sample.kind)]
+        scores = [
+            percent([metric(answers[model][i], samples[i].answers) for i in chosen])
+            for metric in (exact_match, anls, relaxed_accuracy)
+            for model in ("large", "small")
+        ]
+        rows.append([kind, len(chosen), *scores, percent([prior[i] for i in chosen])])
+    names = [f"{metric}, {model}" for metric in ("exact", "ANLS", "relaxed") for model in ("large", "small")]
+    return {
+        "columns": ["pages", "number", *names, "question-only prior"],
+        "rows": rows,
+        "caption": "In percent, unpruned, greedy, on held-out pages; the prior is exact match.",
     }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tiny_pair_data import IGNORE, NUM_CHARACTERS, NUM_CLASSES, Example
+from tiny_pair_data import IGNORE, Example
 from tiny_pair_models import TOKENS_PER_TILE
 from torch import nn
 from torch.nn import functional as F
@@ -19,58 +19,57 @@ class DenseHeads(nn.Module):
 
     Args:
         width: Width of a projected visual token.
+        sizes: How many classes each label has; the last one is the background.
         places: Whether to read off where in its tile the token lies, too.
     """
 
-    def __init__(self, width: int, places: bool) -> None:
+    def __init__(self, width: int, sizes: dict[str, int], places: bool) -> None:
         super().__init__()
-        self.classes = nn.Linear(width, NUM_CLASSES)
-        self.characters = nn.Linear(width, NUM_CHARACTERS)
+        self.sizes = sizes
+        for name, size in sizes.items():
+            self.add_module(name, nn.Linear(width, size))
+            weight = torch.ones(size)
+            weight[-1] = 0.1  # background is most of the picture
+            self.register_buffer(f"{name}_weight", weight, persistent=False)
         self.places = nn.Linear(width, TOKENS_PER_TILE) if places else None
-        class_weight, character_weight = torch.ones(NUM_CLASSES), torch.ones(NUM_CHARACTERS)
-        class_weight[-1] = character_weight[-1] = 0.1  # background and "no letter" are most of the picture
-        self.register_buffer("class_weight", class_weight, persistent=False)
-        self.register_buffer("character_weight", character_weight, persistent=False)
 
     def forward(
-        self, features: torch.Tensor, classes: torch.Tensor, characters: torch.Tensor
+        self, features: torch.Tensor, labels: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Computes the dense loss.
 
         Args:
             features: `(num_visual_tokens, width)` projected visual tokens.
-            classes: `(num_visual_tokens,)` colour x shape.
-            characters: `(num_visual_tokens,)` letters, `IGNORE` where none is asked for.
+            labels: `(num_visual_tokens,)` each, `IGNORE` where none is asked for.
 
         Returns:
-            The loss, and the accuracies on the tokens that show an object.
+            The loss, and the accuracies on the tokens that show something.
         """
-        class_logits, character_logits = self.classes(features), self.characters(features)
-        loss = F.cross_entropy(class_logits, classes, self.class_weight)
-        loss = loss + F.cross_entropy(character_logits, characters, self.character_weight, ignore_index=IGNORE)
+        loss, accuracies = features.new_zeros(()), {}
+        for name, size in self.sizes.items():
+            logits, wanted = self.get_submodule(name)(features), labels[name]
+            weight = self.get_buffer(f"{name}_weight")
+            loss = loss + F.cross_entropy(logits, wanted, weight, ignore_index=IGNORE)
+            shown = (wanted != size - 1) & (wanted != IGNORE)
+            with torch.no_grad():
+                accuracies[f"dense_{name}"] = (logits.argmax(-1) == wanted)[shown].float().mean().item()
         if self.places is not None:
             places = torch.arange(TOKENS_PER_TILE, device=features.device).repeat(len(features) // TOKENS_PER_TILE)
             loss = loss + F.cross_entropy(self.places(features), places)
-        with torch.no_grad():
-            shown = classes != NUM_CLASSES - 1
-            printed = (characters != NUM_CHARACTERS - 1) & (characters != IGNORE)
-            accuracies = {
-                "dense_class": (class_logits.argmax(-1) == classes)[shown].float().mean().item(),
-                "dense_character": (character_logits.argmax(-1) == characters)[printed].float().mean().item(),
-            }
         return loss, accuracies
 
 
 class AttentionHints:
     """Tells two heads of one decoder layer where to look: the loss is how little they look there.
 
-    The hint goes to the last token of each question, from which its answer starts. It should look at the visual tokens
-    of the objects that the question is about, or at the first token of the row where there is no such object.
+    A hint goes to the last token of each question, from which its answer starts, and may go to those of the answer. It
+    should look at the visual tokens that matter for what comes next, or at the first token of the row where there are
+    none.
 
     Args:
-        rows: `(num_questions,)` the row of each question.
-        queries: `(num_questions,)` the position of its last token.
-        wanted: `(num_questions, length)` the positions to look at.
+        rows: `(num_hints,)` the row of each hint.
+        queries: `(num_hints,)` the position that gets it.
+        wanted: `(num_hints, length)` the positions to look at.
         layer: Index of the decoder layer.
     """
 
@@ -85,7 +84,7 @@ class AttentionHints:
         key = key[:, :1]  # the first two heads share the first key
         scores = torch.einsum("nhd,nktd->nht", query[self.rows, : self.num_heads, self.queries], key[self.rows])
         scores = scores * scaling + mask[self.rows, :, self.queries]
-        seen = scores.softmax(-1).masked_fill(~self.wanted[:, None], 0.0).sum(-1)  # (num_questions, num_heads)
+        seen = scores.softmax(-1).masked_fill(~self.wanted[:, None], 0.0).sum(-1)  # (num_hints, num_heads)
         self.loss = -(seen + 1e-6).log().mean()
 
 
@@ -118,9 +117,8 @@ class Packed:
         targets: `(num_targets,)` answer tokens.
         question_of: `(num_targets,)` the question that a target belongs to.
         kinds: The kind of each question.
-        classes: `(num_visual_tokens,)` dense labels of the batch.
-        characters: `(num_visual_tokens,)` dense labels of the batch.
-        hints: Which positions each question is about: row, position of its last token, positions to look at.
+        labels: `(num_visual_tokens,)` each, the dense labels of the batch.
+        hints: Where to look: row, position that gets the hint, positions to look at.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -128,8 +126,7 @@ class Packed:
     targets: torch.Tensor
     question_of: torch.Tensor
     kinds: list[str]
-    classes: torch.Tensor
-    characters: torch.Tensor
+    labels: dict[str, torch.Tensor]
     hints: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -157,15 +154,18 @@ class Packer:
         images = [item.image for item in examples]
         return self.processor.image_processor(images, return_tensors="pt").pixel_values.to(self.device)
 
-    def dense(self, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    def spans(self, answer: str) -> list[tuple[int, int]]:
+        """Which characters of an answer each of its tokens stands for."""
+        return self.processor.tokenizer(answer, return_offsets_mapping=True).offset_mapping
+
+    def dense(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """The dense labels of the pictures, `(num_visual_tokens,)` each."""
-        classes = torch.cat([torch.from_numpy(item.classes) for item in examples])
-        characters = torch.cat([torch.from_numpy(item.characters) for item in examples])
-        return classes.to(self.device), characters.to(self.device)
+        labels = {name: np.concatenate([item.labels[name] for item in examples]) for name in examples[0].labels}
+        return {name: torch.from_numpy(values).to(self.device) for name, values in labels.items()}
 
     def pack(self, examples: list[Example]) -> Packed:
         """Packs examples, all with the same number of tiles, one row each."""
-        num_visual = len(examples[0].classes)
+        num_visual = len(next(iter(examples[0].labels.values())))
         processor = self.processor
         picture = f"{processor.start_image_token}{processor.image_token * num_visual}{processor.end_image_token}"
         prefix = self.encode(f"<|im_start|>user\n{picture}\n")
@@ -182,9 +182,9 @@ class Packer:
                 targets += answer
                 question_of += [len(kinds)] * len(answer)
                 kinds.append(question.kind)
-                asked.append((row, first))
-                about = np.flatnonzero(np.isin(item.owners, question.objects)) + first_visual
-                wanted.append(about if len(about) else [0])
+                for offset, about in enumerate(item.where_to_look(question, self.spans(question.answer))):
+                    asked.append((row, first + offset))
+                    wanted.append(about + first_visual if len(about) else [0])
                 segment = prompt + answer[:-1]  # nothing is predicted after the last token
                 ids += segment
                 segments += [number] * len(segment)
@@ -202,7 +202,6 @@ class Packer:
         look_at = torch.zeros(len(wanted), length, dtype=torch.bool)
         for number, places in enumerate(wanted):
             look_at[number, torch.as_tensor(places)] = True
-        classes, characters = self.dense(examples)
         return Packed(
             inputs={
                 "input_ids": input_ids.to(self.device),
@@ -214,8 +213,7 @@ class Packer:
             targets=torch.tensor(targets).to(self.device),
             question_of=torch.tensor(question_of).to(self.device),
             kinds=kinds,
-            classes=classes,
-            characters=characters,
+            labels=self.dense(examples),
             hints=(*torch.tensor(asked).T.to(self.device), look_at.to(self.device)),
         )
 

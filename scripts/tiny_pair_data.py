@@ -33,6 +33,7 @@ TILE = 64  # pixels
 PATCH = 8  # pixels, one visual token
 NUM_CLASSES = len(COLORS) * len(SHAPES) + 1  # colour x shape, then background
 NUM_CHARACTERS = len(LABELS) + 1  # the letters, then none
+DENSE = {"classes": NUM_CLASSES, "characters": NUM_CHARACTERS}
 IGNORE = -100
 
 SOURCES = {"shape": 1, "mini": 2, "scene": 3}
@@ -62,16 +63,22 @@ class Example:
     Attributes:
         image: The picture.
         questions: Questions with answers.
-        classes: `(num_visual_tokens,)` colour x shape of the object a visual token shows.
-        characters: `(num_visual_tokens,)` the letter on that object, `IGNORE` in the thumbnail.
+        labels: By name, `(num_visual_tokens,)` each: `"classes"`, colour x shape of the object that a visual token
+            shows, and `"characters"`, the letter on that object, `IGNORE` in the thumbnail.
         owners: `(num_visual_tokens,)` the index of that object, -1 for the background.
     """
 
     image: Image.Image
     questions: tuple[Question, ...]
-    classes: np.ndarray
-    characters: np.ndarray
+    labels: dict[str, np.ndarray]
     owners: np.ndarray
+
+    def where_to_look(self, question: Question, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """The visual tokens that matter for an answer's first tokens: here for the first one, the objects asked for.
+
+        `spans` tells which characters of the answer each of its tokens stands for.
+        """
+        return [np.flatnonzero(np.isin(self.owners, question.objects))]
 
 
 def example(
@@ -120,10 +127,10 @@ def tile_example(seed: int, index: int) -> Example:
         scene = Scenes("train", seed, size=TILE, objects=(0, 4) if kind == 2 else (2, 4), questions_per_scene=0)[index]
         return Example(scene.image, (), *dense_labels(scene.objects, TILE))
     scene = Scenes("train", seed, questions_per_scene=0)[index]
-    labels = dense_labels(scene.objects, scene.image.width)
+    labels, owners = dense_labels(scene.objects, scene.image.width)
     thumbnail = scene.image.resize((TILE, TILE), Image.Resampling.BICUBIC)
     tokens = (TILE // PATCH) ** 2
-    return Example(thumbnail, (), *(label[-tokens:] for label in labels))
+    return Example(thumbnail, (), {name: label[-tokens:] for name, label in labels.items()}, owners[-tokens:])
 
 
 def shape_example(rng: np.random.Generator, num_questions: int, negation: float = 0.5) -> Example:
@@ -163,7 +170,7 @@ def ask_about_shape(shape: str, color: str, rng: np.random.Generator, yes_no: bo
     return Question("easy_other", text, shape, (0,))
 
 
-def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Tells what each visual token shows, in the order in which the processor makes them.
 
     Args:
@@ -171,7 +178,7 @@ def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray,
         size: Side of the picture in pixels, 64 (one tile) or 128 (four tiles and the thumbnail).
 
     Returns:
-        Classes, characters and owners, `(num_visual_tokens,)` each.
+        The labels by name, and the owners; `(num_visual_tokens,)` each.
     """
     colors = tuple(COLORS)
     classes = [SHAPES.index(item.shape) * len(colors) + colors.index(item.color) for item in objects]
@@ -183,14 +190,14 @@ def dense_labels(objects: Sequence[SceneObject], size: int) -> tuple[np.ndarray,
     patches = patch_objects(size, objects)
     tiles = patches.reshape(side, TILE // PATCH, side, TILE // PATCH).transpose(0, 2, 1, 3).reshape(-1)
     if side == 1:
-        return class_of[tiles], character_of[tiles], tiles
+        return {"classes": class_of[tiles], "characters": character_of[tiles]}, tiles
     thumbnail = patch_objects(size, objects, PATCH * side).reshape(-1)
     hidden = np.full(thumbnail.shape, IGNORE)
-    return (
-        np.concatenate([class_of[tiles], class_of[thumbnail]]),
-        np.concatenate([character_of[tiles], hidden]),
-        np.concatenate([tiles, thumbnail]),
-    )
+    labels = {
+        "classes": np.concatenate([class_of[tiles], class_of[thumbnail]]),
+        "characters": np.concatenate([character_of[tiles], hidden]),
+    }
+    return labels, np.concatenate([tiles, thumbnail])
 
 
 def object_map(size: int, objects: Sequence[SceneObject]) -> np.ndarray:

@@ -48,7 +48,7 @@ def write_record(arguments: argparse.Namespace, tables: dict[str, Any], indent: 
 
 def data_of(sample: Sample) -> str:
     """The data set a sample belongs to, as the tables call it."""
-    return {"easy-vqa": "easy-VQA", "scenes": "scenes"}[sample.image_id.partition("/")[0]]
+    return {"easy-vqa": "easy-VQA", "scenes": "scenes", "reading": "reading"}[sample.image_id.partition("/")[0]]
 
 
 def is_right(answer: str, sample: Sample) -> bool:
@@ -66,15 +66,19 @@ class Evaluation:
 
     def __call__(self, samples: Sequence[Sample], methods: dict[str, Method], title: str) -> dict[str, list[bool]]:
         """Whether each answer is right, by method, in the order of the samples."""
-        right: dict[str, list[bool]] = {name: [] for name in methods}
+        answers = self.answers(samples, methods, title)
+        return {name: list(map(is_right, given, samples)) for name, given in answers.items()}
+
+    def answers(self, samples: Sequence[Sample], methods: dict[str, Method], title: str) -> dict[str, list[str]]:
+        """The answers, by method, in the order of the samples."""
+        given: dict[str, list[str]] = {name: [] for name in methods}
         for indices in tqdm(list(self.batches(samples)), desc=title):
             batch = [samples[index] for index in indices]
             inputs = self.inputs(batch)
             for name, method in methods.items():
                 sequences = method(inputs, indices)[:, inputs["input_ids"].shape[1] :]
-                answers = self.processor.batch_decode(sequences, skip_special_tokens=True)
-                right[name] += map(is_right, answers, batch)
-        return right
+                given[name] += self.processor.batch_decode(sequences, skip_special_tokens=True)
+        return given
 
     def large_alone(self, inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
         """The large model, unpruned and as it is in transformers."""

@@ -43,7 +43,6 @@ CHAT_TEMPLATE = (
 
 VISION = {
     "hidden_size": 96,
-    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 384,
     "image_size": [TILE, TILE],
@@ -58,11 +57,12 @@ DECODERS = {
 }
 
 
-def build_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
-    """Trains a byte-level BPE of at most 512 entries on the corpus; it can encode any text.
+def build_tokenizer(corpus: list[str], vocab_size: int) -> Qwen2Tokenizer:
+    """Trains a byte-level BPE on the corpus; it can encode any text.
 
     Args:
         corpus: Texts to learn the merges from.
+        vocab_size: The most entries, without the special tokens.
 
     Returns:
         The tokenizer, with InternVL's special tokens.
@@ -71,7 +71,7 @@ def build_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=504, initial_alphabet=alphabet, show_progress=False)
+        corpus, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     )
     learned = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
@@ -104,18 +104,19 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> InternVLProcessor:
     )
 
 
-def build_model(name: str, tokenizer: Qwen2Tokenizer) -> InternVLForConditionalGeneration:
+def build_model(name: str, tokenizer: Qwen2Tokenizer, vision_layers: int = 3) -> InternVLForConditionalGeneration:
     """Builds one untrained model.
 
     Args:
         name: `"small"` or `"large"`.
         tokenizer: The tokenizer of both models.
+        vision_layers: Layers of the vision tower.
 
     Returns:
         The model, with random weights from torch's global seed.
     """
     config = InternVLConfig(
-        vision_config=dict(VISION),
+        vision_config={**VISION, "num_hidden_layers": vision_layers},
         text_config={
             "model_type": "qwen2",
             **DECODERS[name],

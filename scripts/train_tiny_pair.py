@@ -1,18 +1,20 @@
 """Trains the tiny pair from nothing: two InternVL checkpoints of which the small one guides the large one.
 
-    python scripts/train_tiny_pair.py --output model_cards/sgl-tiny
+    python scripts/train_tiny_pair.py shapes
+    python scripts/train_tiny_pair.py reading
 
-It uses no pretrained weights and no downloaded data: pictures, questions and answers are drawn from a seed (see
-`tiny_pair_data.py`). There are three stages, each of which can be stopped and resumed:
+The course (see `tiny_pair_courses.py`) says what is learnt: coloured shapes with letters, or pages of text. It uses no
+pretrained weights and no downloaded data: pictures, questions and answers are drawn from a seed (see
+`tiny_pair_data.py` and `tiny_pair_pages.py`). There are three stages, each of which can be stopped and resumed:
 
-1. `tower`: one vision tower learns, with dense labels only, which coloured shape and which letter every visual token
-   shows. A linear head reads colour x shape and letter off each projected token. Learning to see this way takes
-   minutes; from answers alone it takes hours.
-2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about scenes
-   of five tiles. Pictures are the expensive part, so a row holds one picture and a dozen independent questions: each
+1. `tower`: one vision tower learns, with dense labels only, what every visual token shows: colour x shape and letter,
+   or characters and word. Linear heads read it off each projected token. Learning to see this way takes minutes; from
+   answers alone it takes hours.
+2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about pictures
+   of five tiles. Pictures are the expensive part, so a row holds one picture and several independent questions: each
    question attends to the picture and to itself, and counts its positions from the picture on, as if it were alone.
    The dense labels stay in the loss at half weight. In the first phases, two attention heads of one layer are told
-   which object each question is about; the last phase does without. The learning rate is constant, then falls to zero.
+   where to look; the last phase does without. The learning rate is constant, then falls to zero.
 3. `export`: writes the bundle, and a record of the training in `training.json`. `evaluate_tiny_pair.py` measures it.
 
 Greedy decoding gives exactly the right answer if and only if, with the answer itself as input, the most likely token
@@ -29,20 +31,12 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from itertools import accumulate
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tiny_pair_batches import AttentionHints, DenseHeads, Packer, answer_logits, packed_accuracy
-from tiny_pair_data import (
-    PLACE_KINDS,
-    SCENE_KINDS,
-    corpus,
-    example,
-    scene_examples,
-    tile_example,
-)
+from tiny_pair_courses import COURSES, Course, Phase, Schedule
 from tiny_pair_models import build_model, build_processor, build_tokenizer
 from torch import nn
 from torch.nn import functional as F
@@ -58,121 +52,21 @@ from transformers_sgl import SGLForConditionalGeneration, SGLProcessor
 from transformers_sgl.evaluation.run_folder import measurement_record
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A part of a schedule.
-
-    Attributes:
-        steps: How long it lasts.
-        sources: How often each source of data is drawn.
-        negation: The fraction of yes/no questions that are negated.
-        hints: Weight of the attention hints.
-        kinds: The kinds of question about scenes, as often as they are named.
-    """
-
-    steps: int
-    sources: dict[str, float]
-    negation: float = 0.5
-    hints: float = 0.0
-    kinds: tuple[str, ...] = SCENE_KINDS
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How one stage trains.
-
-    Attributes:
-        phases: What is trained on, one after another.
-        batch: Pictures per step, by source.
-        questions: Questions per picture, by source.
-        matrix_lr: Learning rate of Muon, which trains the weight matrices.
-        other_lr: Learning rate of AdamW, which trains everything else.
-        hinted_layer: Index of the decoder layer that attention hints go to.
-        warmup: Steps until the full learning rate.
-        decay: The fraction of steps, at the end, over which the learning rate falls to zero.
-    """
-
-    phases: tuple[Phase, ...]
-    batch: dict[str, int]
-    questions: dict[str, int]
-    matrix_lr: float
-    other_lr: float
-    hinted_layer: int = -1
-    warmup: int = 100
-    decay: float = 0.25
-
-    @property
-    def steps(self) -> int:
-        """All steps of the stage."""
-        return sum(phase.steps for phase in self.phases)
-
-    def factor(self, step: int) -> float:
-        """The fraction of the learning rate at a step."""
-        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
-
-    def phase(self, step: int) -> Phase:
-        """The phase that a step belongs to."""
-        ends = accumulate(phase.steps for phase in self.phases)
-        return next(phase for end, phase in zip(ends, self.phases, strict=True) if step < end)
-
-    def source(self, step: int, seed: int) -> str:
-        """The source of data at a step."""
-        weights = self.phase(step).sources
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        index = torch.multinomial(torch.tensor(list(weights.values())), 1, generator=generator).item()
-        return list(weights)[index]
-
-
-SCHEDULES = {
-    "tower": Schedule(
-        phases=(Phase(1350, {"tile": 1.0}),), batch={"tile": 64}, questions={}, matrix_lr=0.02, other_lr=3e-3
-    ),
-    "small": Schedule(
-        phases=(
-            Phase(400, {"shape": 0.4, "mini": 0.6}, negation=0.1, hints=0.3),
-            Phase(300, {"mini": 1.0}, negation=0.1, hints=1.0),
-            Phase(100, {"mini": 0.6, "scene": 0.4}, negation=0.3, hints=1.0),
-            Phase(500, {"shape": 0.05, "mini": 0.55, "scene": 0.4}, negation=0.3, hints=1.0),
-            Phase(400, {"mini": 0.3, "scene": 0.7}),
-        ),
-        batch={"shape": 24, "mini": 24, "scene": 10},
-        questions={"shape": 12, "mini": 14, "scene": 18},
-        matrix_lr=0.01,
-        other_lr=3e-3,
-        hinted_layer=2,
-    ),
-    "large": Schedule(
-        phases=(
-            Phase(200, {"shape": 0.3, "mini": 0.7}, negation=0.1, hints=0.3),
-            Phase(200, {"shape": 0.2, "mini": 0.8}, negation=0.1, hints=1.0),
-            Phase(300, {"shape": 0.2, "mini": 0.4, "scene": 0.4}, negation=0.3, hints=1.0),
-            Phase(100, {"shape": 0.1, "mini": 0.2, "scene": 0.7}),
-            Phase(800, {"shape": 0.05, "mini": 0.2, "scene": 0.75}, kinds=PLACE_KINDS),
-        ),
-        batch={"shape": 16, "mini": 16, "scene": 6},
-        questions={"shape": 12, "mini": 14, "scene": 18},
-        matrix_lr=0.01,
-        other_lr=2e-3,
-        hinted_layer=4,
-        decay=0.5,
-    ),
-}
-
-
 class Trainer:
     """Steps, learning rates, checkpoints and the log of one stage.
 
     Args:
         stage: Name of the stage.
+        schedule: How it trains.
         modules: What is trained and saved.
         work_dir: Where checkpoints and logs go.
         seed: Seed of the run.
     """
 
-    def __init__(self, stage: str, modules: nn.ModuleDict, work_dir: Path, seed: int) -> None:
+    def __init__(self, stage: str, schedule: Schedule, modules: nn.ModuleDict, work_dir: Path, seed: int) -> None:
         self.stage = stage
         self.modules = modules
-        self.schedule = SCHEDULES[stage]
+        self.schedule = schedule
         self.seed = seed
         self.checkpoint = work_dir / f"{stage}.pt"
         self.log_file = work_dir / f"{stage}.jsonl"
@@ -249,25 +143,25 @@ class Trainer:
         bar.close()
 
 
-def train_tower(processor: InternVLProcessor, work_dir: Path, seed: int, device: torch.device) -> None:
+def train_tower(course: Course, processor: InternVLProcessor, work_dir: Path, seed: int, device: torch.device) -> None:
     """Stage 1: one vision tower and both projectors learn from dense labels."""
     torch.manual_seed(seed)
-    models = {name: build_model(name, processor.tokenizer) for name in ("small", "large")}
+    models = {name: build_model(name, processor.tokenizer, course.vision_layers) for name in ("small", "large")}
     modules = nn.ModuleDict({"tower": models["large"].model.vision_tower})
     for name, model in models.items():
         modules[f"projector_{name}"] = model.model.multi_modal_projector
-        modules[f"heads_{name}"] = DenseHeads(model.config.text_config.hidden_size, places=False)
+        modules[f"heads_{name}"] = DenseHeads(model.config.text_config.hidden_size, course.dense, places=False)
     modules.to(device)
-    trainer = Trainer("tower", modules, work_dir, seed)
+    trainer = Trainer("tower", course.schedules["tower"], modules, work_dir, seed)
     packer = Packer(processor, device)
 
     def measure(first: int, count: int, data_seed: int) -> tuple[torch.Tensor, dict[str, float]]:
-        examples = [tile_example(data_seed, index) for index in range(first, first + count)]
+        examples = [course.tile_example(data_seed, index) for index in range(first, first + count)]
         features = modules["tower"](packer.pixels(examples)).last_hidden_state[:, 1:]
         loss, measured = torch.zeros((), device=device), {}
         for name in models:
             projected = modules[f"projector_{name}"](features).flatten(0, 1)
-            part, accuracies = modules[f"heads_{name}"](projected, *packer.dense(examples))
+            part, accuracies = modules[f"heads_{name}"](projected, packer.dense(examples))
             loss = loss + part
             measured |= {f"{name}/{key}": value for key, value in {"loss": part.item(), **accuracies}.items()}
         return loss, measured
@@ -283,11 +177,13 @@ def train_tower(processor: InternVLProcessor, work_dir: Path, seed: int, device:
     trainer.run(loss_of, held_out)
 
 
-def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: int, device: torch.device) -> None:
+def train_model(
+    name: str, course: Course, processor: InternVLProcessor, work_dir: Path, seed: int, device: torch.device
+) -> None:
     """Stage 2: one model, with the trained tower, learns to answer."""
     torch.manual_seed(seed + 1)
-    model = build_model(name, processor.tokenizer)
-    heads = DenseHeads(model.config.text_config.hidden_size, places=True)
+    model = build_model(name, processor.tokenizer, course.vision_layers)
+    heads = DenseHeads(model.config.text_config.hidden_size, course.dense, places=True)
     tower = torch.load(work_dir / "tower.pt", weights_only=True)["modules"]
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -299,24 +195,20 @@ def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: i
     modules = nn.ModuleDict({"model": model, "heads": heads}).to(device)
     modules.train()
     model.set_attn_implementation({"text_config": "hinted"})
-    trainer = Trainer(name, modules, work_dir, seed)
+    trainer = Trainer(name, course.schedules[name], modules, work_dir, seed)
     packer = Packer(processor, device)
     schedule = trainer.schedule
-    held_out = {
-        "shape": [example("shape", seed + 1, index, 12) for index in range(48)],
-        "mini": [example("mini", seed + 1, index, 9) for index in range(48)],
-        "scene": scene_examples("test", seed + 1, 48),
-    }
+    held_out = course.held_out(seed + 1)
 
     def loss_of(source: str, first: int, phase: Phase) -> tuple[torch.Tensor, dict[str, float], int, int]:
         count = schedule.batch[source]
         asked = schedule.questions[source]
-        examples = [example(source, seed, first + i, asked, phase.negation, phase.kinds) for i in range(count)]
+        examples = [course.example(source, seed, first + i, asked, phase.negation, phase.kinds) for i in range(count)]
         batch = packer.pack(examples)
         hints = AttentionHints(*batch.hints, schedule.hinted_layer) if phase.hints else None
         logits, features = answer_logits(model, batch, hints)
         answers = F.cross_entropy(logits, batch.targets)
-        dense, measured = heads(features, batch.classes, batch.characters)
+        dense, measured = heads(features, batch.labels)
         loss, measured = answers + 0.5 * dense, {"loss": answers.item(), **measured}
         if hints is not None:
             loss = loss + phase.hints * hints.loss
@@ -332,10 +224,11 @@ def train_model(name: str, processor: InternVLProcessor, work_dir: Path, seed: i
 # Writing
 
 
-def export(output: Path, work_dir: Path, seed: int, device: torch.device, note: str = "") -> None:
+def export(name: str, output: Path, work_dir: Path, seed: int, device: torch.device, note: str = "") -> None:
     """Stage 3: writes the pair as a bundle, with a record of its training.
 
     Args:
+        name: The course.
         output: Where the bundle and `training.json` go.
         work_dir: Where the trained stages are.
         seed: Seed of the run.
@@ -345,26 +238,29 @@ def export(output: Path, work_dir: Path, seed: int, device: torch.device, note: 
     processor = AutoProcessor.from_pretrained(work_dir / "processor")
     for key in ("is_local", "local_files_only"):  # the path that the tokenizer was loaded from
         processor.tokenizer.init_kwargs.pop(key, None)
-    models = {name: trained_model(name, processor, work_dir) for name in ("large", "small")}
+    course = COURSES[name]
+    models = {each: trained_model(each, course, processor, work_dir) for each in ("large", "small")}
     SGLForConditionalGeneration(**models).save_pretrained(output)
     SGLProcessor(processor, processor).save_pretrained(output)
     record = {
         **measurement_record(seed, device),
-        "command": "python scripts/train_tiny_pair.py --output model_cards/sgl-tiny",
+        "command": f"python scripts/train_tiny_pair.py {name}",
         "note": note,
-        "schedules": {name: asdict(schedule) for name, schedule in SCHEDULES.items()},
+        "schedules": {stage: asdict(schedule) for stage, schedule in course.schedules.items()},
         "stages": {stage: read_log(work_dir, stage) for stage in STAGES if stage != "export"},
     }
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def trained_model(name: str, processor: InternVLProcessor, work_dir: Path) -> InternVLForConditionalGeneration:
+def trained_model(
+    name: str, course: Course, processor: InternVLProcessor, work_dir: Path
+) -> InternVLForConditionalGeneration:
     """The model of a finished stage, without the heads that only trained it."""
     saved = torch.load(work_dir / f"{name}.pt", weights_only=True, map_location="cpu")
     weights = {
         key.removeprefix("model."): value for key, value in saved["modules"].items() if key.startswith("model.")
     }
-    model = build_model(name, processor.tokenizer)
+    model = build_model(name, processor.tokenizer, course.vision_layers)
     model.load_state_dict(weights)
     return model
 
@@ -392,9 +288,10 @@ STAGES = ("tower", "small", "large", "export")
 
 def main() -> None:
     """Runs the stages asked for."""
-    parser = argparse.ArgumentParser(description="Train the tiny pair from nothing.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for large/, small/ and training.json")
-    parser.add_argument("--work-dir", type=Path, default=Path("tiny-pair-work"), help="checkpoints and logs")
+    parser = argparse.ArgumentParser(description="Train a tiny pair from nothing.")
+    parser.add_argument("course", choices=tuple(COURSES), help="what it learns")
+    parser.add_argument("--output", type=Path, help="folder for large/, small/ and training.json")
+    parser.add_argument("--work-dir", type=Path, help="checkpoints and logs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -405,26 +302,29 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
-    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    course = COURSES[arguments.course]
+    work_dir = arguments.work_dir or Path(f"tiny-pair-{arguments.course}")
+    output = arguments.output or Path(course.output)
+    work_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(arguments.device)
 
-    processor_dir = arguments.work_dir / "processor"
+    processor_dir = work_dir / "processor"
     if not processor_dir.exists():
         if arguments.processor:
             tokenizer = AutoProcessor.from_pretrained(arguments.processor).tokenizer
         else:
-            tokenizer = build_tokenizer(corpus(arguments.seed))
+            tokenizer = build_tokenizer(course.corpus(arguments.seed), course.vocab_size)
         build_processor(tokenizer).save_pretrained(processor_dir)
     processor = AutoProcessor.from_pretrained(processor_dir)
 
     stages = STAGES if arguments.stage == "all" else (arguments.stage,)
     for stage in stages:
         if stage == "tower":
-            train_tower(processor, arguments.work_dir, arguments.seed, device)
+            train_tower(course, processor, work_dir, arguments.seed, device)
         elif stage == "export":
-            export(arguments.output, arguments.work_dir, arguments.seed, device, arguments.note)
+            export(arguments.course, output, work_dir, arguments.seed, device, arguments.note)
         else:
-            train_model(stage, processor, arguments.work_dir, arguments.seed, device)
+            train_model(stage, course, processor, work_dir, arguments.seed, device)
 
 
 if __name__ == "__main__":

@@ -5,42 +5,59 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny_pair_pages
 import torch
 import train_tiny_pair
-from tiny_pair_data import corpus
+from tiny_pair_courses import COURSES
+from tiny_pair_models import build_tokenizer
 from train_tiny_pair import Trainer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-pytestmark = pytest.mark.slow
 STEPS = 3
+_NUMBER = {"shapes": "num_scenes", "reading": "num_pages"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def short_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last phase of each stage only, for a few steps with two pictures each, and a checkpoint at each step.
 
     The tokenizer learns from fewer texts, too.
     """
-    monkeypatch.setattr(train_tiny_pair, "corpus", lambda seed: corpus(seed, num_scenes=100))
-    for name, schedule in train_tiny_pair.SCHEDULES.items():
-        short = replace(
-            schedule,
-            phases=(replace(schedule.phases[-1], steps=STEPS),),
-            batch=dict.fromkeys(schedule.batch, 2),
-            questions=dict.fromkeys(schedule.questions, 2),
-        )
-        monkeypatch.setitem(train_tiny_pair.SCHEDULES, name, short)
+    for name, course in COURSES.items():
+        schedules = {
+            stage: replace(
+                schedule,
+                phases=(replace(schedule.phases[-1], steps=STEPS),),
+                batch=dict.fromkeys(schedule.batch, 2),
+                questions=dict.fromkeys(schedule.questions, 2),
+            )
+            for stage, schedule in course.schedules.items()
+        }
+        texts = partial(course.corpus, **{_NUMBER[name]: 100})
+        monkeypatch.setitem(COURSES, name, replace(course, schedules=schedules, corpus=texts))
     run = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self, loss_of, check: run(self, loss_of, dict, check_every=1))
 
 
-def train(work_dir: Path, monkeypatch: pytest.MonkeyPatch, stage: str = "all") -> None:
+def train(course: str, work_dir: Path, monkeypatch: pytest.MonkeyPatch, stage: str = "all") -> None:
     """Runs the script as from the command line."""
-    arguments = ["--output", str(work_dir / "pair"), "--work-dir", str(work_dir), "--threads", "1", "--stage", stage]
+    arguments = [
+        course,
+        "--output",
+        str(work_dir / "pair"),
+        "--work-dir",
+        str(work_dir),
+        "--threads",
+        "1",
+        "--stage",
+        stage,
+    ]
     monkeypatch.setattr("sys.argv", ["train_tiny_pair.py", *arguments])
     train_tiny_pair.main()
 
@@ -49,8 +66,11 @@ def weights(work_dir: Path, stage: str) -> dict[str, torch.Tensor]:
     return torch.load(work_dir / f"{stage}.pt", weights_only=True)["modules"]
 
 
-def test_all_stages_write_a_pair_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tmp_path, monkeypatch)
+@pytest.mark.slow
+@pytest.mark.parametrize("course", COURSES)
+@pytest.mark.usefixtures("short_schedules")
+def test_all_stages_write_a_pair_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, course: str) -> None:
+    train(course, tmp_path, monkeypatch)
     record = json.loads((tmp_path / "pair" / "training.json").read_text())
     assert {stage: log["steps"] for stage, log in record["stages"].items()} == dict.fromkeys(
         ("tower", "small", "large"), STEPS
@@ -63,13 +83,17 @@ def test_all_stages_write_a_pair_that_loads(tmp_path: Path, monkeypatch: pytest.
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
 
 
-@pytest.mark.parametrize("stage", ["tower", "small"])
-def test_a_run_that_was_cut_off_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("course", "stage"), [("shapes", "tower"), ("reading", "tower"), ("shapes", "small")])
+@pytest.mark.usefixtures("short_schedules")
+def test_a_run_that_was_cut_off_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, course: str, stage: str
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     if stage != "tower":
-        train(whole, monkeypatch, "tower")
+        train(course, whole, monkeypatch, "tower")
         shutil.copytree(whole, cut)
-    train(whole, monkeypatch, stage)
+    train(course, whole, monkeypatch, stage)
 
     save = Trainer.save
 
@@ -79,9 +103,43 @@ def test_a_run_that_was_cut_off_goes_on_exactly(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "save", save_and_die)
-        train(cut, patch, stage)
-    train(cut, monkeypatch, stage)
+        train(course, cut, patch, stage)
+    train(course, cut, monkeypatch, stage)
 
     resumed = weights(cut, stage)
     for name, value in weights(whole, stage).items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_dense_labels_and_hints_of_a_page_are_where_its_text_is() -> None:
+    tokenizer = build_tokenizer(tiny_pair_pages.corpus(0, num_pages=20), COURSES["reading"].vocab_size)
+    characters = tiny_pair_pages.CHARACTERS
+    for index in range(24):
+        example = tiny_pair_pages.example("page", 7, index, 8)
+        assert all(len(labels) == 5 * 64 for labels in example.labels.values())
+        assert all((labels[-64:] == -100).all() for labels in example.labels.values())  # too small to be read
+        assert example.labels["first"].max() == len(characters)
+        crowd = np.bincount([place for places in example.places for place in places], minlength=5 * 64)
+        for question in example.questions:
+            spans = tokenizer(question.answer, return_offsets_mapping=True).offset_mapping
+            hints = example.where_to_look(question, spans)
+            assert len(hints) == len(spans)
+            for (start, end), tokens in zip(spans, hints, strict=True):
+                if question.spots[start] is None or question.answer[start:end] == " ":
+                    continue
+                labels = np.concatenate([example.labels[name][tokens] for name in ("first", "second")])
+                read = {
+                    tiny_pair_pages.CHARACTERS[label] for label in labels if label < len(tiny_pair_pages.CHARACTERS)
+                }
+                assert read & {*question.answer[start:end]} or crowd[tokens].max() > 2  # only two of them are labelled
+
+
+def test_tiles_are_quarters_of_pages_and_cards() -> None:
+    for index in range(8):
+        tile = tiny_pair_pages.tile_example(3, index)
+        assert tile.image.size == (64, 64)
+        assert all(len(labels) == 64 for labels in tile.labels.values())
+    page = tiny_pair_pages.example("page", 3, 1, 0)
+    tile = tiny_pair_pages.tile_example(3, 5)  # number 1, quarter 1, shown as the third
+    assert np.array_equal(tile.labels["first"], page.labels["first"][128:192])
+    assert np.array_equal(np.asarray(tile.image), np.asarray(page.image)[64:, :64])

@@ -15,7 +15,10 @@ _DATA, _HOW = "Data", "Methods and scores"
 def evaluate(
     model: Annotated[str, shared.argument("MODEL", "A saved pair: a folder or a Hub repository.")],
     data: Annotated[
-        str, shared.option("DATA", "easy-vqa, scenes, a file of JSON lines, or a data set: org/name:split.", _DATA)
+        str,
+        shared.option(
+            "DATA", "easy-vqa, scenes, reading, a file of JSON lines, or a data set: org/name:split.", _DATA
+        ),
     ],
     out: Annotated[Path, shared.option("DIR", "Folder for records, tables and figure.")],
     calibration: Annotated[

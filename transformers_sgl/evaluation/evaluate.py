@@ -34,7 +34,12 @@ __all__ = ["Evaluation", "evaluate"]
 
 # The confidence with which a threshold keeps its promise.
 _CONFIDENCE = 0.99
-_OTHER_SPLITS = {"easy-vqa": "easy-vqa:train", "easy-vqa:test": "easy-vqa:train", "scenes": "scenes:calibration"}
+_OTHER_SPLITS = {
+    "easy-vqa": "easy-vqa:train",
+    "easy-vqa:test": "easy-vqa:train",
+    "scenes": "scenes:calibration",
+    "reading": "reading:calibration",
+}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class TestBuiltIn:
         assert not {s.image_id for s in samples} & {s.image_id for s in load_samples("easy-vqa:train", limit=999)}
 
     def test_scenes_are_those_of_the_embedded_pair_s_tables(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("transformers_sgl.evaluation.data.load._NUM_SCENES", 200)
+        monkeypatch.setattr("transformers_sgl.evaluation.data.load._NUM_DRAWN", 200)
         samples = load_samples("scenes")
         for sample, theirs in zip(samples, scene_samples("test", 200, questions_per_scene=1), strict=True):
             assert (sample.question, sample.answers) == (theirs.question, theirs.answers)

@@ -10,14 +10,15 @@ import numpy as np
 from transformers_sgl.evaluation.data.data_sets import load_data_set
 from transformers_sgl.evaluation.data.easy_vqa import load_easy_vqa
 from transformers_sgl.evaluation.data.json_lines import read_samples
+from transformers_sgl.evaluation.data.pages import Pages
 from transformers_sgl.evaluation.data.samples import Sample
 from transformers_sgl.evaluation.data.scenes import Scenes
 
 __all__ = ["load_samples"]
 
 _EASY_VQA_SPLITS = ("test", "train")
-_SCENES_SPLITS = ("test", "calibration", "train")
-_NUM_SCENES = 2000
+_DRAWN_SPLITS = ("test", "calibration", "train")
+_NUM_DRAWN = 2000
 
 
 def load_samples(
@@ -27,10 +28,11 @@ def load_samples(
 
     Args:
         name (`str`): `"easy-vqa"` (its test split) or `"easy-vqa:train"`; `"scenes"` (2,000 scenes that no training
-            has seen, with one question each), `"scenes:calibration"` (as many others) or `"scenes:train"`; a file
-            whose name ends in `.jsonl`, as for [`read_samples`]; `"org/dataset:split"` or `"org/dataset/config:split"`
-            on the Hugging Face Hub; or `"path:split"` for a local folder or `.parquet` file that `datasets` can load,
-            without the split if there is but one.
+            has seen, with one question each), `"scenes:calibration"` (as many others) or `"scenes:train"`;
+            `"reading"`, pages of text, with the same splits; a file whose name ends in `.jsonl`, as for
+            [`read_samples`]; `"org/dataset:split"` or `"org/dataset/config:split"` on the Hugging Face Hub; or
+            `"path:split"` for a local folder or `.parquet` file that `datasets` can load, without the split if there
+            is but one.
         columns (`Mapping[str, str]`, *optional*): How a data set calls its columns, by our names: `image`, `question`,
             `answers`, `choices` and `kind`. By default they are called so, or `answer` and `options`.
         limit (`int`, *optional*): The greatest number of samples, drawn at random and kept in their order; `None` for
@@ -59,11 +61,11 @@ def load_samples(
         raise ValueError(f"`limit` is {limit}: pass a whole number of 1 or more, or None for all samples.")
     draw = partial(_draw, limit=limit, seed=seed)
     source, _, split = name.partition(":")
-    built_in = source in ("easy-vqa", "scenes")
+    built_in = source in ("easy-vqa", *_DRAWN)
     if columns and (built_in or name.endswith(".jsonl")):
         raise ValueError(f"{name!r} has no columns to be named: leave `columns` out.")
-    if source == "scenes":
-        return _scenes(_known_split(source, split, _SCENES_SPLITS), draw)
+    if source in _DRAWN:
+        return _drawn(source, _known_split(source, split, _DRAWN_SPLITS), draw)
     if source == "easy-vqa":
         samples = load_easy_vqa(_known_split(source, split, _EASY_VQA_SPLITS))
     elif name.endswith(".jsonl"):
@@ -86,22 +88,28 @@ def _known_split(source: str, split: str, known: Sequence[str]) -> str:
     return split or known[0]
 
 
-def _scenes(split: str, draw: Callable[[int], list[int]]) -> list[Sample]:
-    # One question a scene, so that the samples are independent. A few scenes allow no question of some kind, so a
-    # spare one is drawn.
-    scenes = Scenes(split, questions_per_scene=2, length=_NUM_SCENES)
+# One question a picture, so that the samples are independent. A few scenes allow no question of some kind, so a spare
+# one is drawn.
+_DRAWN: dict[str, Callable[[str], Scenes | Pages]] = {
+    "scenes": lambda split: Scenes(split, questions_per_scene=2, length=_NUM_DRAWN),
+    "reading": lambda split: Pages(split, questions_per_page=1, length=_NUM_DRAWN),
+}
+
+
+def _drawn(source: str, split: str, draw: Callable[[int], list[int]]) -> list[Sample]:
+    pictures = _DRAWN[source](split)
     samples = []
-    for index in draw(len(scenes)):
-        scene = scenes[index]
-        question = scene.questions[0]
+    for index in draw(len(pictures)):
+        picture = pictures[index]
+        question = picture.questions[0]
         samples.append(
             Sample(
-                image=scene.image,
+                image=picture.image,
                 question=question.question,
                 answers=(question.answer,),
                 kind=question.kind.replace("_", "/"),
-                image_id=f"scenes/{split}/{index}",
-                where=f"'scenes:{split}', row {index}",
+                image_id=f"{source}/{split}/{index}",
+                where=f"'{source}:{split}', row {index}",
             )
         )
     return samples
