@@ -236,7 +236,7 @@ def test_without_diversity_the_most_important_are_kept() -> None:
 def test_the_choice_depends_on_directions_and_on_relative_importance_alone(kind: Any) -> None:
     random = torch.Generator().manual_seed(1)
     features, importance = torch.randn(3, 60, 8, generator=random), torch.rand(3, 60, generator=random)
-    choose = kind(0.2)
+    choose = kind(0.2, 0.3)
     expected = kept_by(choose, visual_tokens(features), importance)
     lengths = torch.rand(3, 60, 1, generator=random) + 0.1
     assert kept_by(choose, visual_tokens(features * lengths), importance * 1e-3) == expected
@@ -249,7 +249,7 @@ def test_the_choice_depends_on_directions_and_on_relative_importance_alone(kind:
     for sample in range(3):
         alone = visual_tokens(features[sample : sample + 1])
         assert kept_by(choose, alone, importance[sample : sample + 1]) == expected[sample : sample + 1]
-        more = kept_by(kind(0.5), alone, importance[sample : sample + 1])[0]
+        more = kept_by(kind(0.5, 0.3), alone, importance[sample : sample + 1])[0]
         assert set(expected[sample]) < set(more)
 
 
@@ -281,7 +281,7 @@ def test_lazy_search_finds_what_a_whole_search_finds() -> None:
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         likeness, covered, chosen = (unit @ unit.T).clip(0), np.zeros(300), []
         for _ in range(90):
-            gains = ((likeness - covered).clip(0) * weights).sum(axis=1) + 0.3 * weights
+            gains = ((likeness - covered).clip(0) * weights).sum(axis=1) + 0.3**2 * weights
             gains[chosen] = -1
             chosen.append(int(gains.argmax()))
             covered = np.maximum(covered, likeness[chosen[-1]])
