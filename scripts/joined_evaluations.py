@@ -22,6 +22,7 @@ from transformers_sgl.architectures import decoder
 from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import SGL, Pair, find_method
+from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import compare_at_equal_cost, summarise
 from transformers_sgl.evaluation.run import Result, RunKey, counted_batches, measure_costs, plan
 from transformers_sgl.evaluation.run_folder import read_lines
@@ -108,9 +109,16 @@ def joined(evaluations: Sequence[Records]) -> Records:
 
 
 def report(
-    records: Records, samples: Sequence[Sample], methods: Sequence[str], operations: dict[str, float]
+    records: Records,
+    samples: Sequence[Sample],
+    methods: Sequence[str],
+    operations: dict[str, float],
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Summary and speed as an evaluation writes them; beside these, the cost on the proportions of [`PROPORTIONS`]."""
+    """Summary and speed as an evaluation writes them; beside these, the cost on the proportions of [`PROPORTIONS`].
+
+    And the mean scores of the same answers by each of the `metrics`.
+    """
     chosen = {name: find_method(name) for name in methods if any(run == name for run, _ in records.results)}
     # What the runs would do to a model is not asked for any more, so the number of layers does not matter.
     runs = plan(chosen, _retentions(records.results), num_layers=1)
@@ -136,7 +144,21 @@ def report(
         for (name, average), own in scores.items()
         if name not in ("large", "small") and _SMALL in scores
     ]
-    return {"summary": summary, "speed": speed, "scaled": scaled, "versus_small": versus_small}
+    by_metric = {
+        metric: [
+            {"method": name, "target_retention": average, "score": _mean_score(found, samples, metric)}
+            for (name, average), found in by_run.items()
+        ]
+        for metric in metrics
+    }
+    whole = {"summary": summary, "speed": speed, "scaled": scaled, "versus_small": versus_small}
+    return {**whole, "metrics": by_metric}
+
+
+def _mean_score(results: Sequence[Result], samples: Sequence[Sample], metric: str) -> float:
+    score = find_metric(metric)
+    pairs = zip(results, samples, strict=True)
+    return float(np.mean([score(result.answer, sample.answers, sample.choices) for result, sample in pairs]))
 
 
 def versus_large(records: Records, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,33 +60,40 @@ class DenseHeads(nn.Module):
         return loss, accuracies
 
 
+Hints = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class AttentionHints:
-    """Tells two heads of one decoder layer where to look: the loss is how little they look there.
+    """Tells two heads of some decoder layers where to look: the loss is how little they look there.
 
     A hint goes to the last token of each question, from which its answer starts, and may go to those of the answer. It
     should look at the visual tokens that matter for what comes next, or at the first token of the row where there are
     none.
 
     Args:
-        rows: `(num_hints,)` the row of each hint.
-        queries: `(num_hints,)` the position that gets it.
-        wanted: `(num_hints, length)` the positions to look at.
-        layer: Index of the decoder layer.
+        layers: For the index of each such layer three tensors: `(num_hints,)` the row of each hint, `(num_hints,)` the
+            position that gets it, and `(num_hints, length)` the positions to look at.
     """
 
     num_heads = 2
 
-    def __init__(self, rows: torch.Tensor, queries: torch.Tensor, wanted: torch.Tensor, layer: int) -> None:
-        self.rows, self.queries, self.wanted, self.layer = rows, queries, wanted, layer
-        self.loss = torch.zeros(())
+    def __init__(self, layers: dict[int, Hints]) -> None:
+        self.layers = layers
+        self.losses: dict[int, torch.Tensor] = {}
 
-    def look(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
+    @property
+    def loss(self) -> torch.Tensor:
+        """The sum over the layers that have run."""
+        return torch.stack(list(self.losses.values())).sum()
+
+    def look(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scaling: float) -> None:
         """Computes the loss from a layer's queries and keys, `(batch, heads, length, head_dim)` each."""
+        rows, queries, wanted = self.layers[layer]
         key = key[:, :1]  # the first two heads share the first key
-        scores = torch.einsum("nhd,nktd->nht", query[self.rows, : self.num_heads, self.queries], key[self.rows])
-        scores = scores * scaling + mask[self.rows, :, self.queries]
-        seen = scores.softmax(-1).masked_fill(~self.wanted[:, None], 0.0).sum(-1)  # (num_hints, num_heads)
-        self.loss = -(seen + 1e-6).log().mean()
+        scores = torch.einsum("nhd,nktd->nht", query[rows, : self.num_heads, queries], key[rows])
+        scores = scores * scaling + mask[rows, :, queries]
+        seen = scores.softmax(-1).masked_fill(~wanted[:, None], 0.0).sum(-1)  # (num_hints, num_heads)
+        self.losses[layer] = -(seen + 1e-6).log().mean()
 
 
 def hinted_attention(
@@ -99,8 +107,8 @@ def hinted_attention(
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Stock scaled-dot-product attention, with hints where they are given."""
-    if hints is not None and module.layer_idx == hints.layer:
-        hints.look(query, key, attention_mask, scaling)
+    if hints is not None and module.layer_idx in hints.layers:
+        hints.look(module.layer_idx, query, key, attention_mask, scaling)
     return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -118,7 +126,7 @@ class Packed:
         question_of: `(num_targets,)` the question that a target belongs to.
         kinds: The kind of each question.
         labels: `(num_visual_tokens,)` each, the dense labels of the batch.
-        hints: Where to look: row, position that gets the hint, positions to look at.
+        hints: Where to look, in the hinted layer (0) and perhaps in the one before it (-1).
     """
 
     inputs: dict[str, torch.Tensor]
@@ -127,7 +135,7 @@ class Packed:
     question_of: torch.Tensor
     kinds: list[str]
     labels: dict[str, torch.Tensor]
-    hints: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    hints: dict[int, Hints]
 
 
 class Packer:
@@ -170,7 +178,7 @@ class Packer:
         picture = f"{processor.start_image_token}{processor.image_token * num_visual}{processor.end_image_token}"
         prefix = self.encode(f"<|im_start|>user\n{picture}\n")
         rows, starts, targets = [], [], []
-        question_of, kinds, asked, wanted = [], [], [], []
+        question_of, kinds, looks = [], [], {0: [], -1: []}
         first_visual = prefix.index(processor.image_token_id)
         for row, item in enumerate(examples):
             ids, segments, positions = list(prefix), [0] * len(prefix), list(range(len(prefix)))
@@ -183,8 +191,10 @@ class Packer:
                 question_of += [len(kinds)] * len(answer)
                 kinds.append(question.kind)
                 for offset, about in enumerate(item.where_to_look(question, self.spans(question.answer))):
-                    asked.append((row, first + offset))
-                    wanted.append(about + first_visual if len(about) else [0])
+                    looks[0].append((row, first + offset, about + first_visual if len(about) else [0]))
+                key = item.where_to_look_first(question)
+                if len(key):
+                    looks[-1].append((row, first, key + first_visual))
                 segment = prompt + answer[:-1]  # nothing is predicted after the last token
                 ids += segment
                 segments += [number] * len(segment)
@@ -199,9 +209,6 @@ class Packer:
         in_prefix = (segments == 0)[:, None, :]
         allowed = (own | in_prefix) & torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
-        look_at = torch.zeros(len(wanted), length, dtype=torch.bool)
-        for number, places in enumerate(wanted):
-            look_at[number, torch.as_tensor(places)] = True
         return Packed(
             inputs={
                 "input_ids": input_ids.to(self.device),
@@ -214,8 +221,16 @@ class Packer:
             question_of=torch.tensor(question_of).to(self.device),
             kinds=kinds,
             labels=self.dense(examples),
-            hints=(*torch.tensor(asked).T.to(self.device), look_at.to(self.device)),
+            hints={layer: self._hints(some, length) for layer, some in looks.items() if some},
         )
+
+    def _hints(self, looks: list[tuple[int, int, Sequence[int]]], length: int) -> Hints:
+        """Row, position and where to look of each hint, as tensors."""
+        wanted = torch.zeros(len(looks), length, dtype=torch.bool)
+        for number, (_, _, places) in enumerate(looks):
+            wanted[number, torch.as_tensor(places)] = True
+        rows, queries = torch.tensor([(row, query) for row, query, _ in looks]).T
+        return rows.to(self.device), queries.to(self.device), wanted.to(self.device)
 
 
 def answer_logits(

@@ -45,7 +45,8 @@ class Schedule:
         questions: Questions per picture, by source.
         matrix_lr: Learning rate of Muon, which trains the weight matrices.
         other_lr: Learning rate of AdamW, which trains everything else.
-        hinted_layer: Index of the decoder layer that attention hints go to.
+        tower_rate: Learning rates of a vision tower that has been trained before, relative to the others.
+        hinted_layer: Index of the decoder layer that attention hints go to; some go to the one before it.
         warmup: Steps until the full learning rate.
         decay: The fraction of steps, at the end, over which the learning rate falls to zero.
     """
@@ -55,6 +56,7 @@ class Schedule:
     questions: dict[str, int]
     matrix_lr: float
     other_lr: float
+    tower_rate: float = 1.0
     hinted_layer: int = -1
     warmup: int = 100
     decay: float = 0.25
@@ -161,32 +163,40 @@ _SHAPES = {
 
 _READING = {
     "tower": Schedule(
-        phases=(Phase(1500, {"tile": 1.0}),), batch={"tile": 64}, questions={}, matrix_lr=0.02, other_lr=3e-3
+        phases=(Phase(3000, {"tile": 1.0}),),
+        batch={"tile": 64},
+        questions={},
+        matrix_lr=0.02,
+        other_lr=3e-3,
+        decay=0.4,
     ),
     "small": Schedule(
         phases=(
             Phase(200, {"card": 1.0}, hints=1.0),
-            Phase(700, {"card": 0.3, "page": 0.7}, hints=1.0, kinds=PAGE_MIX),
-            Phase(400, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
+            Phase(1200, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
+            Phase(600, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
         ),
-        batch={"card": 32, "page": 10},
-        questions={"card": 6, "page": 8},
+        batch={"card": 24, "page": 10},
+        questions={"card": 8, "page": 12},
         matrix_lr=0.01,
         other_lr=3e-3,
+        tower_rate=0.2,
         hinted_layer=2,
+        decay=0.5,
     ),
     "large": Schedule(
         phases=(
             Phase(200, {"card": 1.0}, hints=1.0),
-            Phase(600, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
-            Phase(600, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
+            Phase(1200, {"card": 0.1, "page": 0.9}, hints=1.0, kinds=PAGE_MIX),
+            Phase(1000, {"card": 0.05, "page": 0.95}, kinds=PAGE_MIX),
         ),
-        batch={"card": 20, "page": 6},
-        questions={"card": 6, "page": 8},
-        matrix_lr=0.01,
+        batch={"card": 16, "page": 6},
+        questions={"card": 8, "page": 12},
+        matrix_lr=0.008,
         other_lr=2e-3,
+        tower_rate=0.2,
         hinted_layer=4,
-        decay=0.5,
+        decay=0.6,
     ),
 }
 

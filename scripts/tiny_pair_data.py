@@ -80,6 +80,10 @@ class Example:
         """
         return [np.flatnonzero(np.isin(self.owners, question.objects))]
 
+    def where_to_look_first(self, question: Question) -> np.ndarray:
+        """The visual tokens to look at before: here none."""
+        return np.array([], dtype=np.int64)
+
 
 def example(
     source: str,

@@ -31,7 +31,7 @@ from transformers_sgl.evaluation.data.pages import Pages
 # What a visual token shows: the first two characters whose middles lie in it, and the word that the first belongs to.
 DENSE = {"first": len(CHARACTERS) + 1, "second": len(CHARACTERS) + 1, "words": len(WORDS) + 2}
 OTHER_WORD = len(WORDS)
-PAGE_MIX = ("form", "form", "receipt", "chart", "chart", "sign")  # what is hardest most often
+PAGE_MIX = ("form", "form", "form", "receipt", "receipt", "chart", "sign", "sign")  # what is hardest most often
 SIDE = TILE // PATCH  # visual tokens
 
 
@@ -63,6 +63,12 @@ class PageExample:
             looked_at = [self.places[index][place] for index, place in spots] or about
             hints.append(np.unique(np.array(looked_at, dtype=np.int64)))
         return hints
+
+    def where_to_look_first(self, question: PageQuestion) -> np.ndarray:
+        """The visual tokens of what the question names, from where the answer is found."""
+        answer = {spot[0] for spot in question.spots if spot is not None}
+        named = [place for index in question.about if index not in answer for place in self.places[index]]
+        return np.unique(np.array(named, dtype=np.int64))
 
 
 def example(
@@ -100,7 +106,7 @@ def tile_example(seed: int, index: int) -> PageExample:
 
 @lru_cache(maxsize=2)
 def _page(seed: int, index: int) -> PageExample:
-    return example("page", seed, index, 0)
+    return example("page", seed, index, 0, kinds=PAGE_MIX)
 
 
 def as_example(image: Image.Image, texts: Sequence[Text], questions: Sequence[PageQuestion]) -> PageExample:

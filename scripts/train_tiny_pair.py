@@ -13,8 +13,8 @@ pretrained weights and no downloaded data: pictures, questions and answers are d
 2. `small` and `large`: each model takes that tower and learns to answer, first about single tiles, then about pictures
    of five tiles. Pictures are the expensive part, so a row holds one picture and several independent questions: each
    question attends to the picture and to itself, and counts its positions from the picture on, as if it were alone.
-   The dense labels stay in the loss at half weight. In the first phases, two attention heads of one layer are told
-   where to look; the last phase does without. The learning rate is constant, then falls to zero.
+   The dense labels stay in the loss at half weight. In the first phases, two attention heads of a layer or two are
+   told where to look; the last phase does without. The learning rate is constant, then falls to zero.
 3. `export`: writes the bundle, and a record of the training in `training.json`. `evaluate_tiny_pair.py` measures it.
 
 Greedy decoding gives exactly the right answer if and only if, with the answer itself as input, the most likely token
@@ -70,15 +70,24 @@ class Trainer:
         self.seed = seed
         self.checkpoint = work_dir / f"{stage}.pt"
         self.log_file = work_dir / f"{stage}.jsonl"
-        matrices, others = [], []
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in modules.named_parameters():
             is_matrix = parameter.ndim == 2 and "embed" not in name and "heads" not in name
-            (matrices if is_matrix else others).append(parameter)
+            groups[is_matrix, "vision_tower" in name].append(parameter)
+
+        def with_rates(is_matrix: bool, lr: float) -> list[dict[str, object]]:
+            rates = {False: lr, True: lr * schedule.tower_rate}
+            return [
+                {"params": groups[is_matrix, of_tower], "lr": rate}
+                for of_tower, rate in rates.items()
+                if groups[is_matrix, of_tower]
+            ]
+
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=self.schedule.matrix_lr, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=self.schedule.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(with_rates(True, schedule.matrix_lr), weight_decay=0.0),
+            torch.optim.AdamW(with_rates(False, schedule.other_lr), betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self.base_lrs = [self.schedule.matrix_lr, self.schedule.other_lr]
+        self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.state = {"step": 0, "seconds": 0.0, "pictures": {}, "questions": 0}
         if self.checkpoint.exists():
             saved = torch.load(self.checkpoint, weights_only=True)
@@ -115,8 +124,9 @@ class Trainer:
         recent: dict[str, list[float]] = defaultdict(list)
         while self.state["step"] < self.schedule.steps:
             started, step = time.perf_counter(), self.state["step"]
-            for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
-                optimizer.param_groups[0]["lr"] = lr * self.schedule.factor(step)
+            for optimizer, rates in zip(self.optimizers, self.base_lrs, strict=True):
+                for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = lr * self.schedule.factor(step)
                 optimizer.zero_grad(set_to_none=True)
             source = self.schedule.source(step, self.seed)
             seen = self.state["pictures"].get(source, 0)
@@ -205,7 +215,8 @@ def train_model(
         asked = schedule.questions[source]
         examples = [course.example(source, seed, first + i, asked, phase.negation, phase.kinds) for i in range(count)]
         batch = packer.pack(examples)
-        hints = AttentionHints(*batch.hints, schedule.hinted_layer) if phase.hints else None
+        layers = {schedule.hinted_layer + offset: hints for offset, hints in batch.hints.items()}
+        hints = AttentionHints(layers) if phase.hints else None
         logits, features = answer_logits(model, batch, hints)
         answers = F.cross_entropy(logits, batch.targets)
         dense, measured = heads(features, batch.labels)

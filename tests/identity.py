@@ -94,6 +94,11 @@ def draw(number: int) -> Case:
     )
     case.guided = _guided(chance, promise)
     case.stock = _stock(chance, promise, case)
+    needs_answer = "early_exit_threshold" in case.guided or "guidance_max_new_tokens" in case.guided
+    if promise == "batch" and not needs_answer and chance.random() < 0.3:
+        queries = case.guided.pop("guidance_queries")
+        case.guided |= {"guidance": "prompt", "guidance_queries": "last" if queries == "last" else "prompt"}
+        case.guided["verify_draft"] = case.guided["verify_draft"] and None
     return case
 
 

@@ -74,6 +74,7 @@ def test_a_probability_may_be_asked_for(pair: SGLForConditionalGeneration, input
     threshold = probabilities[agreeing].sort().values[1].item() - 1e-5  # all but the least probable
     output = pair.generate(**inputs, **settings, confirmation_threshold=threshold)
     assert torch.equal(output.draft_confirmed, agreeing & (probabilities >= threshold))
+    torch.testing.assert_close(output.confirmation_score, probabilities.masked_fill(~agreeing, 0.0))
     assert output.draft_confirmed.sum() == agreeing.sum() - 1
 
 
@@ -97,6 +98,7 @@ def test_early_exits_come_first(pair: SGLForConditionalGeneration, inputs: dict[
     exits = (scores >= threshold) & known.draft_complete
     assert torch.equal(output.exited_early, exits)
     assert torch.equal(output.draft_confirmed, known.draft_confirmed & ~exits)
+    assert not output.confirmation_score[exits].any()
     late = (~exits).nonzero()[:, 0].tolist()
     both = written(output.sequences, inputs), written(known.sequences, inputs)
     assert [both[0][row] for row in late] == [both[1][row] for row in late]

@@ -1,17 +1,30 @@
 """The tables that compare methods on the embedded pair."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import evaluate_methods
 import pytest
-from evaluate_methods import comparisons_table, guides_table, methods_table, score_cell
 from joined_evaluations import Records, joined, relative_operations, report, versus_large
-from method_verdicts import verdict, verdicts_table
+from method_tables import (
+    NAMES,
+    comparisons_table,
+    guides_table,
+    losses_table,
+    methods_table,
+    metrics_table,
+    presets_comparisons_table,
+    score_cell,
+)
+from method_verdicts import claims_table, every_verdict, summary_table, verdict, verdicts_table
 from PIL import Image
 
 from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import METHODS
+from transformers_sgl.evaluation.metrics import METRICS
 from transformers_sgl.evaluation.run import Result
 
 SCALED = {"vision": 6.0, "decoder": 4.0, "small": 1.0, "text": 0.1}
@@ -43,6 +56,7 @@ def evaluation() -> dict[str, Any]:
             "rows": rows,
             "num_samples": 1000,
             "num_images": 100,
+            "metric": "exact_match",
             "batch_size": 8,
             "thresholds": {"sgl": [0.5, 0.6, 0.7]},
             "comparisons": [
@@ -63,7 +77,7 @@ def evaluation() -> dict[str, Any]:
 
 def test_every_row_has_a_name_and_is_a_method_of_the_package() -> None:
     shown = {*evaluate_methods.METHODS, *evaluate_methods.GUIDES}
-    assert shown == set(evaluate_methods.NAMES)
+    assert shown == set(NAMES)
     assert shown <= set(METHODS)  # a method that is new has no figures yet
 
 
@@ -75,6 +89,9 @@ def test_a_method_that_does_not_prune_has_one_score_and_the_others_one_for_each_
     assert table["rows"][1][1:] == ["80.0 [79.0, 81.0]"] * 3 + costs
     assert "`sgl` from 0.500, 0.600, 0.700 on, and calls the large model for 25 %, 25 %, 25 %" in table["caption"]
     assert "(vision encoder 84, decoder 72, small model 11 TFLOP)" in table["caption"]
+    without = evaluation()
+    without["summary"]["thresholds"] = {}
+    assert "Early exit" not in methods_table(without)["caption"]
     assert table["columns"][-1] == "26B/2B"
 
 
@@ -104,7 +121,8 @@ def test_guides_are_compared_side_by_side() -> None:
     names = evaluate_methods.GUIDES[1:]
     rows = [row(name, target, 0.8) for name in names for target in (0.64, 0.35, 0.09)]
     compared = [difference("sgp", "oracle", 0.09, -0.1, 0.04), difference("sgp", "sgp-last", 0.09, 0.1, 0.5)]
-    table = guides_table({"scenes": {"rows": rows, "comparisons": compared}})
+    table = guides_table({"scenes": {"rows": rows, "comparisons": compared, "num_samples": 9, "metric": "anls"}})
+    assert "Percent (scenes: ANLS) on 9 questions" in table["caption"]
     assert table["rows"][0][0] == "all layers, prompt and generated tokens"
     assert len(table["rows"]) == len(names)
     assert "0.04 (oracle" in table["caption"]
@@ -190,7 +208,7 @@ def test_the_preset_is_compared_at_equal_cost_alone() -> None:
     found["scaled"]["at_equal_operations"].append(
         {**difference("confirmed", "random", 0.64, 0.2, 0.01), "target_retention": None}
     )
-    assert evaluate_methods.presets_comparisons_table({"scenes": found})["rows"] == [
+    assert presets_comparisons_table({"scenes": found})["rows"] == [
         ["scenes", "random", "-", "-", "**+20.0 [+19.0, +21.0]**", "-", "-", "-"]
     ]
     assert methods_table(found)["rows"][-1] == [
@@ -211,7 +229,7 @@ def test_the_preset_is_compared_at_equal_cost_alone() -> None:
     }
     loss |= {"method": "confirmed", "target_retention": None}
     found["versus_large"] = [{"num_samples": 1200, "rows": [loss]}]
-    assert evaluate_methods.losses_table({"scenes": found})["rows"] == [
+    assert losses_table({"scenes": found})["rows"] == [
         ["scenes", "**confirmed** (`confirmed`)", "", "1,200", "91.0", "-1.0 [-2.0, +0.0]", "0.70", "0.45"]
     ]
 
@@ -229,7 +247,130 @@ def test_verdicts_say_who_is_ahead() -> None:
     table = verdicts_table({"scenes": evaluation()}, "26B/2B")
     rows = {(row[1], row[2]): row[3:] for row in table["rows"]}
     assert len(rows) == 6
-    small = "level with the small model"
-    assert rows["64%", "`sgp`"] == [f"{small}; behind random", f"ahead of random; {small}"]
-    assert rows["64%", "`sgl`"] == ["level with random", "the others cost more"]
+    small, costs_more = "level with the small model", "the others cost more"
+    assert rows["64%", "`sgp`"] == [
+        "ahead of all",
+        f"{small}; {costs_more}",
+        f"{small}; behind random",
+        f"ahead of random; {small}",
+    ]
+    assert rows["64%", "`sgl`"] == ["level with random", costs_more, "level with random", costs_more]
     assert verdict({"a": {"mean": 0.1, "p_value": 0.001}}) == "ahead of all"
+
+
+def few_tokens(*means: float) -> dict[str, Any]:
+    """Guided pruning beside two others: how far it is ahead of DivPrune and CDPruner at 20, 9 and 5 %."""
+    targets = (0.2, 0.09, 0.05)
+    names = [(other, target) for other in ("divprune", "cdpruner") for target in targets]
+    compared = [
+        difference("sgp", other, target, mean, 0.01 if mean else 0.5)
+        for (other, target), mean in zip(names, means, strict=True)
+    ]
+    rows = [row(name, target, 0.8) for name in ("sgp", "divprune", "cdpruner") for target in targets]
+    return {
+        "summary": {"rows": rows, "comparisons": compared, "at_equal_operations": compared[:1]},
+        "speed": {"at_equal_time": []},
+        "scaled": {"at_equal_operations": compared[1:2]},
+        "versus_small": [],
+    }
+
+
+FEW = {
+    "scenes": few_tokens(-0.1, 0.1, 0.2, 0.0, 0.1, 0.2),
+    "reading": few_tokens(-0.2, 0.0, 0.3, 0.1, 0.1, 0.1),
+    "easy-VQA": few_tokens(0.0, 0.1, 0.0, 0.0, -0.1, 0.0),
+}
+
+
+def test_a_verdict_has_the_difference_and_its_interval_at_equal_retention_and_costs() -> None:
+    found = every_verdict(FEW)
+    assert len(found) == 3 * 3 * 2
+    first = found[0]
+    assert [first[name] for name in ("data", "method", "target_retention", "other")] == [
+        "scenes",
+        "sgp",
+        0.2,
+        "divprune",
+    ]
+    assert (first["equal_retention"]["mean"], first["equal_retention"]["low"]) == (-0.1, pytest.approx(-0.11))
+    assert first["equal_operations"]["mean"] == -0.1
+    assert (first["equal_time"], first["equal_scaled"]) == (None, None)
+
+
+def test_the_summary_counts_and_names_where_it_is_behind() -> None:
+    rows = {row[1]: row[2:] for row in summary_table(FEW, "26B/2B")["rows"]}
+    assert rows["DivPrune"] == [
+        "ahead 4; level 3; behind 2 (scenes 20%, reading 20%)",
+        "level 1; behind 2 (scenes 20%, reading 20%)",
+        "-",
+        "ahead 2; level 1",
+    ]
+    assert rows["CDPruner"][0] == "ahead 5; level 3; behind 1 (easy-VQA 9%)"
+
+
+def test_what_is_claimed_of_few_tokens_is_listed() -> None:
+    table = claims_table(FEW)
+    assert table["columns"] == [
+        "method",
+        "behind",
+        "ahead of DivPrune at 9%",
+        "ahead of DivPrune at 5%",
+        "ahead of CDPruner at 9%",
+        "ahead of CDPruner at 5%",
+    ]
+    assert table["rows"] == [
+        [
+            "`sgp`",
+            "DivPrune (scenes 20%, reading 20%); CDPruner (easy-VQA 9%)",
+            "scenes, easy-VQA of 3",
+            "scenes, reading of 3",
+            "scenes, reading of 3",
+            "scenes, reading of 3",
+        ]
+    ]
+    assert claims_table({"scenes": few_tokens(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)})["rows"] == [
+        ["`sgp`", "nobody", *["none of 1"] * 4]
+    ]
+
+
+def test_the_same_answers_are_scored_by_every_metric() -> None:
+    first = records(1.0, {LARGE: [1, 1, 1, 1], SMALL: [0, 0, 0, 0], SGP: [1, 0, 1, 0]})
+    answers = {0: "x", 1: "wrong", 2: "x", 3: "xx"}
+    of_sgp = {place: replace(result, answer=answers[place]) for place, result in first.results[SGP].items()}
+    first.results[SGP].update(of_sgp)
+    found = report(first, SAMPLES, ["large", "small", "sgp"], SCALED, ["exact_match", "anls"])
+    by_metric = {name: [each["score"] for each in rows] for name, rows in found["metrics"].items()}
+    assert by_metric == {"exact_match": [1, 1, 0.5], "anls": [1, 1, pytest.approx((1 + 0 + 1 + 0.5) / 4)]}
+    table = metrics_table(found, "pages")
+    assert table["rows"][-2:] == [
+        ["**guided** (`sgp`)", "exact match", "50.0"],
+        ["**guided** (`sgp`)", "anls", "62.5"],
+    ]
+
+
+def test_groups_make_up_the_table_and_share_the_large_model() -> None:
+    groups = evaluate_methods.GROUPS
+    assert {name for group in groups.values() for name in group} == set(evaluate_methods.METHODS)
+    assert all(group[0] == "large" for group in groups.values())
+    others = [name for group in groups.values() for name in group if name != "large"]
+    assert len(others) == len(set(others))
+    assert evaluate_methods.RETENTIONS == (0.64, 0.35, 0.20, 0.09, 0.05)
+    assert {each.pair for each in evaluate_methods.DATA.values()} == {"sgl-tiny", "sgl-tiny-reading"}
+    assert {metric for each in evaluate_methods.DATA.values() for metric in each.metrics} <= set(METRICS)
+
+
+def test_a_data_set_is_evaluated_and_told_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_methods, "GROUPS", {"baselines": ["large", "small", "sgp", "random"]})
+    monkeypatch.setattr(evaluate_methods, "METHODS", ["large", "small", "sgp", "random"])
+    monkeypatch.setattr(evaluate_methods, "RETENTIONS", (0.05,))
+    monkeypatch.setattr(evaluate_methods, "operations_of_parts", lambda: {**SCALED})
+    command = f"x --work {tmp_path / 'work'} --output {tmp_path} --figures {tmp_path} --limit 2 --batch-size 2"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--data", "scenes", "--only", "baselines"])
+    evaluate_methods.main()
+    written = json.loads((tmp_path / "sgl_tiny_methods.json").read_text())
+    assert list(written["evaluations"]) == ["scenes"]
+    assert written["tables"]["methods-scenes"]["columns"][:2] == ["method", "5%"]
+    assert [row[0] for row in written["tables"]["methods-claims"]["rows"]] == ["`sgp`"]
+    assert {each["other"] for each in written["verdicts"]} == {"random"}
+    assert (tmp_path / "methods-scenes.png").exists()
+    assert not (tmp_path / "methods-reading.png").exists()

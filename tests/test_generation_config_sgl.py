@@ -27,6 +27,7 @@ SGL_FIELDS = (
     "vision_prune_layer",
     "min_tokens_per_image",
     "selection",
+    "guidance",
     "guidance_queries",
     "guidance_layers",
     "guidance_max_new_tokens",
@@ -36,6 +37,8 @@ SGL_FIELDS = (
     "score_draft",
     "verify_draft",
     "confirmation_threshold",
+    "unsure_threshold",
+    "unsure_retention_ratio",
 )
 
 
@@ -295,6 +298,8 @@ BAD_VALUES = [
     *(("guidance_max_new_tokens", value, COUNT) for value in (0, -1, 1.5, True, "8")),
     *(("min_tokens_per_image", value, "pass a whole number of 1 or more, or 0") for value in (-1, 0.5, True, "1")),
     *(("early_exit_threshold", value, THRESHOLD) for value in (-0.1, True, "0.5", math.nan, [0.5])),
+    *(("unsure_threshold", value, THRESHOLD) for value in (-0.1, True, "0.5", math.nan, [0.5])),
+    *(("unsure_retention_ratio", value, "above 0 and up to 1") for value in (0, -0.5, 1.5, True, "1", math.nan)),
     *(("consistency_retention_ratio", value, RATIO) for value in (0, 1.5, True, "0.05")),
     *(("consistency_reduction", value, REDUCTION) for value in ("mean", "", 1)),
     *(("score_draft", value, SWITCH) for value in (0, 1, "yes")),

@@ -24,6 +24,7 @@ SETTINGS = [
     {"retention_ratio": 0.3, "prune_layer": 2},
     {"retention_ratio": 0.2, "prune_layer": 1, "vision_retention_ratio": 0.7},
     {"retention_ratio": 0.2, "prune_layer": 0, "vision_retention_ratio": 0.5, "vision_prune_layer": 1},
+    {"retention_ratio": 0.3, "prune_layer": 1, "guidance": "prompt"},
     {"retention_ratio": 0.3, "prune_layer": 0, "confirmation_threshold": 0.5},
 ]
 
@@ -124,6 +125,19 @@ def test_early_exits_leave_the_others_their_own_features() -> None:
     exited = some.exited_early
     assert exited.sum() == 1
     assert torch.equal(some.keep_mask[~exited], whole.keep_mask[~exited])
+
+
+def test_more_is_selected_where_the_guide_is_unsure() -> None:
+    pair, inputs = tiny_pair(), prompts()
+    settings = {"retention_ratio": 0.3, "prune_layer": 0, "selection": "facility_location"}
+    usual = pair.generate(**inputs, **GREEDY, **settings)
+    more = pair.generate(**inputs, **GREEDY, **{**settings, "retention_ratio": 0.6})
+    threshold = float(usual.decision_score.sort().values[1])
+    unsure = usual.decision_score < threshold
+    mixed = pair.generate(
+        **inputs, **GREEDY, **settings, unsure_threshold=threshold, unsure_retention_ratio=0.6
+    ).keep_mask
+    assert torch.equal(mixed, torch.where(unsure[:, None], more.keep_mask, usual.keep_mask))
 
 
 def test_nothing_is_selected_where_every_token_stays() -> None:

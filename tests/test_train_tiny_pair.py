@@ -139,7 +139,7 @@ def test_tiles_are_quarters_of_pages_and_cards() -> None:
         tile = tiny_pair_pages.tile_example(3, index)
         assert tile.image.size == (64, 64)
         assert all(len(labels) == 64 for labels in tile.labels.values())
-    page = tiny_pair_pages.example("page", 3, 1, 0)
+    page = tiny_pair_pages.example("page", 3, 1, 0, kinds=tiny_pair_pages.PAGE_MIX)
     tile = tiny_pair_pages.tile_example(3, 5)  # number 1, quarter 1, shown as the third
     assert np.array_equal(tile.labels["first"], page.labels["first"][128:192])
     assert np.array_equal(np.asarray(tile.image), np.asarray(page.image)[64:, :64])

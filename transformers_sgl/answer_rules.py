@@ -89,6 +89,8 @@ class AnswerRules:
     @property
     def scores_draft(self) -> bool:
         """Whether the small model's answer is scored."""
+        if self.settings.guidance == "prompt":
+            return False
         wanted = self.settings.score_draft
         return self.may_exit or bool(self.settings.return_dict_in_generate if wanted is None else wanted)
 
@@ -118,7 +120,8 @@ class AnswerRules:
         )
 
     def check_guidable(self, inputs: Mapping[str, Any]) -> None:
-        """Raises `ValueError` without `input_ids`, with a cache that already holds tokens, or for token healing."""
+        """Raises `ValueError` if the small model cannot guide as it should, with cause and cure."""
+        self._check_needs_no_draft()
         cache = cache_of(inputs)
         if is_set("token_healing", self.settings.token_healing):
             raise ValueError(
@@ -136,6 +139,28 @@ class AnswerRules:
             raise ValueError(
                 f"The small model's guidance starts with the prompt, but the cache already holds "
                 f"{cache.get_seq_length()} tokens: pass the whole conversation without a cache."
+            )
+
+    def _check_needs_no_draft(self) -> None:
+        """Raises `ValueError` if the small model writes no answer, but a setting needs one."""
+        settings = self.settings
+        if settings.guidance != "prompt":
+            return
+        needs = {
+            "early_exit_threshold": self.may_exit,
+            "confirmation_threshold": settings.confirmation_threshold is not None,
+            "unsure_threshold": settings.unsure_threshold is not None,
+            "guidance_queries": settings.guidance_queries in ("generated", "both"),
+            "guidance_max_new_tokens": settings.guidance_max_new_tokens is not None,
+            "score_draft": settings.score_draft is True,
+            "verify_draft": settings.verify_draft is True,
+        }
+        names = [name for name, is_set in needs.items() if is_set]
+        if names:
+            raise ValueError(
+                f'With `guidance="prompt"` the small model writes no answer, without which {_listed(names)} cannot be '
+                "obeyed: leave it out (a threshold of the pair's own by passing None), or set "
+                '`guidance="answer"`.'
             )
 
     def check_exits(self, inputs: Mapping[str, Any]) -> None:
@@ -159,6 +184,11 @@ class AnswerRules:
     def check_confirmations(self, inputs: Mapping[str, Any], earlier: Any) -> None:
         """Raises `ValueError` if the large model cannot confirm a draft, with cause and cure."""
         cure = "or leave out `confirmation_threshold`."
+        if self.settings.unsure_threshold is not None:
+            raise ValueError(
+                "`confirmation_threshold` and `unsure_threshold` both say of which samples the large model reads "
+                "more: pass None for one of them."
+            )
         self._check_one_answer("A confirmed draft is", cure)
         if inputs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -216,6 +246,9 @@ class AnswerRules:
         if stop strings are wanted, but there is no tokenizer to find them with, or what cannot be copied.
         """
         settings, shared = self.settings, bool(self.vocabularies.shared)
+        if settings.guidance == "prompt":  # rules of answers do not matter
+            ruled = ("max_length", "min_length", "min_new_tokens", "stop_strings")
+            return {**carried_settings(CompleteSettings(), False), **dict.fromkeys(ruled), "max_new_tokens": 1}
         draft = carried_settings(settings, shared)
         limit = settings.guidance_max_new_tokens or self.max_new_tokens
         draft |= {"max_new_tokens": limit, "min_new_tokens": min(self.min_new_tokens, limit)}
@@ -249,6 +282,8 @@ class AnswerRules:
         draft ends with an end of sequence.
         """
         eos = self.eos_token_ids
+        if not draft.shape[1]:
+            return draft, mask
         if self.vocabularies.shared is False:
             rows = self.vocabularies.to_large(draft, mask, ended_with_eos, eos[0] if eos else None)
             ids, mask = (tensor.to(draft.device) for tensor in pad_rows(rows, self.pad_token_id))

@@ -19,7 +19,7 @@ _SMALL_PREFIX = "small_"
 _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
 # Our own settings that a call can unset.
-_MAY_BE_NONE = ("vision_prune_layer", "confirmation_threshold")
+_MAY_BE_NONE = ("vision_prune_layer", "confirmation_threshold", "unsure_threshold")
 # Plain inputs that the large model alone understands: what one of its parts has computed.
 _LARGE_ONLY = (*CACHE_NAMES, "inputs_embeds", "mm_encoder_outputs")
 
@@ -35,7 +35,8 @@ def read_arguments(
     Single settings among `kwargs` win over those of a `preset`, and these over `generation_config`; what is `None` in
     it comes from the `model`'s own settings. As in stock `generate`, a setting that is `None` among `kwargs` is unset;
     one of this package's own is as if it were not passed, but `early_exit_threshold=None` means never to exit,
-    `vision_prune_layer=None` to leave out whole tiles, and `confirmation_threshold=None` to let pruned answers stand.
+    `vision_prune_layer=None` to leave out whole tiles, `confirmation_threshold=None` to let pruned answers stand, and
+    `unsure_threshold=None` to keep as much of every sample.
     """
     if kwargs.get("early_exit_threshold", 0) is None:
         kwargs = {**kwargs, "early_exit_threshold": NEVER_EXIT}

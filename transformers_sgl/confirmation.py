@@ -36,10 +36,11 @@ def confirm(
     settings: GenerationConfig,
     batch: WholeBatch | None = None,
     **generate_kwargs: Any,
-) -> tuple[Tensor, int]:
-    """Which drafts the pruned large model would have written, `(batch,)`, and how often it ran.
+) -> tuple[Tensor, Tensor, int]:
+    """Which drafts the pruned large model confirms, `(batch,)`, how probable they are to it, and how often it ran.
 
-    They also have to have a probability of at least `threshold`, the product over their tokens before any processor.
+    It would have written them, and they have a probability of at least `threshold`, the product over their tokens
+    before any processor; that of a draft that it would not have written counts as 0.
     `draft` and `draft_mask`, `(batch, draft_length)`, are the drafts in its vocabulary; `settings` and
     `generate_kwargs` go to its `generate`, `batch` is what the caller's own objects among them see.
     """
@@ -67,8 +68,9 @@ def confirm(
     logits = torch.stack(output.logits, dim=1)[:, :width].float()  # (batch, answer_length, vocab_size)
     log_probs = logits.log_softmax(dim=-1).gather(-1, draft[:, :width, None].to(logits.device))[..., 0]
     probability = log_probs.masked_fill(~draft_mask[:, :width].to(logits.device), 0.0).sum(dim=1).exp()
-    is_probable = (probability >= (threshold or 0.0)).to(draft.device)
-    return (agrees | ~draft_mask).all(dim=1) & is_probable, verifier.num_forward_passes
+    writes = (agrees | ~draft_mask).all(dim=1)
+    scores = probability.to(draft.device).masked_fill(~writes, 0.0)
+    return writes & (scores >= (threshold or 0.0)), scores, verifier.num_forward_passes
 
 
 class _LeavesDraft(StoppingCriteria):

@@ -49,9 +49,11 @@ _FRACTIONS = {
     "consistency_retention_ratio": "visual tokens that are kept",
     "vision_retention_ratio": "visual tokens that the vision tower encodes",
     "guidance_layers": "the small model's layers that rank the visual tokens",
+    "unsure_retention_ratio": "visual tokens that are kept where the small model is unsure",
 }
 _CHOICES = {
     "selection": ("top_k", "dpp", "facility_location"),
+    "guidance": ("answer", "prompt"),
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }
@@ -64,6 +66,7 @@ def preset_settings(preset: str) -> dict[str, Any]:
     if preset not in _NAMED:
         raise ValueError(f"There is no preset {preset!r}: choose one of {', '.join(map(repr, _NAMED))}.")
     unset = {"vision_retention_ratio": 1.0, "vision_prune_layer": None, "confirmation_threshold": None}
+    unset["unsure_threshold"] = None
     return {**unset, **_NAMED[preset]}
 
 
@@ -137,11 +140,15 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image or video frame are kept
             whatever their rank, so that none vanishes; with 0 some may.
         selection (`str`, *optional*, defaults to `"top_k"`): Which tokens the large model's decoder keeps: `"top_k"`,
-            the most important ones, or `"dpp"`, those that are important and unlike each other
+            the most important ones; `"facility_location"`, those that stand for what is important
+            ([`FacilityLocationProcessor`]); or `"dpp"`, those that are important and unlike each other
             ([`ConditionalDPPProcessor`]). The vision tower has its own rule.
-        guidance_queries (`str`, *optional*, defaults to `"both"`): Whose attention ranks the visual tokens: `"prompt"`
-            (the prompt after the last visual token), its `"last"` token alone, `"generated"` (the small model's own
-            answer) or `"both"`, prompt and answer (paper, section 3.2).
+        guidance (`str`, *optional*, defaults to `"answer"`): What the small model does: it writes an `"answer"`, or it
+            reads the `"prompt"` and stops. Then there is no draft to exit with, to score, to verify or to confirm,
+            and the prompt alone ranks the visual tokens.
+        guidance_queries (`str`, *optional*): Whose attention ranks the visual tokens: `"prompt"` (the prompt after the
+            last visual token), its `"last"` token alone, `"generated"` (the small model's own answer) or `"both"`,
+            prompt and answer (paper, section 3.2). By default `"both"`, or `"prompt"` where there is no answer.
         guidance_layers (`float`, *optional*, defaults to 1.0): The fraction, in `(0, 1]`, of the small model's layers
             whose attention counts, from the first one on.
         guidance_max_new_tokens (`int`, *optional*): The most tokens the small model may write; by default as many as
@@ -165,6 +172,11 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             the small model's answer: where it would have written the same, with at least this probability, that is
             the answer; where not, it reads the prompt again with every visual token. By default its own pruned answer
             stands.
+        unsure_threshold (`float`, *optional*): The decision score, 0 or more, below which the small model counts as
+            unsure: of such a sample at least `unsure_retention_ratio` is kept, because the small model may have looked
+            at the wrong place. By default every sample keeps the same fraction.
+        unsure_retention_ratio (`float`, *optional*, defaults to 1.0): The least fraction of visual tokens, in
+            `(0, 1]`, that is encoded and kept of such samples; with 1 the large model reads them whole.
         **kwargs: Every field of `GenerationConfig`.
 
     Raises:
@@ -229,7 +241,8 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "vision_prune_layer": None,
             "min_tokens_per_image": 1,
             "selection": "top_k",
-            "guidance_queries": "both",
+            "guidance": "answer",
+            "guidance_queries": None,
             "guidance_layers": 1.0,
             "guidance_max_new_tokens": None,
             "early_exit_threshold": None,
@@ -238,6 +251,8 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "score_draft": None,
             "verify_draft": None,
             "confirmation_threshold": None,
+            "unsure_threshold": None,
+            "unsure_retention_ratio": 1.0,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -273,7 +288,10 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         return settings
 
     def average_retention(self, num_layers: int) -> float:
-        """The average retention under these settings; see the function [`average_retention`]."""
+        """The average retention under these settings; see the function [`average_retention`].
+
+        With an `unsure_threshold` it is that of the samples that the small model is sure of.
+        """
         defaults = self.extra_defaults()
         ratio, layer, vision_ratio = (
             defaults[field] if getattr(self, field) is None else getattr(self, field)
@@ -298,12 +316,16 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"`{name}` is {value!r}: choose one of {', '.join(map(repr, choices))}.")
-        threshold = self.early_exit_threshold
-        if threshold is not None and not (_is_number(threshold) and threshold >= 0):
-            raise ValueError(
-                f"`early_exit_threshold` is {threshold!r}, but it is compared with scores between 0 and 1: pass a "
-                "number of 0 or more, or None never to exit early."
-            )
+        for name, cure in (
+            ("early_exit_threshold", "never to exit early"),
+            ("unsure_threshold", "to keep as much of every sample"),
+        ):
+            threshold = getattr(self, name)
+            if threshold is not None and not (_is_number(threshold) and threshold >= 0):
+                raise ValueError(
+                    f"`{name}` is {threshold!r}, but it is compared with scores between 0 and 1: pass a number of 0 "
+                    f"or more, or None {cure}."
+                )
         confirmation = self.confirmation_threshold
         if confirmation is not None and not (_is_number(confirmation) and 0 <= confirmation <= 1):
             raise ValueError(

@@ -55,11 +55,14 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         draft_confirmed (`Tensor` of shape `(batch,)`, *optional*): With a `confirmation_threshold`, `True` where the
             pruned large model would have written the small model's answer, which then is the answer; where not, it
             has read everything afterwards.
+        confirmation_score (`Tensor` of shape `(batch,)`, *optional*): With a `confirmation_threshold`, which it is
+            compared to: how probable the pruned large model finds the small model's answer, and 0 where it would have
+            written another.
         num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
             model confirmed.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
-        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` and `large_ms` (0 where that model did not
-            run) and `total_ms`.
+        timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` (the small model's answer and its scores,
+            or with `guidance="prompt"` its one pass), `large_ms` (0 where that model did not run) and `total_ms`.
         scores, logits (tuples of `Tensor` of shape `(batch, vocab_size)`, *optional*): As the large model's `generate`
             returns them, one for each token of the answers; NaN where an answer exited early, because then the
             large model has none.
@@ -84,6 +87,7 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     consistency: Tensor | None = None
     decision_score: Tensor | None = None
     draft_confirmed: Tensor | None = None
+    confirmation_score: Tensor | None = None
     num_draft_tokens_accepted: Tensor | None = None
     num_large_forward_passes: int | None = None
     timings: dict[str, float] | None = None

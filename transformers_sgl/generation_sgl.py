@@ -32,11 +32,10 @@ from transformers_sgl.hooks.conversation import ConversationCache, ConversationT
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.pruning import Pruning
 from transformers_sgl.prompt import Prompt
+from transformers_sgl.token_choice import choosing_processors, unsure_samples
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
-from transformers_sgl.tokens.selection import decoder_processors
-from transformers_sgl.tokens.tile_retention import vision_processors
 from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
 from transformers_sgl.versions import names_versions
@@ -77,12 +76,7 @@ def generate(
 
     # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
     prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
-    processors = decoder_processors(
-        settings.retention_ratio, settings.min_tokens_per_image, importance_processor, settings.selection
-    )
-    of_tower = vision_processors(
-        settings.vision_retention_ratio, settings.vision_prune_layer is not None, vision_processor
-    )
+    of_tower, processors = choosing_processors(settings, importance_processor, vision_processor)
     if earlier is not None:  # the images were encoded in its first turn
         of_tower = ImportanceProcessorList()
     prunes = bool(processors or of_tower)
@@ -141,8 +135,8 @@ def generate(
             small_prompt.visual_tokens,
             settings,
             ranks=prunes,
-            scores=rules.scores_draft,
             features=processors.needs_features or of_tower.needs_features,
+            scores=rules.scores_draft or (prunes and settings.unsure_threshold is not None),
             **draft_settings,
         ).to(prompts.device)
     if guidance.importance is not None and transfer is not None:
@@ -160,20 +154,27 @@ def generate(
         exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
         exits = exits & (num_visual_tokens > 0).to(exits.device)  # as in step 1: text alone is the large model's
 
-    # 5. The ranking becomes a choice of tokens. Where the large model has to confirm drafts only, it reads the others
-    # with these tokens; what it would have written itself is the answer, too.
+    # 5. The ranking becomes a choice of tokens, of more where the small model is unsure. Where the large model has to
+    # confirm drafts only, it reads the others with these tokens; what it would have written itself is the answer, too.
+    unsure = unsure_samples(guidance.decision_score, settings)
+
     def pruning_of(some: Prompt, chosen: Tensor) -> Pruning | None:
         if guidance.importance is None or some.visual_tokens.num_visual_tokens == 0:
             return None
         of_chosen = (slice(None), slice(some.visual_tokens.num_visual_tokens))
         importance = guidance.importance[chosen][of_chosen]
         features = None if guidance.features is None else guidance.features[chosen][of_chosen]
-        return Pruning(large, some, importance, of_tower, processors, prune_layer, vision_layer, features)
+        steps = of_tower, processors
+        if unsure is not None:
+            steps = choosing_processors(settings, importance_processor, vision_processor, unsure[chosen])
+        steps = steps[0] if of_tower else of_tower, steps[1]
+        return Pruning(large, some, importance, *steps, prune_layer, vision_layer, features)
 
-    settled, confirmed, num_checks = exits, None, 0
+    settled, confirmed, scores, num_checks = exits, None, None, 0
     pruned: dict[str, Any] = {}
     if confirms:
         confirmed, checked = torch.zeros_like(exits), complete & ~exits
+        scores = torch.zeros(len(exits), device=exits.device)
         if checked.any():
             some = prompt if checked.all() else prompt.select(checked)
             pruning = pruning_of(some, checked)
@@ -182,7 +183,7 @@ def generate(
                 if some.inputs["input_ids"] is prompts
                 else WholeBatch(prompts, checked, draft, rules.pad_token_id)
             )
-            confirmed[checked], num_checks = confirm(
+            confirmed[checked], scores[checked], num_checks = confirm(
                 large,
                 some,
                 pruning,
@@ -215,7 +216,7 @@ def generate(
         if settled.any():
             prompt = prompt.select(rest)
             generate_kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
-        verifies = settings.verify_draft is not False and vocabularies.shared is not None
+        verifies = settings.verify_draft is not False and vocabularies.shared is not None and guidance.has_draft
         verifier = DraftVerifier(
             large,
             draft[rest] if verifies else None,
@@ -255,14 +256,11 @@ def generate(
         importance_transfer=None if transfer is None else transfer.kind,
         **pruned,
         num_visual_tokens=num_visual_tokens,
-        draft_sequences=guidance.draft_sequences,
-        draft_complete=complete,
+        **guidance.fields(complete),
         exited_early=exits,
-        confidence=guidance.confidence,
-        consistency=guidance.consistency,
-        decision_score=guidance.decision_score,
         num_draft_tokens_accepted=num_accepted,
         draft_confirmed=confirmed,
+        confirmation_score=scores,
         num_large_forward_passes=verifier.num_forward_passes + num_checks,
         timings=clock.timings,
     )

@@ -1,7 +1,8 @@
 """Running the small model: its answer is the draft, its attention the importance of the visual tokens.
 
 One `generate` call of the small model gives the draft, the importance and the confidence. The consistency costs one
-more pass, which reads the prompt again with most visual tokens dropped; the vision encoder does not run again.
+more pass, which reads the prompt again with most visual tokens dropped; the vision encoder does not run again. With
+`guidance="prompt"` it only reads: one pass, which gives the importance alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from transformers_sgl.tokens.importance_process import ImportanceProcessorList, 
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import cache_name, extended_inputs
 
-__all__ = ["Guidance", "guide", "guiding_layers"]
+__all__ = ["Guidance", "guide", "guiding_layers", "guiding_queries"]
 
 # Whatever the large model does: the draft is the small model's best guess, and reproducible.
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "cache_implementation": "dynamic"}
@@ -45,7 +46,7 @@ class Guidance:
 
     Attributes:
         draft_sequences (`Tensor` of shape `(batch, draft_length)`): The small model's answers in its own vocabulary,
-            without the prompts.
+            without the prompts; of length 0 where it only read.
         draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for an answer's tokens, its end of sequence
             included.
         ended (`Tensor` of shape `(batch,)`): `True` where an answer came to its end, `False` where it was cut off.
@@ -68,11 +69,22 @@ class Guidance:
     features: Tensor | None = None
 
     @property
+    def has_draft(self) -> bool:
+        """Whether the small model has written."""
+        return self.draft_sequences.shape[1] > 0
+
+    @property
     def decision_score(self) -> Tensor | None:
         """The mean of both scores, of shape `(batch,)`; `None` where they were not computed."""
         if self.confidence is None or self.consistency is None:
             return None
         return early_exit.decision_score(self.confidence, self.consistency)
+
+    def fields(self, complete: Tensor) -> dict[str, Any]:
+        """The fields of the output that tell of the drafts, given which are `complete`, `(batch,)`."""
+        names = ("confidence", "consistency", "decision_score")
+        draft = {"draft_sequences": self.draft_sequences, "draft_complete": complete} if self.has_draft else {}
+        return {**draft, **{name: getattr(self, name) for name in names}}
 
     def to(self, device: torch.device) -> Guidance:
         """The same on another device."""
@@ -104,6 +116,8 @@ def guide(
     """
     inputs, visual_tokens = _beside(small, inputs, visual_tokens)
     settings = {**settings, **_GREEDY, **inputs, "return_dict_in_generate": False}
+    if generation_config.guidance == "prompt":
+        return _guide_by_prompt(small, settings, visual_tokens, generation_config, ranks, features)
     with ExitStack() as stack:
         recorder = None
         if ranks or scores:
@@ -123,9 +137,9 @@ def guide(
     guidance = Guidance(draft_sequences, draft_mask, watch.ended, watch.ended_with_eos)
     if recorder is None:
         return guidance
-    importance = _of_queries(recorder, generation_config.guidance_queries)
+    importance = _of_queries(recorder, guiding_queries(generation_config))
     if ranks:
-        _check_ranked(visual_tokens, importance)
+        _check_ranked(visual_tokens, importance, "the small model wrote a single token", "allow a longer answer")
         guidance = replace(guidance, importance=importance, features=recorder.features)
     if draft is None:
         return guidance
@@ -139,10 +153,37 @@ def guide(
     )
 
 
+def guiding_queries(settings: SGLGenerationConfig) -> str:
+    """The name of the queries whose attention counts under these settings."""
+    return settings.guidance_queries or ("prompt" if settings.guidance == "prompt" else "both")
+
+
 def guiding_layers(small: PreTrainedModel, settings: SGLGenerationConfig) -> list[int]:
     """The indices of the decoder layers whose attention counts under these settings, in order."""
     layers = sorted(attention_modules(small))
     return layers[: max(1, round((settings.guidance_layers or 1.0) * len(layers)))]
+
+
+def _guide_by_prompt(
+    small: PreTrainedModel,
+    arguments: dict[str, Any],
+    visual_tokens: VisualTokens,
+    settings: SGLGenerationConfig,
+    ranks: bool,
+    features: bool,
+) -> Guidance:
+    """One pass of the small model, which reads the prompts; `arguments` are those of its `generate`."""
+    nothing = visual_tokens.positions.new_zeros(visual_tokens.batch_size, 0)
+    ended = nothing.new_zeros(len(nothing), dtype=torch.bool)
+    guidance = Guidance(nothing, nothing.bool(), ended, ended)
+    if not ranks:
+        return guidance
+    with _attention_recorder(small, visual_tokens, settings, features) as recorder:
+        type(small).generate(small, **{**arguments, "max_new_tokens": 1})  # chosen from the pass that reads
+    _check_ranked(
+        visual_tokens, recorder.importance, 'with `guidance="prompt"` nothing follows', 'set `guidance="answer"`'
+    )
+    return replace(guidance, importance=recorder.importance, features=recorder.features)
 
 
 def _beside(
@@ -160,16 +201,18 @@ def _attention_recorder(
 ) -> AttentionRecorder:
     """A recorder of the layers and queries that the settings name."""
     # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
-    queries: Literal["last", "both"] = "last" if settings.guidance_queries == "last" else "both"
+    queries: Literal["prompt", "last", "both"] = "prompt" if settings.guidance == "prompt" else "both"
+    if guiding_queries(settings) == "last":
+        queries = "last"
     return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings), features)
 
 
-def _check_ranked(visual_tokens: VisualTokens, importance: Tensor) -> None:
+def _check_ranked(visual_tokens: VisualTokens, importance: Tensor, cause: str, cure: str) -> None:
     """Raises if a sample has visual tokens, and none of them received any attention."""
     if (visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
         raise ValueError(
-            "Nothing ranks the visual tokens of a sample: its prompt ends with the image and the small model wrote a "
-            "single token, so put the question after the image or allow a longer answer."
+            f"Nothing ranks the visual tokens of a sample: its prompt ends with the image and {cause}, so put the "
+            f"question after the image or {cure}."
         )
 
 

@@ -16,7 +16,7 @@ from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.figure import draw_figure
 from transformers_sgl.evaluation.methods import METHODS
-from transformers_sgl.evaluation.report import as_markdown, p_value, summarise, write_report
+from transformers_sgl.evaluation.report import as_markdown, p_value, split_as_markdown, summarise, write_report
 from transformers_sgl.evaluation.run import Result, Run, plan
 from transformers_sgl.evaluation.statistics import PairedScores, at_equal_cost
 
@@ -303,6 +303,72 @@ class TestSummary:
         assert (row["average_retention"], row["large_call_rate"]) == (0, 0)
 
 
+class TestBySmallAnswer:
+    """The small model is right on the third question alone, which is the one about image b."""
+
+    def test_rows_by_hand(self) -> None:
+        parts = reported()[0]["by_small_answer"]
+        assert {name: part["num_samples"] for name, part in parts.items()} == {"right": 1, "wrong": 3}
+        rows = {
+            name: {(row["method"], row["target_retention"]): row for row in part["rows"]}
+            for name, part in parts.items()
+        }
+        others = [key for key in SCORES if key[0] != "small"]
+        assert list(rows["right"]) == list(rows["wrong"]) == others
+        assert [rows["right"][key]["score"] for key in others] == [1, 1, 1, 0, 0]
+        assert [rows["right"][key]["interval"] for key in others] == [[1, 1], [1, 1], [1, 1], [0, 0], [0, 0]]
+        assert [rows["wrong"][key]["score"] for key in others] == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3, 0])
+        # Images a (both right for sgp) and c (wrong), each drawn twice, or one of each: 1, 0 or 2 / 3.
+        assert rows["wrong"]["sgp", 0.35]["interval"] == [0, 1]
+        assert rows["wrong"]["large", None]["interval"] == [1, 1]
+        assert "vs_large" not in rows["wrong"]["large", None]
+        versus = rows["wrong"]["sgl", 0.35]["vs_large"]
+        assert versus["mean"] == pytest.approx(-2 / 3)
+        # Sums of differences by image: -1 and -1; two of four flips are as far from zero.
+        assert versus["p_value"] == pytest.approx(0.5, abs=0.02)
+        found = [(c["method"], c["other"], c["mean"]) for c in parts["wrong"]["comparisons"]]
+        assert found == [("sgp", "random", pytest.approx(1 / 3)), ("sgl", "random", 0)]
+        assert [c["mean"] for c in parts["right"]["comparisons"]] == [1, 1]
+
+    def test_the_intervals_are_those_of_these_questions_alone(self) -> None:
+        rng = np.random.default_rng(0)
+        names, scores, chosen = images(*[2] * 30), rng.random(60), rng.random(60) < 0.4
+        alone = [name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen]
+        assert PairedScores(names, 5).among(chosen).interval(scores[chosen]) == PairedScores(alone, 5).interval(
+            scores[chosen]
+        )
+
+    def test_drafts_stand_for_the_small_model_where_it_was_not_asked_alone(self) -> None:
+        def summary(drafts: list[float | None]) -> Any:
+            runs = plan({"sgp": METHODS["sgp"]}, [0.35], 10)
+            results = [
+                Result(index, *runs[0].key, "x", score, 1.0, 2, 0.35, draft_score=draft)
+                for index, (score, draft) in enumerate(zip([1, 1, 0, 0], drafts, strict=True))
+            ]
+            return summarise(results, QUESTIONS, runs, {runs[0].key: Cost(1, None)}, FACTS)[0]
+
+        parts = summary([1.0, 0.5, 0.49, 1.0])["by_small_answer"]
+        assert [(part["num_samples"], part["rows"][0]["score"]) for part in parts.values()] == [(3, 2 / 3), (1, 0)]
+        assert list(summary([1.0] * 4)["by_small_answer"]) == ["right"]
+        assert summary([1.0, 1.0, None, 1.0])["by_small_answer"] is None
+        assert split_as_markdown(summary([None] * 4)) == ""
+
+    def test_as_markdown(self) -> None:
+        lines = split_as_markdown(reported()[0]).splitlines()
+        assert lines[0] == (
+            "| method | target retention | score where it is right | difference to large | score where it is wrong | "
+            "difference to large |"
+        )
+        assert lines[2] == "| large |  | 100.0 [100.0, 100.0] |  | 100.0 [100.0, 100.0] |  |"
+        assert lines[3] == (
+            "| sgp | 35 % | 100.0 [100.0, 100.0] | +0.0 [+0.0, +0.0] | 66.7 [0.0, 100.0] | -33.3 [-100.0, +0.0] |"
+        )
+        assert lines[-1] == (
+            "The small model's answer is right on 1 and wrong on 3 questions; 95 % intervals in brackets."
+        )
+        assert len(lines) == 2 + len(SCORES) - 1 + 2
+
+
 class TestTable:
     def test_as_markdown(self) -> None:
         summary, speed, _ = reported()
@@ -375,7 +441,9 @@ class TestFigure:
 def test_what_is_written(tmp_path: Path) -> None:
     summary, speed, _ = reported()
     files = write_report(summary, speed, tmp_path)
-    assert [file.name for file in files] == ["summary.json", "speed.json", "table.md", "figure.png"]
+    names = ["summary.json", "speed.json", "table.md", "by_small_answer.md", "figure.png"]
+    assert [file.name for file in files] == names
+    assert files[3].read_text() == split_as_markdown(summary) + "\n"
     assert json.loads(files[0].read_text()) == summary
     assert json.loads(files[1].read_text()) == speed
     assert files[2].read_text() == as_markdown(summary, speed) + "\n"

@@ -357,6 +357,7 @@ class TestCommand:
     def test_what_comes_of_it(self, uninterrupted: Path) -> None:
         names = {path.name for path in uninterrupted.iterdir()}
         assert names == {
+            "by_small_answer.md",
             "calibration",
             "costs.jsonl",
             "figure.png",

@@ -88,7 +88,14 @@ class TestMaps:
         assert np.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
 
     @pytest.mark.parametrize(
-        "own", [{"guidance_layers": 0.5}, {"guidance_queries": "prompt"}, {"guidance_queries": "last"}], ids=str
+        "own",
+        [
+            {"guidance_layers": 0.5},
+            {"guidance_queries": "prompt"},
+            {"guidance_queries": "last"},
+            {"guidance": "prompt", "unsure_threshold": 0.5},
+        ],
+        ids=str,
     )
     def test_the_pairs_own_choice_of_layers_and_queries_holds(self, pair, example, own, monkeypatch):
         for name, value in own.items():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from transformers_sgl.evaluation.calibration import KeepAccuracy, Record, allowed_failures
 from transformers_sgl.evaluation.checks import check_packages, check_settings
 from transformers_sgl.evaluation.data import Sample, load_samples
-from transformers_sgl.evaluation.methods import METHODS, SGL, Method, Pair, Setting, find_method
+from transformers_sgl.evaluation.methods import METHODS, SGL, Method, Pair, Setting, Unsure, find_method
 from transformers_sgl.evaluation.metrics import Metric, exact_match
 from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import as_markdown, summarise, write_report
@@ -137,7 +139,8 @@ def evaluate(
     if any(isinstance(method, SGL) for method in chosen.values()):
         calibration = load(calibration_data or other_split(data), limit=calibration_limit)
         check_disjoint(samples, calibration)
-        check_enough(calibration, keep_accuracy)
+        if not all(isinstance(method, Unsure) for method in chosen.values() if isinstance(method, SGL)):
+            check_enough(calibration, keep_accuracy)
 
     # 2. Every method answers everything, and the answers are compared.
     with alone_in(out, device):
@@ -165,15 +168,16 @@ def _compare(
     calibrated: dict[str, SGL] = {}
     for name, method in methods.items():
         if isinstance(method, SGL):
-            thresholds = choose_thresholds(
+            choose: Any = partial(choose_thresholds, keep_accuracy=keep_accuracy, num_evaluated=len(samples))
+            if isinstance(method, Unsure):
+                choose = partial(unsure_thresholds, share=method.unsure_share)
+            thresholds = choose(
                 pair,
                 calibration,
                 method.without_exit(),
                 retentions,
                 out / "calibration" / name,
                 _facts(known, calibration, []),
-                keep_accuracy=keep_accuracy,
-                num_evaluated=len(samples),
                 score=score,
                 batch_size=batch_size,
             )
@@ -227,8 +231,8 @@ def other_split(data: str) -> str:
     """Where to calibrate for built-in data: another split of the same."""
     if data not in _OTHER_SPLITS:
         raise ValueError(
-            f"The method sgl needs questions to choose its threshold on, and nothing tells which go with {data!r}: "
-            "name other questions as `calibration_data`, or leave sgl out of `methods`."
+            "Methods with a threshold (such as sgl, unsure) choose it on other questions, and nothing tells which "
+            f"go with {data!r}: name other questions as `calibration_data`, or leave these methods out."
         )
     return _OTHER_SPLITS[data]
 
@@ -252,6 +256,30 @@ def check_enough(calibration: Sequence[Sample], keep_accuracy: float) -> None:
             f"There are {len(calibration)} calibration questions, and to promise that {promise.sentence()} takes "
             f"{needed} that the large model answers rightly: give more calibration data, or a lower `keep_accuracy`."
         )
+
+
+def unsure_thresholds(
+    pair: Pair,
+    samples: Sequence[Sample],
+    method: Method,
+    retentions: Sequence[float],
+    folder: Path,
+    facts: dict[str, Any],
+    *,
+    share: Callable[[Setting], float],
+    score: Metric = exact_match,
+    batch_size: int = 8,
+) -> dict[float | None, float]:
+    """The decision score below which the `share` of each average retention lies, on questions that are not evaluated.
+
+    `method` scores drafts and returns none.
+    """
+    runs = plan({"sgp": method}, retentions[:1], pair.num_layers)
+    options: dict[str, Any] = {"score": score, "batch_size": batch_size, "title": "calibrate"}
+    results = run_methods(pair, samples, runs, folder, facts, **options)
+    scores = [result.decision_score for result in results if result.decision_score is not None]
+    settings = [Setting.of(average, pair.num_layers) for average in retentions]
+    return {each.average_retention: float(np.quantile(scores, share(each))) for each in settings}
 
 
 def choose_thresholds(

@@ -16,6 +16,7 @@ __all__ = ["draw_figure", "new_figure", "save_figure"]
 _STYLES = {
     "sgp": ("#0072B2", "o"),
     "sgl": ("#56B4E9", "D"),
+    "sgp-first": ("#0072B2", "s"),
     "sgp-vision": ("#004B75", "p"),
     "sgl-vision": ("#E69F00", "d"),
     "confirmed": ("#004B75", "*"),
@@ -23,11 +24,15 @@ _STYLES = {
     "oracle": ("#000000", "*"),
     "divprune": ("#009E73", "s"),
     "divprune-late": ("#009E73", "x"),
+    "cdpruner": ("#882255", "h"),
+    "cdpruner-weighted": ("#882255", "x"),
+    "visionzip": ("#8C6D00", "<"),
+    "visionzip-mean": ("#8C6D00", ">"),
     "fastv": ("#D55E00", "^"),
     "random": ("#999999", "v"),
     "downsample": ("#CC79A7", "P"),
 }
-_SPARE_STYLES = [("#E69F00", marker) for marker in "<>hpX18H"]
+_SPARE_STYLES = [(colour, marker) for colour in ("#E69F00", "#56B4E9") for marker in "<>hpX18H"]
 
 
 def new_figure(width: float, height: float) -> Any:

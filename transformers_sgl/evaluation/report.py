@@ -14,16 +14,14 @@ import torch
 from transformers_sgl.evaluation.cost import Cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.figure import draw_figure
+from transformers_sgl.evaluation.methods import GUIDED
 from transformers_sgl.evaluation.run import Result, Run, RunKey
 from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.evaluation.statistics import Array, PairedScores, at_equal_cost
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["as_markdown", "compare_at_equal_cost", "p_value", "points", "summarise", "write_report"]
-
-# Guided methods, each compared with every other method, and with what it adds to.
-_OURS = {"sgp": "", "sgl": "", "sgp-vision": "sgp", "sgl-vision": "sgl"}
-_OURS |= {"confirmed": "sgp-vision", "sgl-confirmed": "sgl-vision"}
+__all__ = ["as_markdown", "compare_at_equal_cost", "p_value", "points", "split_as_markdown", "summarise"]
+__all__ += ["write_report"]
 
 
 def summarise(
@@ -48,6 +46,7 @@ def summarise(
         **{name: facts[name] for name in names},
         "rows": rows,
         "comparisons": _comparisons(scores, paired),
+        "by_small_answer": _by_small_answer(scores, _small_scores(by_run), paired),
         "at_equal_operations": compare_at_equal_cost(
             scores, paired, {key: float(cost.flops) for key, cost in costs.items()}
         ),
@@ -86,6 +85,49 @@ def _row(
     return row
 
 
+def _small_scores(by_run: dict[RunKey, list[Result]]) -> Array | None:
+    """What the small model's answers score: alone, or else as the drafts of a run; `None` if it has not answered."""
+    if ("small", None) in by_run:
+        return _array(result.score for result in by_run["small", None])
+    for found in by_run.values():
+        drafts = [result.draft_score for result in found if result.draft_score is not None]
+        if len(drafts) == len(found):
+            return _array(drafts)
+    return None
+
+
+def _by_small_answer(
+    scores: dict[RunKey, Array], small: Array | None, paired: PairedScores
+) -> dict[str, dict[str, Any]] | None:
+    """The scores on the questions that the small model answers rightly, and on the others, where there are any.
+
+    An answer counts as right from a score of 0.5 on.
+    """
+    if small is None:
+        return None
+    parts = {}
+    for name, chosen in (("right", small >= 0.5), ("wrong", small < 0.5)):
+        if not chosen.any():
+            continue
+        among = paired.among(chosen)
+        own = {key: values[chosen] for key, values in scores.items() if key[0] != "small"}
+        rows: list[dict[str, Any]] = [
+            {
+                "method": method,
+                "target_retention": retention,
+                "score": float(values.mean()),
+                "interval": list(among.interval(values)),
+            }
+            for (method, retention), values in own.items()
+        ]
+        if ("large", None) in own:
+            for row, (key, values) in zip(rows, own.items(), strict=True):
+                if key[0] != "large":
+                    row["vs_large"] = vars(among.difference(values, own["large", None]))
+        parts[name] = {"num_samples": int(chosen.sum()), "rows": rows, "comparisons": _comparisons(own, among)}
+    return parts
+
+
 def _array(values: Iterable[float]) -> Array:
     return np.fromiter(values, dtype=np.float64)
 
@@ -100,14 +142,14 @@ def _comparisons(scores: dict[RunKey, Array], paired: PairedScores) -> list[dict
             **vars(paired.difference(scores[ours, retention], scores[other, retention])),
         }
         for ours, retention in scores
-        if ours in _OURS and retention is not None
+        if ours in GUIDED and retention is not None
         for other, same in scores
         if same == retention and _is_compared(ours, other)
     ]
 
 
 def _is_compared(ours: str, other: str) -> bool:
-    return ours in _OURS and (other not in _OURS or other == _OURS[ours])
+    return ours in GUIDED and (other not in GUIDED or other == GUIDED[ours])
 
 
 def compare_at_equal_cost(
@@ -170,9 +212,7 @@ def _table_row(row: dict[str, Any], clock: dict[str, Any]) -> dict[str, str]:
     return {
         "method": row["method"],
         "retention": "" if retention is None else f"{100 * retention:.0f} %",
-        "score [95 % interval]": (
-            f"{100 * row['score']:.1f} [{100 * row['interval'][0]:.1f}, {100 * row['interval'][1]:.1f}]"
-        ),
+        "score [95 % interval]": _interval(row),
         "difference to large [95 % interval]": "" if versus is None else points(versus),
         "p": "" if versus is None else p_value(versus["p_value"]),
         "large model called": f"{100 * row['large_call_rate']:.0f} %",
@@ -180,6 +220,29 @@ def _table_row(row: dict[str, Any], clock: dict[str, Any]) -> dict[str, str]:
         "time / large": f"{clock['relative_to_large']:.2f}" if "relative_to_large" in clock else "",
         "peak memory (GiB)": "" if peak is None else f"{peak / 2**30:.2f}",
     }
+
+
+def split_as_markdown(summary: dict[str, Any]) -> str:
+    """The table of scores by whether the small model's answer is right; empty where it has not answered."""
+    parts = summary.get("by_small_answer") or {}
+    columns = [column for name in parts for column in (f"score where it is {name}", "difference to large")]
+    if not columns:
+        return ""
+    lines = [["method", "target retention", *columns], ["---"] * (2 + len(columns))]
+    for rows in zip(*(part["rows"] for part in parts.values()), strict=True):
+        retention = rows[0]["target_retention"]
+        line = [rows[0]["method"], "" if retention is None else f"{100 * retention:.0f} %"]
+        for row in rows:
+            line += [_interval(row), points(row["vs_large"]) if "vs_large" in row else ""]
+        lines.append(line)
+    counts = " and ".join(f"{name} on {part['num_samples']:,}" for name, part in parts.items())
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\nThe small model's answer is {counts} questions; 95 % intervals in brackets."
+
+
+def _interval(row: dict[str, Any]) -> str:
+    """A score in percent with its interval."""
+    return f"{100 * row['score']:.1f} [{100 * row['interval'][0]:.1f}, {100 * row['interval'][1]:.1f}]"
 
 
 def points(difference: dict[str, float]) -> str:
@@ -194,12 +257,15 @@ def p_value(value: float) -> str:
 
 
 def write_report(summary: dict[str, Any], speed: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes summary, speed, table and figure."""
+    """Writes summary, speed, tables and figure."""
     texts = {
         "summary.json": json.dumps(summary, indent=2) + "\n",
         "speed.json": json.dumps(speed, indent=2) + "\n",
         "table.md": as_markdown(summary, speed) + "\n",
     }
+    split = split_as_markdown(summary)
+    if split:
+        texts["by_small_answer.md"] = split + "\n"
     for name, text in texts.items():
         write_atomically(folder / name, text)
     draw_figure(summary, speed, folder / "figure.png")

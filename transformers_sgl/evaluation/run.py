@@ -97,6 +97,7 @@ class Result:
     num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
     decision_score: float | None = None  # how trustworthy it is
     draft_complete: bool | None = None  # whether it was not cut off
+    confirmation_score: float | None = None  # how probable the pruned large model finds it; 0 where it disagrees
 
     @property
     def run(self) -> RunKey:
@@ -146,12 +147,12 @@ def run_methods(
 ) -> list[Result]:
     """Lets every run answer every sample, continuing where an earlier call was cut off.
 
-    `folder/run.json` gets `facts`, what the records depend on. Under `accelerate launch` every process takes its share
-    of the batches, and all return all results, run by run.
+    `folder/run.json` gets `facts`, what the records depend on, and the settings of every run. Under
+    `accelerate launch` every process takes its share of the batches, and all return all results, run by run.
     """
     processes = all_processes()
     if processes.is_main_process:
-        claim(folder, facts)
+        claim(folder, {**facts, "settings": [run.method.facts(run.setting) for run in runs]})
     processes.wait_for_everyone()
     results = _read_results(folder, len(samples), runs)
     batches = [range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -99,14 +99,15 @@ def not_a_record(file: Path, number: int, error: Exception) -> ValueError:
     )
 
 
-def pair_facts(model: Any, source: str | Path | None, *, without_threshold: bool = False) -> dict[str, Any]:
+def pair_facts(model: Any, source: str | Path | None, *, without: Sequence[str] = ()) -> dict[str, Any]:
     """What the records of a run depend on as far as the pair goes, for `run.json`.
 
-    `source` is where the pair was loaded from, `None` for one that was given as an object.
+    `source` is where the pair was loaded from, `None` for one that was given as an object; `without` names settings
+    that the records do not depend on.
     """
     settings = SGLGenerationConfig.from_generation_config(model.generation_config)
-    if without_threshold:  # it is what a calibration sets: a second calibration is not another run
-        settings.early_exit_threshold = None
+    for setting in without:
+        setattr(settings, setting, None)
     if source is None:
         name: str = model.name_or_path
         weights: str | None = _fingerprint_in_memory(model)

@@ -33,7 +33,8 @@ class Difference:
 class PairedScores:
     """Scores of several runs on the same questions, resampled together; `images` names each question's image."""
 
-    def __init__(self, images: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, images: Sequence[str] | npt.NDArray[np.str_], seed: int = 0) -> None:
+        self._names, self._seed = np.asarray(images), seed
         names, self._image = np.unique(np.asarray(images), return_inverse=True)
         self._sizes = np.bincount(self._image).astype(float)  # (images,)
         rng = np.random.default_rng(seed)
@@ -43,6 +44,10 @@ class PairedScores:
         # More than 255 times is beyond all chance once there are more than a few images.
         self._draws = [rng.multinomial(number, equal, _CHUNK).clip(max=255).astype(np.uint8) for _ in chunks]
         self._swaps = [rng.integers(0, 2, (_CHUNK, number), dtype=np.uint8) for _ in chunks]
+
+    def among(self, chosen: npt.NDArray[np.bool_]) -> PairedScores:
+        """The same for the `chosen` questions alone, of shape `(questions,)`; their images are resampled."""
+        return PairedScores(self._names[chosen], self._seed)
 
     def interval(self, scores: Array) -> tuple[float, float]:
         """The 95 % bootstrap interval of a mean."""

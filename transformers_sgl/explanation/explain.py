@@ -16,7 +16,7 @@ from transformers_sgl.arguments import split_inputs
 from transformers_sgl.explanation.panels import TokenBoxes
 from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Model, Picture
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import guiding_layers
+from transformers_sgl.guidance import guiding_layers, guiding_queries
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.opening import chat_inputs, open_pair, user_turn
@@ -100,6 +100,7 @@ def _explain(
     _check_count(small_tokens, small_pictures)
     start = inputs["input_ids"].shape[1]  # of an answer
     own = SGLGenerationConfig().resolved(model.generation_config)
+    settings |= {"guidance": "answer", "guidance_queries": guiding_queries(own), "unsure_threshold": None}
 
     # 2. The large model answers unguided, the small model guides, and the large model answers at every preset.
     unguided, oracle = _answer_unguided(model, inputs, tokens, settings)
@@ -204,14 +205,14 @@ def _listen_to_layers(
 ) -> tuple[tuple[int, ...], Array]:
     """The small model's guiding layers, and what each contributes to its map, `(num_layers, num_small_tokens)`."""
     layers = guiding_layers(model.small, own)
-    queries: Literal["last", "both"] = "last" if own.guidance_queries == "last" else "both"
+    queries: Literal["last", "both"] = "last" if guiding_queries(own) == "last" else "both"
     with ExitStack() as stack:
         recorders = [stack.enter_context(AttentionRecorder(model.small, tokens, queries, [layer])) for layer in layers]
         # The recorders would hear the consistency pass too: it runs for `return_dict_in_generate` only.
         model.generate(**inputs, **settings, retention_ratio=0.5, return_dict_in_generate=False)
     prompt = torch.cat([recorder.prompt_importance for recorder in recorders]).cpu().numpy()
     generated = torch.cat([recorder.generated_importance for recorder in recorders]).cpu().numpy()
-    wanted = {"prompt": prompt, "last": prompt, "generated": generated}.get(str(own.guidance_queries))
+    wanted = {"prompt": prompt, "last": prompt, "generated": generated}.get(guiding_queries(own))
     # As in guidance: without queries of the wanted kind, the others rank.
     return tuple(layers), prompt + generated if wanted is None or not wanted.any() else wanted
 

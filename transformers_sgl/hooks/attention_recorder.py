@@ -1,7 +1,7 @@
 """Captures the attention that visual tokens receive, beside the model's own attention kernel.
 
 While an [`AttentionRecorder`] is active, the decoder's attention function is its own (`sdpa`, `flash_attention_2`,
-`eager`, ...) wrapped in `_recording_attention`. Next to the kernel's output that computes only the attention rows that
+`eager`, ...) with this listener. Next to the kernel's output that computes only the attention rows that
 matter: the queries after the last visual token. Each layer's rows are summed to `(batch, num_visual_tokens)` and
 dropped: for the prompt at once, for generated tokens together at the end, because the cache keeps the keys anyway and
 a decoding step need only remember its query. Layers without attention contribute nothing.
@@ -9,15 +9,12 @@ a decoding step need only remember its query. Layers without attention contribut
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from copy import copy
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +27,13 @@ from transformers_sgl.architectures import (
     attention_pattern,
     decoder,
 )
+from transformers_sgl.hooks.attention_listening import listen
 from transformers_sgl.hooks.attention_rows import AttentionScores, received_attention
 from transformers_sgl.hooks.context import HookContext
 from transformers_sgl.tokens.visual_tokens import VisualTokens
-from transformers_sgl.transformers_interface import (
-    attention_function,
-    attention_name,
-    cache_of,
-    held_keys,
-    register_attention,
-    set_attention_name,
-)
+from transformers_sgl.transformers_interface import cache_of, held_keys
 
 __all__ = ["AttentionRecorder"]
-
-_PREFIX = "sgl_recording_"
-# The recorders of each attention module. Attention functions know nothing but the module that called them.
-_LISTENERS: WeakKeyDictionary[nn.Module, tuple[AttentionRecorder, ...]] = WeakKeyDictionary()
 
 
 class AttentionRecorder(HookContext):
@@ -171,21 +158,11 @@ class AttentionRecorder(HookContext):
             super().__exit__(kind, error, traceback)
 
     def _register(self, stack: ExitStack) -> None:
-        stack.callback(self._restore_attention)  # runs last, after the listeners are gone
+        listen(stack, self, self._patterns, attention_modules(self.model).values(), self._decoder.config)
         stack.callback(self._waiting.clear)
         self._add_hook(stack, self.model.register_forward_pre_hook, self._note_ends, with_kwargs=True)
         self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
         self._add_hook(stack, self._decoder.register_forward_hook, self._finish_pass)
-        for module in self._patterns:
-            stack.callback(_listen(module, self))
-        config = self._decoder.config
-        set_attention_name(config, _recording_implementation(attention_name(config)))
-
-    def _restore_attention(self) -> None:
-        """Restores the model's own attention function, unless another recorder still needs the recording one."""
-        if not any(_LISTENERS.get(module) for module in attention_modules(self.model).values()):
-            config = self._decoder.config
-            set_attention_name(config, attention_name(config).removeprefix(_PREFIX))
 
     def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: a sample that reads an end-of-sequence token has finished."""
@@ -352,20 +329,6 @@ class _WaitingQueries:
     end: int
 
 
-def _listen(module: nn.Module, recorder: AttentionRecorder) -> Callable[[], None]:
-    """Adds a listener to an attention module, and returns a function that removes it."""
-    _LISTENERS[module] = (*_LISTENERS.get(module, ()), recorder)
-
-    def stop() -> None:
-        left = tuple(each for each in _LISTENERS.get(module, ()) if each is not recorder)
-        if left:
-            _LISTENERS[module] = left
-        else:
-            _LISTENERS.pop(module, None)
-
-    return stop
-
-
 def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
     """The ids after which a sample has finished; without an end of sequence, the padding id."""
     settings = getattr(model, "generation_config", None)
@@ -374,43 +337,3 @@ def _end_of_sequence_ids(model: PreTrainedModel) -> list[int]:
         if ids is not None:
             return ids if isinstance(ids, list) else [ids]
     return []
-
-
-def _recording_implementation(implementation: str) -> str:
-    """The name of the attention function that also records; registered with transformers when new."""
-    if implementation.startswith(_PREFIX):  # nested recorders share one wrapper
-        return implementation
-    name = _PREFIX + implementation
-    register_attention(name, functools.partial(_recording_attention, implementation), like=implementation)
-    return name
-
-
-def _recording_attention(
-    implementation: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function `implementation` of transformers, which also calls the recorders."""
-    forward = attention_function(implementation, module)
-    listeners = [recorder for recorder in _LISTENERS.get(module, ()) if recorder.is_around()]
-    if listeners:
-        if kwargs.get("position_bias") is not None:
-            raise ValueError(
-                "Attention cannot be recorded, because this model adds a bias for positions to it: use a small model "
-                "with plain softmax attention."
-            )
-        scores = functools.partial(AttentionScores, module, query.shape[-1], attention_mask, implementation, kwargs)
-        for recorder in listeners:
-            recorder.record(module, query, key, scores)
-    if implementation in ("sdpa", "eager"):
-        return forward(module, query, key, value, attention_mask, *args, **kwargs)
-    # Flash attention looks its kernel up by the name on the configuration; the real one belongs to all threads.
-    module = copy(module)
-    module.config = copy(module.config)
-    set_attention_name(module.config, implementation)
-    return forward(module, query, key, value, attention_mask, *args, **kwargs)

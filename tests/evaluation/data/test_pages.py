@@ -1,4 +1,4 @@
-import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,26 +25,36 @@ def middle(text):
     return np.mean(text.centers, axis=0)
 
 
+def beside(page, key):
+    """The text in the same line."""
+    [found] = [text for text in page.texts if text is not key and abs(middle(text)[1] - middle(key)[1]) < 1]
+    return found.text
+
+
 def answers_from_texts(page, question):
     """What can be the answer by the printed texts and where they stand alone, independently of how they were drawn."""
-    words = re.findall(r"[a-z]+|\d+\.\d\d", question.question)
+    words = question.question.rstrip("?.").split()
     if page.kind == "form":
         [key] = [text for text in page.texts if text.text.rstrip(":") in words]
-        beside = [text for text in page.texts if text is not key and abs(middle(text)[1] - middle(key)[1]) < 1]
-        return {text.text for text in beside}
+        return {beside(page, key).rstrip(":")}
     if page.kind == "receipt":
-        [key] = [text for text in page.texts if text.text in words]
-        [beside] = [text for text in page.texts if text is not key and abs(middle(text)[1] - middle(key)[1]) < 1]
-        return {beside.text}
+        names = sorted((text for text in page.texts[1:] if text.text[0].isalpha()), key=lambda text: middle(text)[1])
+        if words[:2] == ["how", "many"]:
+            return {str(len(names) - 1)}
+        if "below" in words:
+            return {below.text for above, below in pairwise(names) if above.text == words[-1]}
+        [key] = [text for text in page.texts[1:] if text.text in words]
+        return {beside(page, key)}
     if page.kind == "chart":
         names = [text for text in page.texts if middle(text)[1] > 110]
         if words[:2] == ["how", "many"]:
             return {str(len(names))}
+        heights = {text.text: bar_height(page, text) for text in names}
         if words[-1] in ("highest", "lowest"):
-            heights = {text.text: bar_height(page, text) for text in names}
             return {(max if words[-1] == "highest" else min)(heights, key=heights.get)}
-        [name] = [text for text in names if text.text == words[-1]]
-        return {str(value) for value in range(81) if abs(value - bar_height(page, name) / 74 * 80) < 1.2}
+        if words[-1].isdigit():
+            return {name for name, height in heights.items() if abs(int(words[-1]) - height / 74 * 80) < 1.2}
+        return {str(value) for value in range(81) if abs(value - heights[words[-1]] / 74 * 80) < 1.2}
     colors = [sign_color(page, text) for text in page.texts]
     if words[1] == "color":
         return {color for color, text in zip(colors, page.texts, strict=True) if words[-1] in text.text.split()}

@@ -50,7 +50,7 @@ from transformers_sgl.generation_config_sgl import PRESETS
 VISION_METHODS = ("sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 THIRD = Setting(0.35, 2, 10)
 THRESHOLDS = {None: 0.5, 0.64: 0.5, 0.35: 0.5, 0.09: 0.5}
-GUIDES = ["random", "fastv", "oracle", "divprune", "divprune-late"]
+GUIDES = ["random", "fastv", "oracle", "divprune", "divprune-late", "cdpruner", "visionzip"]
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +281,7 @@ class TestPair:
                 METHODS[name].answer(pair, alone(MIXED, 1), THIRD)
         assert seen == {
             "sgp": ("both", 1.0, 2.0, False),
+            "sgp-first": ("both", 1.0, 2.0, False),
             "sgp-vision": ("both", 1.0, 2.0, False),
             "confirmed": ("both", 1.0, 2.0, False),
             "sgp-last": ("last", 1.0, 2.0, False),
@@ -681,7 +682,8 @@ class TestAll:
 
     @pytest.mark.parametrize("name", [name for name in METHODS if "%" not in name])
     def test_models_of_unlike_families(self, name: str) -> None:
-        families = ("internvl", "qwen2_vl") if name in VISION_METHODS else ("qwen2_vl", "internvl")
+        of_tiles = name in VISION_METHODS or name.startswith("visionzip")
+        families = ("internvl", "qwen2_vl") if of_tiles else ("qwen2_vl", "internvl")
         pair = Pair(*tiny_family_pair(*families), max_new_tokens=4)
         images = [picture(40, 40), picture(56, 24, seed=1)]
         samples = [Sample(image, "what?", ("a",)) for image in images]

@@ -11,6 +11,10 @@ sample exits early if its score is at least the threshold. One of two promises i
 A sample fails on one side of the threshold only, so it is enough to fix how many failures the calibration part may
 show: [`allowed_failures`]. These are risk-controlling prediction sets (Bates et al. 2021, arXiv 2101.02703;
 Angelopoulos et al., arXiv 2110.01052) with the exact binomial bound (Clopper and Pearson 1934).
+
+Two other thresholds decide in the same way between a cheap and a dear way to an answer, and get the same promises:
+`unsure_threshold`, from which on the large model keeps no more visual tokens than usual, and `confirmation_threshold`,
+from which on a draft that the pruned large model would have written stands.
 """
 
 from transformers_sgl.evaluation.calibration.bounds import allowed_failures

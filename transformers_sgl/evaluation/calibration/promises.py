@@ -1,10 +1,10 @@
-"""What a calibration promises, and the records of answers that it is judged by."""
+"""What a threshold decides, what a calibration promises of it, and the records of answers that it is judged by."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
@@ -13,17 +13,62 @@ import numpy as np
 from transformers_sgl.evaluation.calibration.bounds import check_fraction, exact, percent
 from transformers_sgl.evaluation.run import Result
 
-__all__ = ["KeepAccuracy", "LargeCallBudget", "Promise", "Record"]
+__all__ = ["DECISIONS", "EARLY_EXIT", "Decision", "KeepAccuracy", "LargeCallBudget", "Promise", "Record"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a threshold decides: from it on a sample takes a cheap way to its answer, and else a dear one."""
+
+    setting: str  # the threshold's name in the generation config
+    right: str  # the right answers of the dear way
+    rightly: str  # which samples it answers rightly, as a clause after their number
+    dear: str  # what becomes of the samples that take it, as the end of a sentence about questions
+    never: str  # what is true of samples that never take the cheap way, as a sentence's beginning
+    cure: str  # what makes them fewer
+    axis: str  # what the curve's rate is of
+    highest: float = math.inf  # the highest threshold that the setting allows
+
+
+EARLY_EXIT = Decision(
+    setting="early_exit_threshold",
+    right="the large model's right answers",
+    rightly=" that the large model answers rightly",
+    dear="go to the large model",
+    never="The small model's answer was cut off",
+    cure="a higher `max_new_tokens`",
+    axis="questions sent to the large model",
+)
+_UNSURE = Decision(
+    setting="unsure_threshold",
+    right="the right answers with more visual tokens",
+    rightly=" that are answered rightly with more visual tokens",
+    dear="keep more visual tokens",
+    never="The small model did not answer",  # which no run records
+    cure="other data",
+    axis="questions that keep more visual tokens",
+)
+_CONFIRMATION = Decision(
+    setting="confirmation_threshold",
+    right="the unpruned large model's right answers",
+    rightly=" that the unpruned large model answers rightly",
+    dear="are read again with every visual token",
+    never="The pruned large model does not write what the small one does",
+    cure="a higher `vision_retention_ratio` or `retention_ratio`",
+    axis="questions read again with every visual token",
+    highest=1.0,
+)
+DECISIONS = {decision.setting: decision for decision in (EARLY_EXIT, _UNSURE, _CONFIRMATION)}
 
 
 @dataclass(frozen=True)
 class Record:
-    """What both models made of one sample."""
+    """What both ways to an answer made of one sample: for early exits, the small model and the large one."""
 
-    draft_right: bool  # whether the small model's answer is right
-    large_right: bool  # whether the large model's answer is right
-    decision_score: float  # how trustworthy the draft is, which is compared with the threshold
-    complete: bool = True  # whether the draft was not cut off; one that was is never returned
+    draft_right: bool  # whether the cheap way's answer is right: the small model's; for unsure samples, the usual one
+    large_right: bool  # whether the dear way's answer is right: the large model's, or that with more visual tokens
+    decision_score: float  # how trustworthy the cheap way is, which is compared with the threshold
+    complete: bool = True  # whether the cheap way is open: a draft that was cut off or not confirmed is never returned
 
     @classmethod
     def of(cls, result: Result) -> Record:
@@ -31,13 +76,24 @@ class Record:
         score, complete = result.decision_score or 0.0, bool(result.draft_complete)
         return cls((result.draft_score or 0) >= 0.5, result.score >= 0.5, score, complete)
 
+    @classmethod
+    def of_unsure(cls, usual: Result, more: Result) -> Record:
+        """The same for an `unsure_threshold`, from a run that keeps as much as usual and one that keeps more."""
+        return cls(usual.score >= 0.5, more.score >= 0.5, usual.decision_score or 0.0)
+
+    @classmethod
+    def of_confirmation(cls, confirmed: Result, whole: Result) -> Record:
+        """The same for a `confirmation_threshold`, from a run that confirms at 0 and one that reads everything."""
+        score = confirmed.confirmation_score or 0.0
+        return cls((confirmed.draft_score or 0) >= 0.5, whole.score >= 0.5, score, score > 0)
+
     @property
     def exit_score(self) -> float:
-        """The highest threshold at which the draft is returned; minus infinity for a draft that was cut off."""
+        """The highest threshold at which the cheap way is taken; minus infinity where it is closed."""
         return self.decision_score if self.complete else -math.inf
 
     def right(self, threshold: float) -> bool:
-        """Whether the pair's answer is right if it exits early from this threshold on."""
+        """Whether the pair's answer is right with this threshold."""
         return self.draft_right if self.exit_score >= threshold else self.large_right
 
 
@@ -49,9 +105,9 @@ class _Promise:
     """
 
     value: float  # the fraction that is promised
+    decision: Decision = field(default=EARLY_EXIT, repr=False)  # what the threshold decides
 
     name: ClassVar[str]
-    counting: ClassVar[str]  # which samples count, as a clause after their number
     counts_all: ClassVar[bool]  # whether every sample counts
     cure: ClassVar[str]  # what to ask for instead if there are too few samples
 
@@ -63,7 +119,9 @@ class KeepAccuracy(_Promise):
     """At least the fraction `value` of what the large model answers rightly stays right after routing.
 
     A sample fails if it exits early with a wrong draft where the large model is right. The pair's accuracy is then at
-    least `value` times the large model's; drafts that are right where the large model is wrong come on top.
+    least `value` times the large model's; drafts that are right where the large model is wrong come on top. For an
+    `unsure_threshold` the usual retention stands for the small model, and the higher one for the large model; for a
+    `confirmation_threshold` the unpruned large model does.
 
     Example:
         ```python
@@ -76,9 +134,13 @@ class KeepAccuracy(_Promise):
     """
 
     name = "keep_accuracy"
-    counting = " that the large model answers rightly"
     counts_all = False
     cure = "a lower `keep_accuracy`"
+
+    @property
+    def counting(self) -> str:
+        """Which samples count, as a clause after their number."""
+        return self.decision.rightly
 
     @property
     def limit(self) -> Fraction:
@@ -101,13 +163,14 @@ class KeepAccuracy(_Promise):
         return min((r.exit_score for r in records if r.exit_score > misleading[allowed]), default=above)
 
     def sentence(self) -> str:
-        return f"at least {percent(self.value)} of the large model's right answers stay right"
+        return f"at least {percent(self.value)} of {self.decision.right} stay right"
 
 
 class LargeCallBudget(_Promise):
     """At most the fraction `value` of the samples is sent to the large model.
 
-    Every sample counts, and fails if it does not exit early. Of all thresholds that keep the promise, the highest is
+    Every sample counts, and fails if it does not exit early; for an `unsure_threshold`, if it is unsure, and for a
+    `confirmation_threshold`, if it is not confirmed. Of all thresholds that keep the promise, the highest is
     taken: the most careful one.
 
     Example:
@@ -121,7 +184,7 @@ class LargeCallBudget(_Promise):
     """
 
     name = "large_call_budget"
-    counting = ""
+    counting: ClassVar[str] = ""
     counts_all = True
     cure = "a higher `large_call_budget`"
 
@@ -139,16 +202,15 @@ class LargeCallBudget(_Promise):
         """The lowest score but `allowed`."""
         threshold = sorted(record.exit_score for record in records)[allowed]
         if threshold < 0:
-            cut_off = sum(not record.complete for record in records)
+            closed, decision = sum(not record.complete for record in records), self.decision
             raise ValueError(
-                f"The small model's answer was cut off in {cut_off} of {len(records)} calibration samples, which at "
-                f"any threshold go to the large model, but only {allowed} may: ask for a higher "
-                f"`max_new_tokens` or for {self.cure}."
+                f"{decision.never} in {closed} of {len(records)} calibration samples, which at any threshold "
+                f"{decision.dear}, but only {allowed} may: ask for {decision.cure} or for {self.cure}."
             )
         return threshold
 
     def sentence(self) -> str:
-        return f"at most {percent(self.value)} of the questions go to the large model"
+        return f"at most {percent(self.value)} of the questions {self.decision.dear}"
 
 
 Promise = KeepAccuracy | LargeCallBudget

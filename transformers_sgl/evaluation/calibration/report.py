@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers_sgl.evaluation.calibration.promises import DECISIONS
 from transformers_sgl.evaluation.figure import new_figure, save_figure
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
@@ -53,7 +54,9 @@ class CalibrationReport:
     """What calibration found: the content of `calibration.json`.
 
     Attributes:
-        threshold: The `early_exit_threshold` to use.
+        threshold: The threshold to use.
+        setting: Its name in the generation config: `early_exit_threshold`, `unsure_threshold` or
+            `confirmation_threshold`.
         promise: The promise's name and value.
         confidence: The probability with which it holds, once for new questions and once for the held-out part.
         guarantee: The promise and its confidence as a sentence.
@@ -66,17 +69,21 @@ class CalibrationReport:
         held_out_failures: How many the held-out part shows.
         breaking_failures: The fewest failures there that break the promise.
         promise_held: Whether the promise held on the held-out part.
-        routed_accuracy: The pair's accuracy on the held-out part.
-        large_accuracy: The large model's, with the pair's settings.
-        small_accuracy: The small model's.
-        large_call_rate: The fraction of the held-out part that goes to the large model.
-        kept_right: The fraction of the large model's right answers that stay right; `None` if there are none.
+        routed_accuracy: The pair's accuracy on the held-out part, with the threshold.
+        large_accuracy: The large model's, with the pair's settings; for an `unsure_threshold`, with more visual tokens
+            of every sample, and for a `confirmation_threshold`, with all of them.
+        small_accuracy: The small model's; for an `unsure_threshold`, the large model's with the pair's settings.
+        large_call_rate: The fraction of the held-out part that goes to the large model; keeps more visual tokens; or
+            is read again.
+        kept_right: The fraction of the right answers behind `large_accuracy` that stay right; `None` if there are
+            none.
         curve: What other thresholds give on the held-out part.
         measurement: Machine, versions, seed and date.
         written: The files written.
     """
 
     threshold: float
+    setting: str
     promise: dict[str, float]
     confidence: float
     guarantee: str
@@ -113,7 +120,7 @@ def write_results(
     The `generation_config.json` in the folder of the pair, if one is given, is replaced last and in one step.
     """
     settings = SGLGenerationConfig.from_generation_config(generation_config)
-    settings.early_exit_threshold = report.threshold
+    setattr(settings, report.setting, report.threshold)
     # As `save_pretrained` writes it, without its checks of fields that we do not change.
     text = settings.to_json_string(keys_to_pop=["compile_config"])
 
@@ -131,12 +138,12 @@ def _draw(report: CalibrationReport, path: Path) -> None:
     axes = figure.add_subplot()
     rates = [100 * point.large_call_rate for point in report.curve]
     chosen = 100 * report.large_call_rate.value, 100 * report.routed_accuracy.value
-    axes.plot(rates, [100 * point.accuracy for point in report.curve], label="by decision score (SEE)")
+    axes.plot(rates, [100 * point.accuracy for point in report.curve], label="by score")
     axes.plot(rates, [100 * point.random_accuracy for point in report.curve], "--", color="grey", label="at random")
     axes.plot(*chosen, "o", color="black", label=f"threshold {report.threshold:.4g}")
-    axes.set_xlabel("questions sent to the large model (%)")
+    axes.set_xlabel(f"{DECISIONS[report.setting].axis} (%)")
     axes.set_ylabel("accuracy (%)")
-    axes.set_title(f"Early exit on {report.large_call_rate.total:,} held-out questions")
+    axes.set_title(f"{report.setting} on {report.large_call_rate.total:,} held-out questions")
     axes.legend()
     axes.grid(alpha=0.3)
     save_figure(figure, path, dpi=150)

@@ -44,7 +44,12 @@ def choose_threshold(
     allowed = allowed_failures(*sizes, promise.limit, confidence) if all(sizes) else None
     if allowed is None:
         raise _too_few(promise, *sizes, confidence, num_samples=len(records))
-    threshold = promise.threshold(calibration, allowed)
+    threshold, decision = promise.threshold(calibration, allowed), promise.decision
+    if threshold > decision.highest:
+        raise ValueError(
+            f"No `{decision.setting}` keeps the promise that {promise.sentence()}, because some wrong answers have a "
+            f"score of {decision.highest:g}: ask for {promise.cure}, or leave the threshold out."
+        )
 
     # 3. What it gives on the other samples.
     failures, fresh_failures = (sum(promise.fails(r, threshold) for r in part) for part in (counted, fresh_counted))
@@ -53,6 +58,7 @@ def choose_threshold(
     num_images = len(set(images))
     return CalibrationReport(
         threshold=threshold,
+        setting=decision.setting,
         promise={promise.name: promise.value},
         confidence=confidence,
         guarantee=_guarantee(promise, confidence, len(fresh_counted), len(records), num_images),

@@ -145,7 +145,7 @@ def _form(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQuestio
     fields = _some(rng, FIELDS if is_page else ("age", "room", "seat"), int(rng.integers(3, 6) if is_page else 2))
     values = [_field_value(field, rng) for field in fields]
     lines = [spell(f"{field}: {value}") for field, value in zip(fields, values, strict=True)]
-    while size > 9 and max(map(load_font(name, size).getlength, lines)) > side - 8:
+    while size > 10 and max(map(load_font(name, size).getlength, lines)) > side - 8:
         size -= 1
     font, top = load_font(name, size), rng.uniform(-2, 2)
     if is_page:
@@ -165,6 +165,8 @@ def _form(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQuestio
         at = canvas.write(spell(value), x, y, font, ink)
         wording = _pick(rng, ("what is the {}?", "which {} is given?", "read the {}."))
         questions.append(_printed(value, [at], "form", wording.format(field), [key]))
+        if " " not in value:
+            questions.append(_printed(field, [key], "form", f"which field says {value}?", [at]))
     return canvas, questions
 
 
@@ -180,6 +182,7 @@ def _receipt(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQues
     cents = [5 * int(value) for value in rng.choice(np.arange(10, 200), len(items), replace=False)]
     rows = [*zip(items, cents, strict=True), *([("total", sum(cents))] if is_page else [])]
     pitch, questions = (side - 2 - top) / len(rows), []
+    keys: list[int] = []
     for row, (item, price) in enumerate(rows):
         y = round(top + pitch * (row + 0.5))
         if item == "total":
@@ -193,6 +196,11 @@ def _receipt(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQues
             wording = _pick(rng, ("how much is the {}?", "what is the price of the {}?"))
             questions.append(_printed(value, [at], "receipt", wording.format(item), [key]))
             questions.append(_printed(item, [key], "receipt", f"what costs {value}?", [at]))
+            if keys:
+                before = items[row - 1]
+                questions.append(_printed(item, [key], "receipt", f"what stands below the {before}?", [keys[-1]]))
+            keys.append(key)
+    questions.append(_unprinted(str(len(items)), "receipt", "how many items are there?", keys))
     return canvas, questions
 
 
@@ -225,6 +233,7 @@ def _chart(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQuesti
             questions.append(_unprinted(str(value), "chart", wording, [key]))
         else:
             questions.append(_printed(str(value), [spot], "chart", wording, [key]))
+            questions.append(_printed(name, [key], "chart", f"which bar has the value {value}?", [spot]))
     for word, chosen in (("highest", values.index(max(values))), ("lowest", values.index(min(values)))):
         questions.append(_printed(names[chosen], [keys[chosen]], "chart", f"which bar is the {word}?"))
     questions.append(_unprinted(str(number), "chart", "how many bars are there?", keys))
@@ -241,8 +250,10 @@ def _sign(rng: np.random.Generator, side: int) -> tuple[Canvas, list[PageQuestio
     for place, (word, color) in enumerate(zip(words, colors, strict=True)):
         lines = _sign_lines(word, is_page, rng)
         ink = SIGN_COLORS["black"] if color in ("white", "yellow") else SIGN_COLORS["white"]
-        sizes = (13, 16) if is_page else (11, 13)
-        font, size = _pick(rng, ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSerif-Bold")), int(rng.integers(*sizes))
+        font, size = _pick(rng, ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSerif-Bold")), 17 if is_page else 13
+        size -= int(rng.integers(3))
+        while max(load_font(font, size).getlength(spell(line)) for line in lines) > side - 24:
+            size -= 1
         shift = 14 if is_page else 4
         middle = (side / 2 + rng.uniform(-shift, shift), side / 2 if number == 1 else 34 + 60 * place)
         degrees = float(rng.uniform(-14, 14))
@@ -259,7 +270,7 @@ def _wall(rng: np.random.Generator, side: int) -> np.ndarray:
     start, right, down = rng.uniform(90, 220, (3, 1, 1, 3))
     ramp = np.linspace(0, 0.5, side)
     wall = start + (right - start) * ramp[None, :, None] + (down - start) * ramp[:, None, None]
-    return wall + rng.normal(0, 6, wall.shape)
+    return wall + rng.normal(0, 4, wall.shape)
 
 
 def _sign_lines(word: str, is_page: bool, rng: np.random.Generator) -> list[str]:

@@ -11,16 +11,21 @@ name in [`METHODS`]:
 
 from transformers_sgl.evaluation.methods.alone import Large, Small
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
+from transformers_sgl.evaluation.methods.cdpruner import CDPruner
 from transformers_sgl.evaluation.methods.downsample import Downsample
 from transformers_sgl.evaluation.methods.guided import SGL, SGP, Confirmed, ConfirmedSGL, pair_answers
 from transformers_sgl.evaluation.methods.guides import DivPrune, FastV, Guide, Oracle, Random
+from transformers_sgl.evaluation.methods.unsure import Unsure
+from transformers_sgl.evaluation.methods.visionzip import VisionZip
 
 __all__ = [
+    "GUIDED",
     "METHODS",
     "SGL",
     "SGP",
     "Answer",
     "Batch",
+    "CDPruner",
     "Confirmed",
     "ConfirmedSGL",
     "DivPrune",
@@ -34,6 +39,8 @@ __all__ = [
     "Random",
     "Setting",
     "Small",
+    "Unsure",
+    "VisionZip",
     "find_method",
     "pair_answers",
 ]
@@ -43,15 +50,21 @@ METHODS: dict[str, Method] = {
     "small": Small(),
     "sgp": SGP(),
     "sgl": SGL(),
+    "sgp-first": SGP(from_first_layer=True),
     "sgp-vision": SGP(vision=True),
     "sgl-vision": SGL(vision=True),
     "confirmed": Confirmed(),
     "sgl-confirmed": ConfirmedSGL(),
+    "unsure": Unsure(),
     "random": Random(),
     "fastv": FastV(),
     "oracle": Oracle(),
     "divprune": DivPrune(),
     "divprune-late": DivPrune(from_first_layer=False),
+    "cdpruner": CDPruner(),
+    "cdpruner-weighted": CDPruner(weight=0.5),
+    "visionzip": VisionZip(),
+    "visionzip-mean": VisionZip(by_class_token=False),
     "downsample": Downsample(),
     "sgp-last": SGP(queries="last"),
     "sgp-prompt": SGP(queries="prompt"),
@@ -60,6 +73,17 @@ METHODS: dict[str, Method] = {
     "sgp-30%": SGP(layers=0.3),
     "sgp-50%": SGP(layers=0.5),
     "sgp-70%": SGP(layers=0.7),
+}
+# The guided ones that an evaluation compares with every other method, and with what each adds to.
+GUIDED = {
+    "sgp": "",
+    "sgl": "",
+    "sgp-first": "sgp",
+    "sgp-vision": "sgp",
+    "sgl-vision": "sgl",
+    "confirmed": "sgp-vision",
+    "sgl-confirmed": "sgl-vision",
+    "unsure": "sgp",
 }
 
 

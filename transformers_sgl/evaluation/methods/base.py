@@ -109,6 +109,7 @@ class Answer:
     num_draft_tokens_accepted: int | None = None  # how many of its tokens the large model confirmed
     decision_score: float | None = None  # how trustworthy it is
     draft_complete: bool | None = None  # whether it was not cut off
+    confirmation_score: float | None = None  # how probable the pruned large model finds it; 0 where it disagrees
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,10 @@ class Method(ABC):
     """A way to answer."""
 
     prunes: ClassVar[bool] = True  # whether it has a retention to set; if not, it runs once
+
+    def facts(self, setting: Setting) -> dict[str, Any]:
+        """What it is run with at this setting, for the record."""
+        return {"average_retention": setting.average_retention} if self.prunes else {}
 
     @abstractmethod
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:

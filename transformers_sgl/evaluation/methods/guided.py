@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers_sgl.evaluation.methods.base import Answer, Batch, Method, Pair, Setting
@@ -22,33 +23,39 @@ class SGP(Method):
     layers: float = 1.0  # the fraction of the small model's layers that count, from the first one on
     scores_draft: bool = False  # whether the draft is scored although nothing exits; a calibration needs that
     vision: bool = False  # whether the large model's vision tower is pruned, too
+    from_first_layer: bool = False  # whether the decoder's first layer prunes, or the one that the presets imply
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of `generate`, by name
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
-        return self._generate(pair, batch, setting, NEVER_EXIT)
+        # Where nothing is written, there is nothing to exit with.
+        return self._generate(pair, batch, setting, None if self._reads_only else NEVER_EXIT)
 
-    def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float) -> list[Answer]:
-        return pair_answers(
-            pair,
-            batch,
-            do_sample=False,
-            num_beams=1,
-            **self.pruning(setting),
-            guidance_queries=self.queries,
-            guidance_layers=self.layers,
-            early_exit_threshold=threshold,
-            score_draft=self.scores_draft,
-        )
+    @property
+    def _reads_only(self) -> bool:
+        return self.settings.get("guidance") == "prompt"
+
+    def _generate(self, pair: Pair, batch: Batch, setting: Setting, threshold: float | None) -> list[Answer]:
+        fixed = {"do_sample": False, "num_beams": 1, "early_exit_threshold": threshold}
+        return pair_answers(pair, batch, **fixed, score_draft=self.scores_draft, **self.facts(setting))
+
+    def facts(self, setting: Setting) -> dict[str, Any]:
+        queries = "prompt" if self._reads_only else self.queries
+        guidance = {"guidance": "answer", "guidance_queries": queries, "guidance_layers": self.layers}
+        return {**guidance, **self.pruning(setting), **self.settings}
 
     def pruning(self, setting: Setting) -> dict[str, Any]:
         """The settings of `generate` that say what the large model reads."""
         if self.vision:
             setting = setting.with_vision()
+        elif self.from_first_layer:
+            setting = setting.from_layer(0)
         return {
             "retention_ratio": setting.retention_ratio,
             "prune_layer": setting.prune_layer,
             "vision_retention_ratio": setting.vision_retention_ratio,
             "vision_prune_layer": setting.vision_prune_layer,
             "confirmation_threshold": None,
+            "unsure_threshold": None,
         }
 
 
@@ -66,7 +73,8 @@ class SGL(SGP):
 
     def without_exit(self) -> SGP:
         """The same with scored drafts, of which none is returned."""
-        return SGP(self.queries, self.layers, scores_draft=True, vision=self.vision)
+        shared = {each.name: getattr(self, each.name) for each in fields(SGP)}
+        return SGP(**{**shared, "scores_draft": True})
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,8 @@ def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
     if output.draft_sequences is not None:
         read = pair.read(pair.model.small, pair.processor.small_processor, output.draft_sequences)
         drafts = [text for text, _ in read]
-    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete")
-    values = (getattr(output, name) for name in names)
+    names = ("exited_early", "num_draft_tokens_accepted", "decision_score", "draft_complete", "confirmation_score")
+    values = (getattr(output, name, None) for name in names)
     exited, *scored = ([None] * len(written) if each is None else each.tolist() for each in values)
     retention = output.average_retention(pair.num_layers).tolist()
     found = zip(written, retention, exited, drafts, *scored, strict=True)

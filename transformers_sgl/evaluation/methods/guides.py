@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens.importance_process import ImportanceProcessorList
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 
-__all__ = ["DivPrune", "FastV", "Guide", "Oracle", "Random", "max_min_diversity"]
+__all__ = ["DivPrune", "FastV", "FeatureRanker", "Guide", "Oracle", "Random", "max_min_diversity"]
 
 
 class Guide(Method):
@@ -53,6 +54,10 @@ class Guide(Method):
     def setting(self, setting: Setting) -> Setting:
         """Where this guide prunes; by default where all do."""
         return setting
+
+    def facts(self, setting: Setting) -> dict[str, Any]:
+        setting = self.setting(setting)
+        return {"retention_ratio": setting.retention_ratio, "prune_layer": setting.prune_layer}
 
     def answer(self, pair: Pair, batch: Batch, setting: Setting) -> list[Answer]:
         large, processor = pair.model.large, pair.processor.large_processor
@@ -144,19 +149,23 @@ class DivPrune(Guide):
     def rank(
         self, pair: Pair, batch: Batch, inputs: Any, tokens: VisualTokens, setting: Setting
     ) -> Iterator[Callable[[], Tensor]]:
-        with _FeatureRanker(pair.model.large, tokens, setting.retention_ratio) as ranker:
+        order = partial(max_min_diversity, valid=tokens.valid, retention_ratio=setting.retention_ratio)
+        with FeatureRanker(pair.model.large, tokens, order) as ranker:
             yield lambda: ranker.ranking
 
 
-class _FeatureRanker(HookContext):
-    """Ranks visual tokens by the features that enter the decoder; `ranking` is `(batch, num_visual_tokens)`."""
+class FeatureRanker(HookContext):
+    """Ranks visual tokens by the features that enter the decoder; `ranking` is `(batch, num_visual_tokens)`.
+
+    `order` makes it of these features, `(batch, num_visual_tokens, width)`.
+    """
 
     ranking: Tensor
 
-    def __init__(self, model: PreTrainedModel, tokens: VisualTokens, retention_ratio: float) -> None:
+    def __init__(self, model: PreTrainedModel, tokens: VisualTokens, order: Callable[[Tensor], Tensor]) -> None:
         self._decoder = decoder(model)
         self._tokens = tokens
-        self._retention_ratio = retention_ratio
+        self._order = order
 
     def _register(self, stack: ExitStack) -> None:
         self._add_hook(stack, self._decoder.register_forward_pre_hook, self._read, with_kwargs=True)
@@ -166,7 +175,7 @@ class _FeatureRanker(HookContext):
         if embeddings is not None and not hasattr(self, "ranking"):  # the prefill: answers are read token by token
             places = self._tokens.positions[..., None].to(embeddings.device)
             features = embeddings.take_along_dim(places.expand(-1, -1, embeddings.shape[-1]), dim=1)
-            self.ranking = max_min_diversity(features, self._tokens.valid, self._retention_ratio)
+            self.ranking = self._order(features)
 
 
 def max_min_diversity(features: Tensor, valid: Tensor, retention_ratio: float = 1.0) -> Tensor:
