@@ -27,11 +27,13 @@ from benchmarks.parts.guidance import measure_guidance
 from benchmarks.parts.methods import VISION_SETTINGS, count_operations, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.prefill import measure_prefill
+from benchmarks.parts.selection import measure_selection
 from benchmarks.parts.startup import measure_startup
 from benchmarks.settings import PART_NAMES, BenchmarkSettings
 from benchmarks.shapes import SHAPES
 from benchmarks.uncomputed import weightless
 from benchmarks.workbench import Workbench, count_visual_tokens, num_parameters
+from transformers_sgl.architectures import decoder
 from transformers_sgl.evaluation.run_folder import claim, measurement_record
 from transformers_sgl.storage.files import write_atomically
 
@@ -223,6 +225,14 @@ def _growth_tiles(bench: Workbench) -> dict[str, Any]:
     return measure_growth_tiles(points(), chosen, settings.answer_tokens, settings.sweep_rounds)
 
 
+def _selection(bench: Workbench) -> dict[str, Any]:
+    settings, width = bench.settings, decoder(bench.small).config.hidden_size
+    inputs = bench.inputs_with(settings.selection_tokens)
+    if not bench.takes(inputs, 1):
+        raise ValueError("The prompt has more tokens than --max-tokens allows.")
+    return measure_selection(bench.large, inputs, width, rounds=settings.sweep_rounds, seed=settings.seed)
+
+
 PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "startup": _startup,
     "guidance": _guidance,
@@ -239,4 +249,5 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "growth-answers": _growth_answers,
     "growth-tiles": _growth_tiles,
     "break-even-sizes": _break_even_sizes,
+    "selection": _selection,
 }

@@ -25,6 +25,7 @@ PART_NAMES = (
     "growth-answers",
     "growth-tiles",
     "break-even-sizes",
+    "selection",
 )
 
 
@@ -56,6 +57,7 @@ class BenchmarkSettings:
         growth_batches: Batch sizes, for the same.
         growth_answers: Lengths of answers, for the same.
         growth_tiles: Tiles of an image, for the growth of what a vision tower takes.
+        selection_tokens: Visual tokens, of which some are chosen.
     """
 
     large: str = "internvl-26b"
@@ -81,6 +83,7 @@ class BenchmarkSettings:
     growth_batches: tuple[int, ...] = (1, 4, 16)
     growth_answers: tuple[int, ...] = (1, 16, 256)
     growth_tiles: tuple[int, ...] = (2, 4, 7, 13, 24)
+    selection_tokens: int = 16_384
 
 
 def check_settings(settings: BenchmarkSettings) -> None:

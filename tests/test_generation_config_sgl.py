@@ -26,6 +26,7 @@ SGL_FIELDS = (
     "vision_retention_ratio",
     "vision_prune_layer",
     "min_tokens_per_image",
+    "selection",
     "guidance",
     "guidance_queries",
     "guidance_layers",

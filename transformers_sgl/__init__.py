@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         MinimumPerImageProcessor,
         RetentionRatioProcessor,
     )
+    from transformers_sgl.tokens.selection import ConditionalDPPProcessor, FacilityLocationProcessor
     from transformers_sgl.tokens.tile_retention import (
         BlurProcessor,
         RetentionPerTileProcessor,
@@ -39,7 +40,9 @@ __all__ = [
     "PRESETS",
     "AttentionRecorder",
     "BlurProcessor",
+    "ConditionalDPPProcessor",
     "DraftVerifier",
+    "FacilityLocationProcessor",
     "ImportanceProcessor",
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
@@ -63,7 +66,9 @@ _DEFINED_IN = {
     "PRESETS": "generation_config_sgl",
     "AttentionRecorder": "hooks.attention_recorder",
     "BlurProcessor": "tokens.tile_retention",
+    "ConditionalDPPProcessor": "tokens.selection",
     "DraftVerifier": "hooks.draft_verifier",
+    "FacilityLocationProcessor": "tokens.selection",
     "ImportanceProcessor": "tokens.importance_process",
     "ImportanceProcessorList": "tokens.importance_process",
     "MinimumPerImageProcessor": "tokens.importance_process",

@@ -52,6 +52,7 @@ _FRACTIONS = {
     "unsure_retention_ratio": "visual tokens that are kept where the small model is unsure",
 }
 _CHOICES = {
+    "selection": ("top_k", "dpp", "facility_location"),
     "guidance": ("answer", "prompt"),
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
@@ -138,6 +139,10 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             behind its own most important tokens.
         min_tokens_per_image (`int`, *optional*, defaults to 1): How many tokens of every image or video frame are kept
             whatever their rank, so that none vanishes; with 0 some may.
+        selection (`str`, *optional*, defaults to `"top_k"`): Which tokens the large model's decoder keeps: `"top_k"`,
+            the most important ones; `"facility_location"`, those that stand for what is important
+            ([`FacilityLocationProcessor`]); or `"dpp"`, those that are important and unlike each other
+            ([`ConditionalDPPProcessor`]). The vision tower has its own rule.
         guidance (`str`, *optional*, defaults to `"answer"`): What the small model does: it writes an `"answer"`, or it
             reads the `"prompt"` and stops. Then there is no draft to exit with, to score, to verify or to confirm,
             and the prompt alone ranks the visual tokens.
@@ -235,6 +240,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "vision_retention_ratio": 1.0,
             "vision_prune_layer": None,
             "min_tokens_per_image": 1,
+            "selection": "top_k",
             "guidance": "answer",
             "guidance_queries": None,
             "guidance_layers": 1.0,

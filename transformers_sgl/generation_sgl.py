@@ -135,11 +135,13 @@ def generate(
             small_prompt.visual_tokens,
             settings,
             ranks=prunes,
+            features=processors.needs_features or of_tower.needs_features,
             scores=rules.scores_draft or (prunes and settings.unsure_threshold is not None),
             **draft_settings,
         ).to(prompts.device)
     if guidance.importance is not None and transfer is not None:
-        guidance = replace(guidance, importance=transfer(guidance.importance))
+        features = None if guidance.features is None else transfer.features(guidance.features)
+        guidance = replace(guidance, importance=transfer(guidance.importance), features=features)
     clock.lap("guidance_ms")
 
     # 4. Where the draft can be trusted, it is the answer.
@@ -159,13 +161,14 @@ def generate(
     def pruning_of(some: Prompt, chosen: Tensor) -> Pruning | None:
         if guidance.importance is None or some.visual_tokens.num_visual_tokens == 0:
             return None
-        importance = guidance.importance[chosen, : some.visual_tokens.num_visual_tokens]
+        of_chosen = (slice(None), slice(some.visual_tokens.num_visual_tokens))
+        importance = guidance.importance[chosen][of_chosen]
+        features = None if guidance.features is None else guidance.features[chosen][of_chosen]
         steps = of_tower, processors
         if unsure is not None:
             steps = choosing_processors(settings, importance_processor, vision_processor, unsure[chosen])
-        return Pruning(
-            large, some, importance, steps[0] if of_tower else of_tower, steps[1], prune_layer, vision_layer
-        )
+        steps = steps[0] if of_tower else of_tower, steps[1]
+        return Pruning(large, some, importance, *steps, prune_layer, vision_layer, features)
 
     settled, confirmed, scores, num_checks = exits, None, None, 0
     pruned: dict[str, Any] = {}

@@ -55,6 +55,8 @@ class Guidance:
             received, in float32; 0 in padding.
         confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was.
         consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays with few visual tokens.
+        features (`Tensor` of shape `(batch, num_visual_tokens, width)`, *optional*): What its decoder was given for
+            each visual token; 0 in padding.
     """
 
     draft_sequences: Tensor
@@ -64,6 +66,7 @@ class Guidance:
     importance: Tensor | None = None
     confidence: Tensor | None = None
     consistency: Tensor | None = None
+    features: Tensor | None = None
 
     @property
     def has_draft(self) -> bool:
@@ -96,6 +99,7 @@ def guide(
     generation_config: SGLGenerationConfig,
     ranks: bool = True,
     scores: bool = False,
+    features: bool = False,
     logits_processor: Iterable[LogitsProcessor] = (),
     stopping_criteria: Iterable[StoppingCriteria] = (),
     **settings: Any,
@@ -103,8 +107,9 @@ def guide(
     """Lets the small model answer first, greedily, and records its attention (paper, section 3.2).
 
     `inputs` are the arguments of its `generate`, with `input_ids` of shape `(batch, small_prompt_length)`; they win
-    over `settings`. `ranks` asks for the importance, `scores` for confidence and consistency; `logits_processor` and
-    `stopping_criteria` also hold for the draft. The result is on the small model's device.
+    over `settings`. `ranks` asks for the importance, together with `features` also for those of the visual tokens, and
+    `scores` for confidence and consistency; `logits_processor` and `stopping_criteria` also hold for the draft. The
+    result is on the small model's device.
 
     Raises:
         ValueError: If a sample has no token whose attention could rank its visual tokens.
@@ -112,11 +117,11 @@ def guide(
     inputs, visual_tokens = _beside(small, inputs, visual_tokens)
     settings = {**settings, **_GREEDY, **inputs, "return_dict_in_generate": False}
     if generation_config.guidance == "prompt":
-        return _guide_by_prompt(small, settings, visual_tokens, generation_config, ranks)
+        return _guide_by_prompt(small, settings, visual_tokens, generation_config, ranks, features)
     with ExitStack() as stack:
         recorder = None
         if ranks or scores:
-            recorder = stack.enter_context(_attention_recorder(small, visual_tokens, generation_config))
+            recorder = stack.enter_context(_attention_recorder(small, visual_tokens, generation_config, features))
         draft = stack.enter_context(_DraftRecorder(small)) if scores else None
         watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
         watch.recorder = recorder
@@ -135,7 +140,7 @@ def guide(
     importance = _of_queries(recorder, guiding_queries(generation_config))
     if ranks:
         _check_ranked(visual_tokens, importance, "the small model wrote a single token", "allow a longer answer")
-        guidance = replace(guidance, importance=importance)
+        guidance = replace(guidance, importance=importance, features=recorder.features)
     if draft is None:
         return guidance
     log_probs = _log_probs_when_pruned(
@@ -165,6 +170,7 @@ def _guide_by_prompt(
     visual_tokens: VisualTokens,
     settings: SGLGenerationConfig,
     ranks: bool,
+    features: bool,
 ) -> Guidance:
     """One pass of the small model, which reads the prompts; `arguments` are those of its `generate`."""
     nothing = visual_tokens.positions.new_zeros(visual_tokens.batch_size, 0)
@@ -172,12 +178,12 @@ def _guide_by_prompt(
     guidance = Guidance(nothing, nothing.bool(), ended, ended)
     if not ranks:
         return guidance
-    with _attention_recorder(small, visual_tokens, settings) as recorder:
+    with _attention_recorder(small, visual_tokens, settings, features) as recorder:
         type(small).generate(small, **{**arguments, "max_new_tokens": 1})  # chosen from the pass that reads
     _check_ranked(
         visual_tokens, recorder.importance, 'with `guidance="prompt"` nothing follows', 'set `guidance="answer"`'
     )
-    return replace(guidance, importance=recorder.importance)
+    return replace(guidance, importance=recorder.importance, features=recorder.features)
 
 
 def _beside(
@@ -191,14 +197,14 @@ def _beside(
 
 
 def _attention_recorder(
-    small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig
+    small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig, features: bool
 ) -> AttentionRecorder:
     """A recorder of the layers and queries that the settings name."""
     # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
     queries: Literal["prompt", "last", "both"] = "prompt" if settings.guidance == "prompt" else "both"
     if guiding_queries(settings) == "last":
         queries = "last"
-    return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings))
+    return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings), features)
 
 
 def _check_ranked(visual_tokens: VisualTokens, importance: Tensor, cause: str, cure: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
+from transformers_sgl.tokens.selection import decoder_processors
 from transformers_sgl.tokens.tile_retention import vision_processors
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 
@@ -56,8 +57,8 @@ def _of_ratios(settings: SGLGenerationConfig, at_least: float = 0.0) -> _Lists:
     of_tower = vision_processors(
         max(settings.vision_retention_ratio, at_least), settings.vision_prune_layer is not None
     )
-    of_decoder = ImportanceProcessorList.of_settings(
-        max(settings.retention_ratio, at_least), settings.min_tokens_per_image
+    of_decoder = decoder_processors(
+        max(settings.retention_ratio, at_least), settings.min_tokens_per_image, selection=settings.selection
     )
     return of_tower, of_decoder
 
@@ -67,6 +68,7 @@ class _PerSample(ImportanceProcessor):
 
     def __init__(self, chosen: Tensor, of_chosen: ImportanceProcessorList, of_others: ImportanceProcessorList) -> None:
         self._chosen, self._of_chosen, self._of_others = chosen, of_chosen, of_others
+        self.needs_features = of_chosen.needs_features or of_others.needs_features
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         chosen = self._chosen.to(importance.device)[:, None]

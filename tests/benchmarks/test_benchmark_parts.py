@@ -24,6 +24,7 @@ from benchmarks.parts.guidance import (
 )
 from benchmarks.parts.pairing import Pairing, random_keep_mask
 from benchmarks.parts.prefill import measure_prefill
+from benchmarks.parts.selection import measure_selection
 from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.generation_config_sgl import PRESETS
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
@@ -271,3 +272,12 @@ class TestGrowth:
         assert power_law([1, 2, 4], [0, 5, 20]) == {"exponent": pytest.approx(2.0), "num_points": 2}
         assert power_law([1, 2], [-3, 5]) is None
         assert power_law([], []) is None
+
+
+def test_every_selection_is_timed_beside_the_prefill(large):
+    found = measure_selection(large, question(), width=8, retention_ratios=(0.25, 0.5), rounds=2)
+    assert (found["num_visual_tokens"], len(found["prefill"]["samples_ms"])) == (3 * TOKENS_PER_TILE, 2)
+    assert list(found["selections"]) == ["top_k", "dpp", "facility_location"]
+    for ways in found["selections"].values():
+        assert [(way["retention_ratio"], way["kept"]) for way in ways] == [(0.25, 12), (0.5, 24)]
+        assert all(way["time_over_prefill"]["median"] > 0 for way in ways)

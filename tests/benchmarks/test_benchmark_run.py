@@ -45,6 +45,7 @@ SWEEPS = {
     "growth_batches": (1, 2),
     "growth_answers": (1, 2),
     "growth_tiles": (1, 3),
+    "selection_tokens": 32,
 }
 SPREAD = {"median": 1.05, "min": 1.0, "max": 1.1}
 IMPORTED = dict.fromkeys(("transformers", "transformers and transformers_sgl", "transformers_sgl"), SPREAD)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transformers_sgl.tokens.importance_resampling import pad_boxes, resample_importance
+from transformers_sgl.tokens.importance_resampling import pad_boxes, resample_features, resample_importance
 
 pytestmark = pytest.mark.mechanics
 
@@ -181,3 +181,23 @@ def test_thousands_of_tokens_take_no_time() -> None:
     resampled = resample_importance(importance, small, large)
     assert time.perf_counter() - started < 10
     torch.testing.assert_close(resampled.sum(), importance.sum())
+
+
+@FEW
+@given(small=images(), large=images(), seed=st.integers(0, 9))
+def test_features_are_means_over_shared_pixels(small: Tensor, large: Tensor, seed: int) -> None:
+    features = torch.randn(1, len(small), 3, generator=torch.Generator().manual_seed(seed))
+    resampled = resample_features(features, pad_boxes([[small]]), pad_boxes([[large]]))[0]
+    for box, row in zip(large, resampled, strict=True):
+        total, covered = torch.zeros(3), 0
+        for feature, other in zip(features[0], small, strict=True):
+            shared = len(set(pixels(box)) & set(pixels(other)))
+            total, covered = total + shared * feature, covered + shared
+        torch.testing.assert_close(row, total / max(1, covered), rtol=1e-3, atol=1e-4)
+
+
+def test_features_of_every_sample_and_image_stay_apart() -> None:
+    boxes = [grid(2, 2)], [grid(1, 2), grid(1, 1)], []
+    features = torch.arange(12.0).view(3, 4, 1)
+    resampled = resample_features(features, pad_boxes(boxes), pad_boxes([[grid(1, 1)], [grid(1, 1), grid(1, 2)], []]))
+    assert resampled[..., 0].tolist() == [[1.5, 0, 0], [4.5, 6, 6], [0, 0, 0]]

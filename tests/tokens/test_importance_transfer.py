@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from transformers_sgl import (
     AttentionRecorder,
+    ImportanceProcessor,
     MinimumPerImageProcessor,
     SGLForConditionalGeneration,
     SGLProcessor,
@@ -36,7 +37,7 @@ from transformers_sgl.evaluation import Scenes
 from transformers_sgl.serving import PairApp
 from transformers_sgl.tokens import comparison, prompt_images
 from transformers_sgl.tokens.boxes import visual_token_boxes
-from transformers_sgl.tokens.importance_resampling import resample_importance
+from transformers_sgl.tokens.importance_resampling import resample_features, resample_importance
 from transformers_sgl.tokens.layouts import LAYOUTS
 from transformers_sgl.tokens.views import placeholder_of
 
@@ -387,6 +388,36 @@ def test_importance_is_the_small_models_on_the_large_models_tokens(any_pair: Any
     assert output.importance_transfer == "resampling"
     kept = (output.num_visual_tokens * 0.3).floor().clamp(min=1) * (output.num_visual_tokens > 0)
     assert output.keep_mask.sum(dim=1).tolist() == kept.tolist()
+
+
+@mechanics
+def test_features_are_carried_over_like_importance(any_pair: Any) -> None:
+    model, processor = any_pair
+    conversation = chats(pictures())
+    inputs = prepare(processor, conversation)
+    seen: list[Tensor | None] = []
+
+    class Watch(ImportanceProcessor):
+        def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+            seen.append(visual_tokens.features)
+            return importance
+
+    options = {**PRUNED, **tokenizers(processor), "return_dict_in_generate": True, "selection": "facility_location"}
+    output = model.generate(**inputs, **options, importance_processor=Watch())
+
+    own = small_only(inputs)
+    tokens = VisualTokens.from_input_ids(own["input_ids"], visual_token_ids(model.small.config), own["attention_mask"])
+    with AttentionRecorder(model.small, tokens, records_features=True) as recorder:
+        model.small.generate(**own, **GREEDY)
+    assert recorder.features is not None
+    expected = resample_features(recorder.features, inputs[BOXES[1]], inputs[BOXES[0]])
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
+    kept = (output.num_visual_tokens * 0.3).floor().clamp(min=1) * (output.num_visual_tokens > 0)
+    assert output.keep_mask.sum(dim=1).tolist() == kept.tolist()
+    for row, one in enumerate(conversation):
+        alone = model.generate(**prepare(processor, [one]), **options)
+        if alone.keep_mask is not None:
+            assert output.keep_mask[row, : alone.keep_mask.shape[1]].equal(alone.keep_mask[0])
 
 
 @mechanics

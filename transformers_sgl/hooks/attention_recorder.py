@@ -54,6 +54,8 @@ class AttentionRecorder(HookContext):
         queries (`str`, *optional*, defaults to `"both"`): Whose attention to record: that of the `"prompt"`, of its
             `"last"` token alone, of the `"generated"` tokens, or of `"both"`, prompt and generated.
         layers (collection of `int`, *optional*): The decoder layers to record; all by default.
+        records_features (`bool`, *optional*, defaults to `False`): Whether to keep what the decoder is given for each
+            visual token, as `features` of shape `(batch, num_visual_tokens, width)`, 0 in padding.
 
     Raises:
         ValueError: If the model's architecture or attention implementation cannot be recorded, or none of `layers` has
@@ -85,10 +87,13 @@ class AttentionRecorder(HookContext):
         visual_tokens: VisualTokens,
         queries: Literal["prompt", "last", "generated", "both"] = "both",
         layers: Collection[int] | None = None,
+        records_features: bool = False,
     ) -> None:
         self.model = model
         self.visual_tokens = visual_tokens
         self.queries = queries
+        self.features: Tensor | None = None  # (batch, num_visual_tokens, width)
+        self._records_features = records_features
         self._decoder = decoder(model)
         self._index = {
             module: index for index, module in attention_modules(model).items() if layers is None or index in layers
@@ -186,7 +191,20 @@ class AttentionRecorder(HookContext):
         num_generated = self._end - max(self._num_recorded, self.visual_tokens.prompt_length)
         if num_generated > 0:
             self._counted.append(self._unfinished[:, None].expand(-1, num_generated))
+        if self._records_features and self._num_seen == 0:
+            self.features = self._features_in(inputs)
         self._num_seen = self._end
+
+    def _features_in(self, inputs: Tensor) -> Tensor:
+        """What the decoder is given for each visual token; `(batch, num_visual_tokens, width)`."""
+        if not inputs.is_floating_point():
+            raise ValueError(
+                "The features of visual tokens cannot be recorded, because this model's decoder is given token ids "
+                "and no embeddings: leave `selection` at 'top_k'."
+            )
+        tokens = self.visual_tokens.to(inputs.device)
+        rows = inputs.detach().gather(1, tokens.positions[..., None].expand(-1, -1, inputs.shape[-1]))
+        return (rows * tokens.valid[..., None]).to(self.prompt_importance.device)
 
     def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Decoder hook: raises if a layer was not recorded, which would look like less importance."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Pruning(HookContext):
         of_decoder ([`ImportanceProcessorList`]): Empty where the decoder keeps all of that.
         prune_layer (`int`): The first layer of the decoder that sees fewer tokens.
         vision_prune_layer (`int`, *optional*): The same for the tower; `None` if whole tiles are left out.
+        features (`Tensor` of shape `(batch, num_visual_tokens, width)`, *optional*): What their features are.
 
     Raises:
         ValueError: As its parts do.
@@ -47,8 +49,9 @@ class Pruning(HookContext):
         of_decoder: ImportanceProcessorList,
         prune_layer: int,
         vision_prune_layer: int | None = None,
+        features: Tensor | None = None,
     ) -> None:
-        tokens = prompt.visual_tokens
+        tokens = replace(prompt.visual_tokens, features=features)
         self._tower = None
         self._fields: dict[str, Any] = {"prune_layer": prune_layer, "vision_prune_layer": vision_prune_layer}
         encoded = None

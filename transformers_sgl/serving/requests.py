@@ -88,6 +88,7 @@ _SETTINGS: dict[str, tuple[type, float, float | None]] = {
     "repetition_penalty": (float, 0.1, 10),
     "retention_ratio": (float, -inf, inf),
     "score_draft": (bool, 0, 0),
+    "selection": (str, 0, 0),
     "temperature": (float, 0.01, 10),
     "top_k": (int, 0, 1000),
     "top_p": (float, 0.01, 1),

@@ -24,6 +24,7 @@ __all__ = [
     "RetentionRatioProcessor",
     "checked_ratio",
     "rank_within",
+    "token_budget",
 ]
 
 DROPPED = float("-inf")
@@ -46,7 +47,13 @@ class ImportanceProcessor(ABC):
         ...         return importance
 
         ```
+
+    Attributes:
+        needs_features (`bool`, defaults to `False`): Whether it reads `visual_tokens.features`, which are recorded for
+            processors of which one does.
     """
+
+    needs_features: bool = False
 
     @abstractmethod
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
@@ -114,6 +121,11 @@ class ImportanceProcessorList(list[ImportanceProcessor]):
                     f"`{name}` is or holds {processor!r}: pass an ImportanceProcessor, or a list of them."
                 )
         return processors
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether one of them reads the features of visual tokens."""
+        return any(getattr(each, "needs_features", False) for each in self)
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Runs every processor in turn; raises `ValueError` if one changes the shape or returns NaN."""
@@ -188,10 +200,7 @@ class RetentionRatioProcessor(ImportanceProcessor):
 
     def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
         """Drops all but the most important tokens; see [`ImportanceProcessor`]."""
-        counts = visual_tokens.counts
-        # In float64, so that the count is what `math.floor(retention_ratio * V)` says in plain Python.
-        budget = torch.floor(counts.double() * self.retention_ratio).long().clamp(min=1)  # (batch,)
-        budget = torch.maximum(budget, (importance == PROTECTED).sum(dim=1))
+        budget = token_budget(visual_tokens, importance, self.retention_ratio)
         return importance.masked_fill(_rank(importance) >= budget[:, None], DROPPED)
 
 
@@ -237,6 +246,13 @@ def checked_ratio(retention_ratio: float) -> float:
     if not is_number or not 0 < retention_ratio <= 1:
         raise ValueError(f"`retention_ratio` is {retention_ratio!r}: pass a number above 0 and up to 1.")
     return retention_ratio
+
+
+def token_budget(visual_tokens: VisualTokens, importance: Tensor, retention_ratio: float) -> Tensor:
+    """How many tokens of each sample are kept, `(batch,)`: the fraction, or all protected ones if they are more."""
+    # In float64, so that the count is what `math.floor(retention_ratio * V)` says in plain Python.
+    budget = torch.floor(visual_tokens.counts.double() * retention_ratio).long().clamp(min=1)
+    return torch.maximum(budget, (importance == PROTECTED).sum(dim=1))
 
 
 def rank_within(group: Tensor, importance: Tensor) -> Tensor:

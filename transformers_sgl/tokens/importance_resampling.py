@@ -1,4 +1,6 @@
-"""Carrying importance from one model's visual tokens to another's, over the image that both see. Pure tensors.
+"""Carrying importance and features from one model's visual tokens to another's, over the image that both see.
+
+Pure tensors.
 
 Models of different families cut an image into different tokens. Each token knows its box on the original image
 (`boxes.py`), so importance is carried over in proportion to the areas that boxes share.
@@ -6,12 +8,12 @@ Models of different families cut an image into different tokens. Each token know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["pad_boxes", "resample_importance"]
+__all__ = ["pad_boxes", "resample_features", "resample_importance"]
 
 # The largest block of overlaps to hold at a time, in elements: 16 MiB of float64.
 _MAX_BLOCK_ELEMENTS = 1 << 21
@@ -60,7 +62,42 @@ def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Te
     small, large = small_boxes.to(device, torch.float64), large_boxes.to(device, torch.float64)
     values = importance.to(device, torch.float64)
     resampled = torch.zeros(large.shape[:2], dtype=torch.float64, device=device)
-    for sample in range(batch):
+    for sample, of_small, of_large in _images(small, large):
+        resampled[sample, of_large] = _resample_image(
+            values[sample, of_small], small[sample, of_small, 1:], large[sample, of_large, 1:]
+        )
+    return resampled.to(importance.device, importance.dtype)
+
+
+def resample_features(features: Tensor, small_boxes: Tensor, large_boxes: Tensor) -> Tensor:
+    """The features of one model's visual tokens as those of another's: means, weighted by the areas that boxes share.
+
+    `features` have the shape `(batch, num_small_tokens, width)`, the result one of `(batch, num_large_tokens, width)`
+    in float32, with 0 in padding and for tokens that share no area with any of the other model. For the boxes see
+    [`resample_importance`].
+    """
+    small, large = (boxes.to(features.device, torch.float32) for boxes in (small_boxes, large_boxes))
+    values = features.float().nan_to_num(0.0, 0.0, 0.0)
+    resampled = values.new_zeros(*large.shape[:2], values.shape[-1])
+    for sample, of_small, of_large in _images(small, large):
+        one, other = small[sample, of_small, 1:], large[sample, of_large, 1:]
+        total, covered = values.new_zeros(len(other), values.shape[-1]), values.new_zeros(len(other), 1)
+        rows = max(1, _MAX_BLOCK_ELEMENTS // max(1, len(other)))
+        for each, boxes in zip(values[sample, of_small].split(rows), one.split(rows), strict=True):
+            overlap = _overlap(boxes, other)  # (rows, num_large)
+            overlap = overlap * (overlap > _LEAST_SHARE * _area(other))
+            total += overlap.T @ each
+            covered += overlap.sum(dim=0)[:, None]
+        resampled[sample, of_large] = total / torch.where(covered > 0, covered, 1.0)
+    return resampled
+
+
+def _images(small: Tensor, large: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each image's sample, and which of the sample's tokens are the image's: `(num_small,)`, `(num_large,)`.
+
+    Raises `ValueError` if the two models were shown different images.
+    """
+    for sample in range(len(small)):
         small_image, large_image = small[sample, :, 0], large[sample, :, 0]
         numbers = _image_numbers(small_image)
         if numbers != _image_numbers(large_image):
@@ -70,11 +107,7 @@ def resample_importance(importance: Tensor, small_boxes: Tensor, large_boxes: Te
                 "give both models the same images."
             )
         for number in numbers:
-            of_small, of_large = small_image == number, large_image == number
-            resampled[sample, of_large] = _resample_image(
-                values[sample, of_small], small[sample, of_small, 1:], large[sample, of_large, 1:]
-            )
-    return resampled.to(importance.device, importance.dtype)
+            yield sample, small_image == number, large_image == number
 
 
 def _image_numbers(image: Tensor) -> list[int]:

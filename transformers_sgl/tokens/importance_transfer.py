@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from transformers_sgl.tokens.importance_resampling import resample_importance
+from transformers_sgl.tokens.importance_resampling import resample_features, resample_importance
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import processor_name
 
@@ -79,6 +79,13 @@ class ImportanceTransfer:
             return importance
         large_boxes, small_boxes = (boxes.to(importance.device) for boxes in self.boxes)
         return resample_importance(importance, small_boxes, large_boxes)
+
+    def features(self, features: Tensor) -> Tensor:
+        """The features of the small model's tokens, `(batch, num_small_tokens, width)`, as the large model's."""
+        if self.boxes is None:
+            return features
+        large_boxes, small_boxes = (boxes.to(features.device) for boxes in self.boxes)
+        return resample_features(features, small_boxes, large_boxes)
 
 
 def importance_transfer(large: PreTrainedConfig, small: PreTrainedConfig) -> str:

@@ -36,6 +36,9 @@ class VisualTokens:
             in its tile, counted in tokens; -1 likewise.
         is_overview (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the tokens of a tile that
             shows a whole image, of which other tiles show parts.
+        features (`Tensor` of shape `(batch, num_visual_tokens, width)`, *optional*): What the small model's decoder
+            is given for each token: its projected features. Where the models cut images differently, they are carried
+            over as importance is. Only their directions have a meaning; 0 in padding and where nothing is known.
     """
 
     positions: Tensor
@@ -45,6 +48,7 @@ class VisualTokens:
     tile_index: Tensor | None = None
     tile_place: Tensor | None = None
     is_overview: Tensor | None = None
+    features: Tensor | None = None
 
     @classmethod
     def from_input_ids(

@@ -1,0 +1,246 @@
+"""Choosing visual tokens as a set: of important ones that show the same, a few are enough.
+
+Pure tensors. These are steps like those of `importance_process`, for the last place among them. Beside importance they
+read the tokens' features. Both choose greedily, one token of every sample at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from transformers_sgl.tokens.importance_process import (
+    DROPPED,
+    PROTECTED,
+    ImportanceProcessor,
+    ImportanceProcessorList,
+    checked_ratio,
+    token_budget,
+)
+
+if TYPE_CHECKING:
+    from transformers_sgl.tokens.visual_tokens import VisualTokens
+
+__all__ = ["SELECTIONS", "ConditionalDPPProcessor", "FacilityLocationProcessor", "decoder_processors"]
+
+# How many gains are computed anew at a time, and the largest block of similarities, in elements.
+_NUM_RENEWED = 16
+_MAX_BLOCK_ELEMENTS = 1 << 24
+
+
+def decoder_processors(
+    retention_ratio: float,
+    min_tokens_per_image: int,
+    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
+    selection: str = "top_k",
+) -> ImportanceProcessorList:
+    """The user's processors, then those that the settings ask for; empty where every token is kept.
+
+    As [`ImportanceProcessorList.of_settings`], whose arguments and errors it has. `selection` is `"top_k"` or one of
+    [`SELECTIONS`].
+    """
+    processors = ImportanceProcessorList.of_settings(retention_ratio, min_tokens_per_image, own)
+    if selection in SELECTIONS and retention_ratio < 1:
+        processors[-1] = SELECTIONS[selection](retention_ratio)
+    return processors
+
+
+class _GreedyProcessor(ImportanceProcessor):
+    """Keeps a fixed fraction of each sample's visual tokens, chosen one after the other by importance and features."""
+
+    needs_features = True
+
+    def __init__(self, retention_ratio: float) -> None:
+        self.retention_ratio = checked_ratio(retention_ratio)
+
+    def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
+        """Drops all but the chosen tokens; see [`ImportanceProcessor`]."""
+        features = visual_tokens.features
+        if features is None:
+            raise ValueError(
+                f"{type(self).__name__} compares the features of visual tokens, but there are none: pass "
+                "`VisualTokens` with `features`, of the shape (batch, num_visual_tokens, width)."
+            )
+        if features.shape[:-1] != importance.shape:
+            raise ValueError(
+                f"The visual tokens' features have the shape {tuple(features.shape)}, but the importance "
+                f"{tuple(importance.shape)}: pass one row of features per visual token."
+            )
+        if importance.shape[1] == 0:
+            return importance
+        budget = token_budget(visual_tokens, importance, self.retention_ratio)
+        left = importance > DROPPED
+        keeps_all = left.sum(dim=1) <= budget
+        finite = importance.masked_fill(~importance.isfinite(), 0.0).float().clamp(min=0.0)
+        relevance = finite / finite.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        unit = normalize(features.to(importance.device).float().nan_to_num(0.0, 0.0, 0.0), dim=-1)
+        chosen = self._choose(unit, relevance, importance == PROTECTED, left.clone(), budget.masked_fill(keeps_all, 0))
+        chosen |= left & keeps_all[:, None]
+        return importance.masked_fill(~chosen & ~importance.isnan(), DROPPED)  # NaN is refused by who called
+
+    def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
+        """The `wanted`, `(batch,)`, tokens of those `left`; all else but `unit` is `(batch, num_visual_tokens)`.
+
+        `unit` holds features of length 1, `(batch, num_visual_tokens, width)`; `relevance` is importance, at most 1.
+        """
+        raise NotImplementedError
+
+
+class ConditionalDPPProcessor(_GreedyProcessor):
+    """Keeps a fixed fraction of each sample's visual tokens: those that are important, and unlike each other.
+
+    As many tokens are kept as by [`RetentionRatioProcessor`]. They are chosen one by one, greedily, so that the
+    determinant of their kernel is the largest: the most probable set of a determinantal point process that is
+    conditioned on the question by the importance (arXiv 2506.10967; greedy search as in arXiv 1709.05135). The kernel
+    of tokens `i` and `j` is `importance[i] * importance[j] * (diversity * cosine(i, j) + (1 - diversity) * (i == j))`,
+    with the cosine of their features. Each step takes the token of the largest `importance**2 * novelty`, where the
+    novelty is 1 at first, and what the tokens chosen so far do not explain of it later; of equal ones the earlier.
+
+    Protected tokens are chosen first. A token whose features are zero or not finite is unlike any other. The memory
+    for `V` tokens with features of width `W` is that of `V * W` and `W * W` numbers, however many are kept.
+
+    Args:
+        retention_ratio (`float`): The fraction kept, in `(0, 1]`.
+        diversity (`float`, *optional*, defaults to 0.9): How much likeness counts, at least 0 and below 1. With 0 the
+            most important tokens are kept.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when called, if the visual tokens have no features.
+
+    Example:
+        ```python
+        >>> from dataclasses import replace
+        >>> import torch
+        >>> from transformers_sgl import ConditionalDPPProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 5]]), token_ids=9)
+        >>> tokens = replace(tokens, features=torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]))
+        >>> ConditionalDPPProcessor(0.7)(tokens, torch.tensor([[0.5, 0.4, 0.3]]))
+        tensor([[0.5000,   -inf, 0.3000]])
+
+        ```
+    """
+
+    def __init__(self, retention_ratio: float, diversity: float = 0.9) -> None:
+        super().__init__(retention_ratio)
+        is_number = isinstance(diversity, (int, float)) and not isinstance(diversity, bool)
+        if not is_number or not 0 <= diversity < 1:
+            raise ValueError(f"`diversity` is {diversity!r}: pass a number of at least 0 and below 1.")
+        self.diversity = diversity
+
+    def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
+        """The greedy choice; see the base class."""
+        relevance = relevance.masked_fill(protected, PROTECTED)
+        # Scaled so that the product of two rows is what their tokens have in common.
+        unit = unit * self.diversity**0.5
+        own = 1 - self.diversity  # what of a token no other explains
+        # The novelty of token i, given the chosen tokens Y, is `1 - |u_i|**2 + u_i (I + U_Y' U_Y / own)^-1 u_i'`: what
+        # a Cholesky factor of Y's kernel gives, at a cost for each step that does not grow with Y.
+        novelty, chosen = torch.ones_like(relevance), torch.zeros_like(left)
+        inverse = torch.eye(unit.shape[-1], device=unit.device).expand(len(unit), -1, -1).clone()
+        samples = torch.arange(len(unit), device=unit.device)
+        for step in range(int(wanted.max())):
+            best = (relevance * novelty.sqrt()).masked_fill(~left, DROPPED).argmax(dim=1)  # (batch,)
+            counts = step < wanted
+            chosen[samples, best] |= counts
+            left[samples, best] &= ~counts
+            row = unit[samples, best, :, None]  # (batch, width, 1)
+            direction = inverse @ row
+            pivot = own + (row * direction).sum(dim=1, keepdim=True)
+            likeness = unit @ direction  # (batch, num_visual_tokens, 1)
+            novelty = (novelty - (likeness.square() / pivot)[..., 0]).clamp(min=own)
+            inverse -= direction @ direction.mT / pivot
+        return chosen
+
+
+class FacilityLocationProcessor(_GreedyProcessor):
+    """Keeps a fixed fraction of each sample's visual tokens: those that stand for what is important.
+
+    As many tokens are kept as by [`RetentionRatioProcessor`]. They are chosen one by one, greedily, so that
+    `sum over tokens i of importance[i] * max over kept tokens j of similarity(i, j)` is the largest: every important
+    token should have a kept one like it, itself or another (facility location, Lin and Bilmes, ACL 2011). To this,
+    `own_share * importance[j]` is added for every kept token j, so that important tokens go on to be kept when all
+    have one like them. The similarity is the cosine of both tokens' features, at least 0. Of tokens that add the same
+    the earlier is taken.
+
+    Protected tokens are chosen first. A token whose features are zero or not finite is like itself alone. The first
+    step compares all tokens with each other, block by block; later ones compute anew only what each of the most
+    promising tokens would add (lazy greedy search, Minoux 1978), with the same result.
+
+    Args:
+        retention_ratio (`float`): The fraction kept, in `(0, 1]`.
+        own_share (`float`, *optional*): How much a kept token counts for itself, beside what it stands for; 0 or more.
+            The larger, the more the choice is that of the most important tokens. By default `retention_ratio**2`:
+            where few tokens are kept, each has to stand for others.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when called, if the visual tokens have no features.
+
+    Example:
+        ```python
+        >>> from dataclasses import replace
+        >>> import torch
+        >>> from transformers_sgl import FacilityLocationProcessor, VisualTokens
+
+        >>> tokens = VisualTokens.from_input_ids(torch.tensor([[9, 9, 9, 5]]), token_ids=9)
+        >>> tokens = replace(tokens, features=torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]))
+        >>> FacilityLocationProcessor(0.7)(tokens, torch.tensor([[0.5, 0.4, 0.3]]))
+        tensor([[0.5000,   -inf, 0.3000]])
+
+        ```
+    """
+
+    def __init__(self, retention_ratio: float, own_share: float | None = None) -> None:
+        super().__init__(retention_ratio)
+        own_share = self.retention_ratio**2 if own_share is None else own_share
+        is_number = isinstance(own_share, (int, float)) and not isinstance(own_share, bool)
+        if not is_number or not 0 <= own_share < math.inf:
+            raise ValueError(f"`own_share` is {own_share!r}: pass a number of 0 or more.")
+        self.own_share = own_share
+
+    def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
+        """The greedy choice; see the base class."""
+        samples = torch.arange(len(unit), device=unit.device)[:, None]  # (batch, 1)
+        covered, chosen = torch.zeros_like(relevance), torch.zeros_like(left)
+
+        def likeness(rows: Tensor) -> Tensor:
+            """The similarity of tokens with numbers `(batch, num)` to all; `(batch, num, num_visual_tokens)`."""
+            similarity = (unit[samples, rows] @ unit.mT).clamp_(0.0, 1.0)
+            return similarity.scatter_(2, rows[..., None], 1.0)
+
+        def gains(rows: Tensor) -> Tensor:
+            """What each of the tokens would add; `(batch, num)`."""
+            shared = ((likeness(rows) - covered[:, None]).clamp_(min=0.0) @ relevance[..., None])[..., 0]
+            return shared + self.own_share * relevance.gather(1, rows)
+
+        # What a token adds only shrinks, so an older gain is an upper bound.
+        block = max(1, _MAX_BLOCK_ELEMENTS // relevance.numel())
+        everything = torch.arange(relevance.shape[1], device=unit.device).expand_as(relevance)
+        bounds = torch.cat([gains(rows) for rows in everything.split(block, dim=1)], dim=1)
+        bounds = bounds.masked_fill(protected, PROTECTED).masked_fill(~left, DROPPED)
+        is_new = torch.ones_like(left)
+        for step in range(int(wanted.max())):
+            counts = step < wanted
+            best = bounds.argmax(dim=1, keepdim=True)  # (batch, 1)
+            while bool((counts & ~is_new.gather(1, best)[:, 0]).any()):
+                rows = torch.cat([best, bounds.topk(min(_NUM_RENEWED, bounds.shape[1])).indices], dim=1)
+                known = bounds.gather(1, rows)
+                bounds.scatter_(1, rows, torch.where(known.isfinite(), gains(rows), known))
+                is_new.scatter_(1, rows, True)
+                best = bounds.argmax(dim=1, keepdim=True)
+            chosen.scatter_(1, best, chosen.gather(1, best) | counts[:, None])
+            bounds.scatter_(1, best, DROPPED)
+            covered = torch.maximum(covered, likeness(best)[:, 0])
+            is_new = bounds == PROTECTED
+        return chosen
+
+
+SELECTIONS: dict[str, type[_GreedyProcessor]] = {
+    "dpp": ConditionalDPPProcessor,
+    "facility_location": FacilityLocationProcessor,
+}
