@@ -30,8 +30,7 @@ def measure_selection(
 ) -> dict[str, Any]:
     """Times each selection and the large model's first pass over everything, in turn.
 
-    Features and importance are drawn. Neighbours are alike, as in pictures; how alike makes a difference to the time
-    of the lazy search alone.
+    Features and importance are drawn, neighbours alike as in pictures; the times do not depend on them.
 
     Args:
         large (`PreTrainedModel`): The large model.

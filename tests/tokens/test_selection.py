@@ -21,6 +21,7 @@ from transformers_sgl import (
     RetentionRatioProcessor,
     VisualTokens,
 )
+from transformers_sgl.tokens import selection
 from transformers_sgl.tokens.selection import decoder_processors
 
 pytestmark = pytest.mark.mechanics
@@ -63,6 +64,15 @@ def by_determinants(chosen: list[int], importance: list[float], cosine: np.ndarr
     return float(np.linalg.det(kernel))
 
 
+def within_blocks(cosine: np.ndarray, left: list[int], most: int) -> np.ndarray:
+    """The same, but 0 for tokens of different blocks, of at most so many of the tokens that are left."""
+    num_blocks = math.ceil(len(left) / most)
+    size = math.ceil(len(left) / max(1, num_blocks))
+    block = {index: place // size for place, index in enumerate(left)}
+    numbers = np.array([block.get(index, -1) for index in range(len(cosine))])
+    return np.where(numbers[:, None] == numbers, cosine, 0.0)
+
+
 def by_coverage(chosen: list[int], importance: list[float], cosine: np.ndarray, own_share: float) -> float:
     """How much of the importance these tokens stand for, and a share of their own."""
     finite = [weight if math.isfinite(weight) else 0.0 for weight in importance]
@@ -93,11 +103,11 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
-def test_against_plain_loops_in_2000_random_cases(kind: Any) -> None:
+def test_against_plain_loops_in_2000_random_cases(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     value = by_determinants if kind is ConditionalDPPProcessor else by_coverage
     compared = 0
-    for _ in range(100):  # batches of 20
+    for batch in range(100):  # batches of 20
         number, width = int(random.integers(1, 9)), int(random.integers(2, 6))
         ratio, setting = float(random.uniform(0.05, 1)), float(random.choice([0.0, 0.3, 0.9]))
         features = random.normal(size=(20, number, width)) * random.uniform(0.1, 10)
@@ -110,6 +120,8 @@ def test_against_plain_loops_in_2000_random_cases(kind: Any) -> None:
         counts[0] = number
         alive = np.arange(number) < np.array(counts)[:, None]
         tokens = visual_tokens(torch.tensor(features, dtype=torch.float32), counts)
+        most = 8 if batch % 2 else int(random.integers(2, 5))
+        monkeypatch.setattr(selection, "_BLOCK_SIZE", most)
         result = kind(ratio, setting)(tokens, torch.tensor(np.where(alive, importance, DROPPED), dtype=torch.float32))
         assert (result[~tokens.valid] == DROPPED).all()
         for sample, count in enumerate(counts):
@@ -118,7 +130,11 @@ def test_against_plain_loops_in_2000_random_cases(kind: Any) -> None:
             kept = (result[sample] > DROPPED).nonzero()[:, 0].tolist()
             assert len(kept) == min(budget, count - values.count(DROPPED))
             assert all(result[sample, index] == np.float32(values[index]) for index in kept)
-            expected, closest = one_by_one(value, values, cosines(features[sample, :count]), budget, setting)
+            cosine = cosines(features[sample, :count])
+            if kind is FacilityLocationProcessor:
+                left = [index for index in range(count) if values[index] > DROPPED]
+                cosine = within_blocks(cosine, left, most)
+            expected, closest = one_by_one(value, values, cosine, budget, setting)
             if closest > CLOSE:
                 compared += 1
                 assert kept == expected, (values, features[sample, :count], ratio, setting)
@@ -174,6 +190,41 @@ def test_coverage_by_hand() -> None:
     # the second of the first kind, and 0.04 + 0.2 for the last.
     assert kept_by(FacilityLocationProcessor(0.6, 1.0), tokens, importance) == [[0, 1, 2]]
     assert kept_by(FacilityLocationProcessor(0.6, 0.1), tokens, importance) == [[0, 2, 4]]  # 0.03, and 0.04 + 0.02
+
+
+def test_two_images_and_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two images. All tokens are alike, but for the last one.
+    ids = torch.tensor([[9, 9, 9, 1, 9, 9, 9]])
+    features = torch.tensor([[[1.0, 0], [1.0, 0], [1.0, 0], [1.0, 0], [1.0, 0], [0, 1.0]]])
+    importance = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1, 0.35]])
+    tokens = replace(VisualTokens.from_input_ids(ids, IMAGE), features=features)
+    choose = FacilityLocationProcessor
+    # Those of both images are compared: the first adds 1.2, the last 0.35, and others nothing more.
+    assert kept_by(choose(0.34, 0.0), tokens, importance) == [[0, 5]]
+    assert kept_by(choose(0.5, 0.1), tokens, importance) == [[1, 3, 5]]
+    monkeypatch.setattr(selection, "_BLOCK_SIZE", 4)  # two blocks of three
+    # The first adds 0.1 + 0.5 + 0.2; then one of the second block adds 0.3 + 0.1, and the last 0.35.
+    assert kept_by(choose(0.17, 0.0), tokens, importance) == [[0]]
+    assert kept_by(choose(0.34, 0.0), tokens, importance) == [[0, 3]]
+    assert kept_by(choose(0.5, 0.0), tokens, importance) == [[0, 3, 5]]
+    # With a share of its own the more important of equal ones: 0.8 + 0.05, 0.4 + 0.03, 0.35 + 0.035, then 0.02.
+    assert kept_by(choose(0.5, 0.1), tokens, importance) == [[1, 3, 5]]
+    assert kept_by(choose(0.67, 0.1), tokens, importance) == [[1, 2, 3, 5]]
+    # A protected token stands for those of its own block only.
+    importance[0, 4] = PROTECTED
+    assert kept_by(choose(0.34, 0.0), tokens, importance) == [[0, 4]]
+    # Tokens that have been dropped fill no block: the first four are one, then the last.
+    importance = torch.tensor([[0.1, 0.1, DROPPED, 0.1, 0.3, 0.2]])
+    monkeypatch.setattr(selection, "_BLOCK_SIZE", 3)
+    assert kept_by(choose(0.5, 0.0), tokens, importance) == [[0, 4, 5]]
+
+
+def test_up_to_512_tokens_are_all_compared() -> None:
+    for number, second in ((512, 1), (513, 257)):
+        tokens = visual_tokens(torch.ones(1, number, 2))
+        importance = torch.ones(1, number)
+        importance[0, 0] = 2.0
+        assert kept_by(FacilityLocationProcessor(0.004, 0.0), tokens, importance) == [[0, second]]
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
@@ -273,16 +324,20 @@ def test_wide_and_many_tokens_stay_exact() -> None:
     assert kept == [sorted(chosen)]
 
 
-def test_lazy_search_finds_what_a_whole_search_finds() -> None:
+def test_coverage_of_many_tokens_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_BLOCK_SIZE", 150)
     random = np.random.default_rng(3)
     features, importance = random.normal(size=(3, 300, 12)).cumsum(axis=1), random.random((3, 300)) ** 3
+    importance[0, 100:250:3] = DROPPED
     expected = []
     for rows, weights in zip(features, importance, strict=True):
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        likeness, covered, chosen = (unit @ unit.T).clip(0), np.zeros(300), []
+        left, dropped = np.flatnonzero(weights > DROPPED).tolist(), np.flatnonzero(weights == DROPPED).tolist()
+        likeness, covered, chosen = within_blocks((unit @ unit.T).clip(0), left, 150), np.zeros(300), []
+        finite = weights.clip(0)
         for _ in range(90):
-            gains = ((likeness - covered).clip(0) * weights).sum(axis=1) + 0.3**2 * weights
-            gains[chosen] = -1
+            gains = ((likeness - covered).clip(0) * finite).sum(axis=1) + 0.3**2 * finite
+            gains[chosen + dropped] = -1
             chosen.append(int(gains.argmax()))
             covered = np.maximum(covered, likeness[chosen[-1]])
         expected.append(sorted(chosen))
@@ -325,6 +380,10 @@ def test_the_settings_choose_the_processor() -> None:
     assert not ImportanceProcessorList([lambda tokens, importance: importance]).needs_features  # type: ignore[list-item]
 
 
-def test_no_visual_tokens() -> None:
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_no_visual_tokens(kind: Any) -> None:
     tokens = replace(VisualTokens.from_input_ids(torch.tensor([[1, 2]]), IMAGE), features=torch.zeros(1, 0, 4))
-    assert ConditionalDPPProcessor(0.5)(tokens, torch.zeros(1, 0)).shape == (1, 0)
+    assert kind(0.5)(tokens, torch.zeros(1, 0)).shape == (1, 0)
+    beside = visual_tokens(torch.ones(3, 4, 2), [0, 4, 1])  # a prompt without, beside others
+    importance = torch.ones(3, 4).masked_fill(~beside.valid, DROPPED)
+    assert kept_by(kind(0.5), beside, importance) == [[], [0, 1], [0]]

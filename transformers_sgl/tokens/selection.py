@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from transformers_sgl.tokens.importance_process import (
     DROPPED,
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SELECTIONS", "ConditionalDPPProcessor", "FacilityLocationProcessor", "decoder_processors"]
 
-# How many gains are computed anew at a time, and the largest block of similarities, in elements.
-_NUM_RENEWED = 16
-_MAX_BLOCK_ELEMENTS = 1 << 24
+# The most tokens that are all compared with each other.
+_BLOCK_SIZE = 512
 
 
 def decoder_processors(
@@ -168,9 +167,10 @@ class FacilityLocationProcessor(_GreedyProcessor):
     have one like them. The similarity is the cosine of both tokens' features, at least 0. Of tokens that add the same
     the earlier is taken.
 
-    Protected tokens are chosen first. A token whose features are zero or not finite is like itself alone. The first
-    step compares all tokens with each other, block by block; later ones compute anew only what each of the most
-    promising tokens would add (lazy greedy search, Minoux 1978), with the same result.
+    Protected tokens are chosen first. A token whose features are zero or not finite is like itself alone. Of more than
+    512 tokens that are not dropped yet, only those of the same block are compared: they form as few blocks as
+    possible, of about the same size, in the order of the prompt. The budget is one for all blocks of a sample. The
+    memory for `V` tokens with features of width `W` is that of `V * 512` and `V * W` numbers.
 
     Args:
         retention_ratio (`float`): The fraction kept, in `(0, 1]`.
@@ -205,39 +205,50 @@ class FacilityLocationProcessor(_GreedyProcessor):
 
     def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
         """The greedy choice; see the base class."""
-        samples = torch.arange(len(unit), device=unit.device)[:, None]  # (batch, 1)
-        covered, chosen = torch.zeros_like(relevance), torch.zeros_like(left)
+        token_of, block_of, slot_of = _blocks(left)
+        # One more token, like no other and of no weight, stands where a block has none.
+        features = pad(unit.flatten(0, 1), (0, 0, 0, 1))[token_of]
+        weight = pad(relevance.flatten(), (0, 1))[token_of]  # (num_blocks, size)
+        similarity = (features @ features.mT).clamp_(0.0, 1.0)  # (num_blocks, size, size)
+        similarity.diagonal(dim1=1, dim2=2).fill_(1.0)
 
-        def likeness(rows: Tensor) -> Tensor:
-            """The similarity of tokens with numbers `(batch, num)` to all; `(batch, num, num_visual_tokens)`."""
-            similarity = (unit[samples, rows] @ unit.mT).clamp_(0.0, 1.0)
-            return similarity.scatter_(2, rows[..., None], 1.0)
+        def added(similarity: Tensor, weight: Tensor) -> Tensor:
+            """What each token of some blocks would add; `(num_blocks, size)`."""
+            return (similarity @ weight[..., None])[..., 0] + self.own_share * weight
 
-        def gains(rows: Tensor) -> Tensor:
-            """What each of the tokens would add; `(batch, num)`."""
-            shared = ((likeness(rows) - covered[:, None]).clamp_(min=0.0) @ relevance[..., None])[..., 0]
-            return shared + self.own_share * relevance.gather(1, rows)
-
-        # What a token adds only shrinks, so an older gain is an upper bound.
-        block = max(1, _MAX_BLOCK_ELEMENTS // relevance.numel())
-        everything = torch.arange(relevance.shape[1], device=unit.device).expand_as(relevance)
-        bounds = torch.cat([gains(rows) for rows in everything.split(block, dim=1)], dim=1)
-        bounds = bounds.masked_fill(protected, PROTECTED).masked_fill(~left, DROPPED)
-        is_new = torch.ones_like(left)
+        gains = pad(torch.zeros_like(relevance).flatten(), (0, 1))
+        gains[token_of] = added(similarity, weight)
+        covered, chosen = torch.zeros_like(weight), torch.zeros_like(left)
+        samples = torch.arange(len(left), device=left.device)
         for step in range(int(wanted.max())):
             counts = step < wanted
-            best = bounds.argmax(dim=1, keepdim=True)  # (batch, 1)
-            while bool((counts & ~is_new.gather(1, best)[:, 0]).any()):
-                rows = torch.cat([best, bounds.topk(min(_NUM_RENEWED, bounds.shape[1])).indices], dim=1)
-                known = bounds.gather(1, rows)
-                bounds.scatter_(1, rows, torch.where(known.isfinite(), gains(rows), known))
-                is_new.scatter_(1, rows, True)
-                best = bounds.argmax(dim=1, keepdim=True)
-            chosen.scatter_(1, best, chosen.gather(1, best) | counts[:, None])
-            bounds.scatter_(1, best, DROPPED)
-            covered = torch.maximum(covered, likeness(best)[:, 0])
-            is_new = bounds == PROTECTED
+            known = gains[:-1].view_as(relevance).masked_fill(protected, PROTECTED)
+            best = known.masked_fill(~left, DROPPED).argmax(dim=1)  # (batch,)
+            chosen[samples, best] |= counts
+            left[samples, best] &= ~counts
+            block = block_of[samples, best]
+            covered[block] = torch.maximum(covered[block], similarity[block, slot_of[samples, best]])
+            more = similarity[block].sub_(covered[block, None]).clamp_(min=0.0)
+            gains[token_of[block]] = added(more, weight[block])
         return chosen
+
+
+def _blocks(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts each sample's tokens that are `left` into blocks of about the same size, in order.
+
+    Returns the numbers of the tokens of each block in the flattened batch, `(num_blocks, size)`; and the block and the
+    place in it of each token, `(batch, num_visual_tokens)`. The last block is empty, and that of tokens that are not
+    left. Where a block has no token, its number is that of all tokens.
+    """
+    count, rank = left.sum(dim=1, keepdim=True), left.cumsum(dim=1) - 1
+    num_blocks = (count + _BLOCK_SIZE - 1) // _BLOCK_SIZE  # (batch, 1)
+    size = ((count + num_blocks - 1) // num_blocks.clamp(min=1)).clamp(min=1)
+    end = num_blocks.cumsum(dim=0)
+    block_of = torch.where(left, end - num_blocks + rank // size, end[-1])
+    slot_of = torch.where(left, rank % size, 0)
+    token_of = rank.new_full((int(end[-1]) + 1, int(size.max())), left.numel())
+    token_of[block_of[left], slot_of[left]] = left.flatten().nonzero()[:, 0]
+    return token_of, block_of, slot_of
 
 
 SELECTIONS: dict[str, type[_GreedyProcessor]] = {
