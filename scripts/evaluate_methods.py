@@ -4,9 +4,9 @@
 
 On the easy-VQA test split and on 2,000 held-out scenes with the pair `sgl-tiny`, and on 2,000 pages to read with
 `sgl-tiny-reading`, at 64, 35, 20, 9 and 5 % average retention: the pair, from the first layer or from the middle,
-without and with pruning of its vision tower, random pruning, FastV, DivPrune, CDPruner, VisionZip, a smaller image,
-and both models alone. On 1,000 questions of each (`--only guides`): which of the small model's layers and queries
-guide best, and the oracle.
+with each selection, without and with pruning of its vision tower, random pruning, FastV, DivPrune, CDPruner,
+VisionZip, a smaller image, and both models alone. On 1,000 questions of each (`--only guides`): which of the small
+model's layers and queries guide best, and the oracle.
 
 `--work` keeps the records, so that a run that was cut off goes on. The methods are evaluated in groups, each with the
 large model in it; `--data` and `--only` take some of them, so that they can run side by side, and a data set by
@@ -30,6 +30,7 @@ from typing import Any
 from joined_evaluations import Records, joined, operations_of_parts, report, versus_large
 from method_tables import (
     LABEL,
+    by_small_answer_table,
     comparisons_table,
     guides_table,
     losses_table,
@@ -64,17 +65,20 @@ GROUPS = {
     "baselines": ["large", "small", "random", "fastv", "divprune", "divprune-late", "downsample"],
     "recent": ["large", "cdpruner", "cdpruner-weighted", "visionzip", "visionzip-mean"],
     "guided": ["large", "sgp", "sgp-first"],
-    "exits": ["large", "sgl"],
+    "selections": ["large", "sgp-facility", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp"],
+    "exits": ["large", "sgl", "sgl-facility", "unsure"],
     "vision": ["large", "sgp-vision", "sgl-vision"],
     "confirmed": ["large", "confirmed", "sgl-confirmed"],
 }
 # In the order of the tables.
-METHODS = ["large", "small", "sgp", "sgp-first", "sgl", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]
+METHODS = ["large", "small", "sgp", "sgl", "sgp-first", "sgp-facility", "sgl-facility", "sgp-facility-prompt"]
+METHODS += ["sgp-facility-late", "sgp-dpp", "unsure", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]
 METHODS += [name for group in ("baselines", "recent") for name in GROUPS[group] if name not in METHODS]
 # The tables of comparisons: a guided method, and the same with early exit.
-COMPARED = {"": ("sgp", "sgl"), "-first": ("sgp-first", None), "-vision": ("sgp-vision", "sgl-vision")}
+COMPARED = {"": ("sgp", "sgl"), "-first": ("sgp-facility", "sgl-facility"), "-vision": ("sgp-vision", "sgl-vision")}
 # What the figures leave out, because another of its kind is there.
-NOT_DRAWN = ("divprune-late", "cdpruner-weighted", "visionzip-mean", "sgl-vision", "sgl-confirmed")
+NOT_DRAWN = ("divprune-late", "cdpruner-weighted", "visionzip-mean", "sgl-vision", "sgl-confirmed", "unsure")
+NOT_DRAWN += ("sgp-facility-late", "sgp-facility-prompt", "sgp-dpp", "sgl-facility")
 GUIDES = ["large", "sgp", "oracle"]
 GUIDES += [f"sgp-{part}" for part in ("10%", "30%", "50%", "70%", "last", "prompt", "generated")]
 RETENTIONS = (0.64, 0.35, 0.20, 0.09, 0.05)
@@ -157,6 +161,7 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
         tables[f"methods-comparisons{suffix}"] = comparisons_table(by_name, pruned, exits)
     tables["methods-comparisons-confirmed"] = presets_comparisons_table(by_name)
     tables["methods-losses"] = losses_table(by_name)
+    tables["methods-by-small-answer"] = by_small_answer_table(by_name)
     tables["methods-verdicts"] = verdicts_table(by_name, LABEL)
     tables["methods-summary"] = summary_table(by_name, LABEL)
     tables["methods-claims"] = claims_table(by_name)

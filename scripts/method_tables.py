@@ -12,6 +12,7 @@ from transformers_sgl.evaluation.report import p_value, points
 __all__ = [
     "LABEL",
     "NAMES",
+    "by_small_answer_table",
     "comparisons_table",
     "guides_table",
     "losses_table",
@@ -27,6 +28,12 @@ NAMES = {
     "sgp": "**guided** (`sgp`)",
     "sgl": "**guided, early exit** (`sgl`)",
     "sgp-first": "**guided, from the first layer** (`sgp-first`)",
+    "sgp-facility": "**guided, facility location** (`sgp-facility`)",
+    "sgl-facility": "**the same, early exit** (`sgl-facility`)",
+    "sgp-facility-prompt": "**the same, one pass of the guide** (`sgp-facility-prompt`)",
+    "sgp-facility-late": "**facility location in the middle** (`sgp-facility-late`)",
+    "sgp-dpp": "**guided, conditional DPP** (`sgp-dpp`)",
+    "unsure": "**guided, more where unsure** (`unsure`)",
     "sgp-vision": "**guided, vision tower, too** (`sgp-vision`)",
     "sgl-vision": "**the same, early exit** (`sgl-vision`)",
     "confirmed": "**confirmed** (`confirmed`)",
@@ -49,6 +56,8 @@ NAMES = {
     "sgp-prompt": "prompt only",
     "sgp-generated": "generated tokens only",
 }
+# Split by whether the small model's answer is right: its map, the prompt's, and more tokens where it is unsure.
+_SPLIT = ("sgp", "sgp-facility", "sgp-facility-prompt", "unsure", "divprune")
 LABEL = "/".join(name.removeprefix("internvl-").upper() for name in PROPORTIONS.values())
 
 
@@ -219,6 +228,26 @@ def losses_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "Score minus that of the large model alone, in percentage points with the 95 % paired-bootstrap "
             "interval, bold where p < 0.05, on all questions that the method has answered; time and operations "
             "relative to the large model alone, as above."
+        ),
+    }
+
+
+def by_small_answer_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What guided methods lose where the small model's answer is right, and where it is wrong."""
+    rows, retentions = [], retentions_of(next(iter(evaluations.values()))["summary"])
+    for data, evaluation in evaluations.items():
+        for part, found in (evaluation["summary"].get("by_small_answer") or {}).items():
+            differences = {(row["method"], row["target_retention"]): row.get("vs_large") for row in found["rows"]}
+            for name in _SPLIT:
+                if any(method == name for method, _ in differences):
+                    cells = [difference_cell(differences.get((name, retention))) for retention in retentions]
+                    rows.append([data, part, f"{found['num_samples']:,}", NAMES[name], *cells])
+    return {
+        "columns": ["data", "small answer", "questions", "method", *(f"{share:.0%}" for share in retentions)],
+        "rows": rows,
+        "caption": (
+            "Score minus that of the large model alone, in percentage points with the 95 % paired-bootstrap interval, "
+            "bold where p < 0.05, on the questions that the small model alone answers rightly, and on the others."
         ),
     }
 

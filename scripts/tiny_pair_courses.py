@@ -11,7 +11,7 @@ import tiny_pair_data as shapes
 import tiny_pair_pages as pages
 import torch
 from tiny_pair_data import PLACE_KINDS, SCENE_KINDS
-from tiny_pair_pages import PAGE_MIX
+from tiny_pair_pages import HARD_MIX, PAGE_MIX
 
 __all__ = ["COURSES", "Course", "Phase", "Schedule"]
 
@@ -173,8 +173,9 @@ _READING = {
     "small": Schedule(
         phases=(
             Phase(200, {"card": 1.0}, hints=1.0),
-            Phase(1200, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
-            Phase(600, {"card": 0.1, "page": 0.9}, kinds=PAGE_MIX),
+            Phase(1000, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=PAGE_MIX),
+            Phase(400, {"card": 0.2, "page": 0.8}, hints=1.0, kinds=HARD_MIX),
+            Phase(400, {"card": 0.1, "page": 0.9}, kinds=HARD_MIX),
         ),
         batch={"card": 24, "page": 10},
         questions={"card": 8, "page": 12},
@@ -187,8 +188,9 @@ _READING = {
     "large": Schedule(
         phases=(
             Phase(200, {"card": 1.0}, hints=1.0),
-            Phase(1200, {"card": 0.1, "page": 0.9}, hints=1.0, kinds=PAGE_MIX),
-            Phase(1000, {"card": 0.05, "page": 0.95}, kinds=PAGE_MIX),
+            Phase(400, {"card": 0.1, "page": 0.9}, hints=1.0, kinds=PAGE_MIX),
+            Phase(1000, {"card": 0.1, "page": 0.9}, hints=1.0, kinds=HARD_MIX),
+            Phase(800, {"card": 0.05, "page": 0.95}, kinds=HARD_MIX),
         ),
         batch={"card": 16, "page": 6},
         questions={"card": 8, "page": 12},

@@ -31,7 +31,9 @@ from transformers_sgl.evaluation.data.pages import Pages
 # What a visual token shows: the first two characters whose middles lie in it, and the word that the first belongs to.
 DENSE = {"first": len(CHARACTERS) + 1, "second": len(CHARACTERS) + 1, "words": len(WORDS) + 2}
 OTHER_WORD = len(WORDS)
-PAGE_MIX = ("form", "form", "form", "receipt", "receipt", "chart", "sign", "sign")  # what is hardest most often
+# What is learnt first, and what is hardest, as often as it is named.
+PAGE_MIX = ("form", "form", "form", "receipt", "receipt", "chart", "sign", "sign")
+HARD_MIX = ("form", "receipt", "chart", "chart", "chart", "sign", "sign", "sign")
 SIDE = TILE // PATCH  # visual tokens
 
 

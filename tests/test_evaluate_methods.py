@@ -10,6 +10,7 @@ import pytest
 from joined_evaluations import Records, joined, relative_operations, report, versus_large
 from method_tables import (
     NAMES,
+    by_small_answer_table,
     comparisons_table,
     guides_table,
     losses_table,
@@ -232,6 +233,19 @@ def test_the_preset_is_compared_at_equal_cost_alone() -> None:
     assert losses_table({"scenes": found})["rows"] == [
         ["scenes", "**confirmed** (`confirmed`)", "", "1,200", "91.0", "-1.0 [-2.0, +0.0]", "0.70", "0.45"]
     ]
+
+
+def test_losses_are_split_by_the_small_model_s_answer() -> None:
+    loss = {"mean": -0.02, "low": -0.03, "high": -0.01, "p_value": 0.01}
+    rows = [
+        {"method": "large", "target_retention": None},
+        {"method": "sgp", "target_retention": 0.35, "vs_large": loss},
+        {"method": "random", "target_retention": 0.35, "vs_large": loss},
+    ]
+    summary = {"rows": rows, "by_small_answer": {"right": {"num_samples": 1500, "rows": rows}}}
+    table = by_small_answer_table({"scenes": {"summary": summary}})
+    assert table["columns"][-1] == "35%"
+    assert table["rows"] == [["scenes", "right", "1,500", "**guided** (`sgp`)", "**-2.0 [-3.0, -1.0]**"]]
 
 
 def test_the_loss_is_measured_on_all_that_was_answered() -> None:

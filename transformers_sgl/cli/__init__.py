@@ -89,8 +89,9 @@ _ANSWER, _MEASURE, _OFFER = "Answer one question", "Measure on many questions", 
 _GOES_ON = "A run that was stopped goes on when the same command is given again."
 _DATA = "Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or `answer`."
 _METHODS = (
-    "Methods: large, small, sgp, sgl, sgp-first, sgp-vision, sgl-vision, confirmed, sgl-confirmed, unsure, random, "
-    "fastv, oracle, divprune, divprune-late, cdpruner, cdpruner-weighted, visionzip, visionzip-mean, downsample, "
+    "Methods: large, small, sgp, sgl, sgp-first, sgp-facility, sgp-facility-late, sgp-facility-prompt, sgp-dpp, "
+    "sgl-facility, sgp-vision, sgl-vision, confirmed, sgl-confirmed, unsure, random, fastv, oracle, divprune, "
+    "divprune-late, cdpruner, cdpruner-weighted, visionzip, visionzip-mean, downsample, "
     "sgp-last, sgp-prompt, sgp-generated, sgp-10%, sgp-30%, sgp-50%, sgp-70%. "
     "Under `accelerate launch` or `torchrun` processes share the work."
 )

@@ -17,6 +17,7 @@ _STYLES = {
     "sgp": ("#0072B2", "o"),
     "sgl": ("#56B4E9", "D"),
     "sgp-first": ("#0072B2", "s"),
+    "sgp-facility": ("#003C5C", "o"),
     "sgp-vision": ("#004B75", "p"),
     "sgl-vision": ("#E69F00", "d"),
     "confirmed": ("#004B75", "*"),

@@ -282,6 +282,10 @@ class TestPair:
         assert seen == {
             "sgp": ("both", 1.0, 2.0, False),
             "sgp-first": ("both", 1.0, 2.0, False),
+            "sgp-facility": ("both", 1.0, 2.0, False),
+            "sgp-facility-late": ("both", 1.0, 2.0, False),
+            "sgp-facility-prompt": ("prompt", 1.0, None, False),
+            "sgp-dpp": ("both", 1.0, 2.0, False),
             "sgp-vision": ("both", 1.0, 2.0, False),
             "confirmed": ("both", 1.0, 2.0, False),
             "sgp-last": ("last", 1.0, 2.0, False),

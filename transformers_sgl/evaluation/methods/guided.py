@@ -41,6 +41,7 @@ class SGP(Method):
     def facts(self, setting: Setting) -> dict[str, Any]:
         queries = "prompt" if self._reads_only else self.queries
         guidance = {"guidance": "answer", "guidance_queries": queries, "guidance_layers": self.layers}
+        guidance["selection"] = "top_k"
         return {**guidance, **self.pruning(setting), **self.settings}
 
     def pruning(self, setting: Setting) -> dict[str, Any]:
