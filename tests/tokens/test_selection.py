@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_sgl import (
     ConditionalDPPProcessor,
@@ -344,6 +345,25 @@ def test_coverage_of_many_tokens_stays_exact(monkeypatch: pytest.MonkeyPatch) ->
     tokens = visual_tokens(torch.tensor(features, dtype=torch.float32))
     kept = kept_by(FacilityLocationProcessor(0.3), tokens, torch.tensor(importance, dtype=torch.float32))
     assert kept == expected
+
+
+@pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
+def test_no_step_waits_for_the_device(kind: Any) -> None:
+    class Watch(TorchDispatchMode):
+        waits = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.waits += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+            return func(*args, **(kwargs or {}))
+
+    random = torch.Generator().manual_seed(0)
+    tokens, importance = visual_tokens(torch.randn(2, 40, 4, generator=random)), torch.rand(2, 40, generator=random)
+    found = []
+    for ratio in (0.1, 0.9):
+        with Watch() as watch:
+            kind(ratio)(tokens, importance)
+        found.append(watch.waits)
+    assert found[0] == found[1] <= 6
 
 
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
