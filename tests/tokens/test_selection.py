@@ -256,7 +256,7 @@ def test_dropped_tokens_are_neither_kept_nor_compared(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [ConditionalDPPProcessor, FacilityLocationProcessor])
 def test_a_token_of_which_nothing_is_known_is_unlike_any_other(kind: Any, unknown: float) -> None:
     features = torch.tensor([[[1.0, 0], [1.0, 0], [unknown, unknown], [unknown, unknown]]])
-    importance = torch.tensor([[0.9, 0.8, 0.5, 0.4]])
+    importance = torch.tensor([[0.9, 0.7, 0.5, 0.4]])
     assert kept_by(kind(0.75), visual_tokens(features), importance) == [[0, 2, 3]]
 
 
@@ -337,7 +337,7 @@ def test_coverage_of_many_tokens_stays_exact(monkeypatch: pytest.MonkeyPatch) ->
         likeness, covered, chosen = within_blocks((unit @ unit.T).clip(0), left, 150), np.zeros(300), []
         finite = weights.clip(0)
         for _ in range(90):
-            gains = ((likeness - covered).clip(0) * finite).sum(axis=1) + 0.3**2 * finite
+            gains = ((likeness - covered).clip(0) * finite).sum(axis=1) + finite
             gains[chosen + dropped] = -1
             chosen.append(int(gains.argmax()))
             covered = np.maximum(covered, likeness[chosen[-1]])

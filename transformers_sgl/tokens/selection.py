@@ -174,9 +174,8 @@ class FacilityLocationProcessor(_GreedyProcessor):
 
     Args:
         retention_ratio (`float`): The fraction kept, in `(0, 1]`.
-        own_share (`float`, *optional*): How much a kept token counts for itself, beside what it stands for; 0 or more.
-            The larger, the more the choice is that of the most important tokens. By default `retention_ratio**2`:
-            where few tokens are kept, each has to stand for others.
+        own_share (`float`, *optional*, defaults to 1.0): How much a kept token counts for itself, beside what it
+            stands for; 0 or more. The larger, the more the choice is that of the most important tokens.
 
     Raises:
         ValueError: If an argument is out of range, or, when called, if the visual tokens have no features.
@@ -195,9 +194,8 @@ class FacilityLocationProcessor(_GreedyProcessor):
         ```
     """
 
-    def __init__(self, retention_ratio: float, own_share: float | None = None) -> None:
+    def __init__(self, retention_ratio: float, own_share: float = 1.0) -> None:
         super().__init__(retention_ratio)
-        own_share = self.retention_ratio**2 if own_share is None else own_share
         is_number = isinstance(own_share, (int, float)) and not isinstance(own_share, bool)
         if not is_number or not 0 <= own_share < math.inf:
             raise ValueError(f"`own_share` is {own_share!r}: pass a number of 0 or more.")
