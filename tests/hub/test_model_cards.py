@@ -72,12 +72,12 @@ def hub(tmp_path, embedded_pair_path):
 class TestFolders:
     def test_the_committed_ones_are_what_the_tables_say(self, capsys):
         assert build_model_cards.main(["--check"]) == 0, capsys.readouterr().out
-        assert {*build_model_cards.EXAMPLES, "sgl-tiny", "sgl-generate"} == COMMITTED
+        assert {*build_model_cards.EXAMPLES, "sgl-tiny", "sgl-tiny-reading", "sgl-generate"} == COMMITTED
 
     def test_all_of_them_are_built(self, recipes):
         assert {path.name for path in recipes.iterdir()} == {pair.folder for pair in PAIRS}
 
-    @pytest.mark.parametrize("name", ["sgl-tiny", "sgl-generate"])
+    @pytest.mark.parametrize("name", ["sgl-tiny", "sgl-tiny-reading", "sgl-generate"])
     def test_nothing_keeps_the_written_ones_from_being_published(self, name):
         assert [str(finding) for finding in validate(CARDS / name) if finding.stops] == []
 
