@@ -248,6 +248,6 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "growth-batches": _growth_batches,
     "growth-answers": _growth_answers,
     "growth-tiles": _growth_tiles,
-    "break-even-sizes": _break_even_sizes,
     "selection": _selection,
+    "break-even-sizes": _break_even_sizes,  # last, because it makes other models
 }

@@ -24,8 +24,8 @@ PART_NAMES = (
     "growth-batches",
     "growth-answers",
     "growth-tiles",
-    "break-even-sizes",
     "selection",
+    "break-even-sizes",
 )
 
 
