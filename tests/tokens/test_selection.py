@@ -394,8 +394,8 @@ def test_the_settings_choose_the_processor() -> None:
     ]
     assert [type(each) for each in decoder_processors(0.5, 0)] == [RetentionRatioProcessor]
     assert not decoder_processors(0.5, 1).needs_features
-    chosen = decoder_processors(0.5, 0, RetentionRatioProcessor(0.9), selection="dpp")
-    assert [type(each) for each in chosen] == [RetentionRatioProcessor, ConditionalDPPProcessor]
+    chosen = decoder_processors(0.5, 1, selection="dpp")
+    assert [type(each) for each in chosen] == [MinimumPerImageProcessor, ConditionalDPPProcessor]
     assert chosen.needs_features
     assert not ImportanceProcessorList([lambda tokens, importance: importance]).needs_features  # type: ignore[list-item]
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from transformers_sgl import (
     BlurProcessor,
-    ImportanceProcessor,
+    ImportanceProcessorList,
     RetentionPerTileProcessor,
     TileRetentionProcessor,
     VisualTokens,
@@ -117,15 +116,11 @@ def test_what_an_own_rule_dropped_stays_dropped_and_needs_no_budget() -> None:
 
 
 def test_the_settings_choose_the_rule() -> None:
-    class Mine(ImportanceProcessor):
-        def __call__(self, visual_tokens: VisualTokens, importance: Tensor) -> Tensor:
-            return importance
-
     assert vision_processors(1.0, within_tiles=True) == []
-    assert [type(each) for each in vision_processors(0.5, False, Mine())] == [Mine, TileRetentionProcessor]
+    assert [type(each) for each in vision_processors(0.5, False)] == [TileRetentionProcessor]
     assert [type(each) for each in vision_processors(0.5, True)] == [BlurProcessor, RetentionPerTileProcessor]
     with pytest.raises(ValueError, match="`vision_processor` is or holds 3"):
-        vision_processors(0.5, True, [3])  # type: ignore[list-item]
+        ImportanceProcessorList.of_user("vision_processor", [3])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("kind", [TileRetentionProcessor, RetentionPerTileProcessor])

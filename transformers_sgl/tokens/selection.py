@@ -7,7 +7,6 @@ read the tokens' features. Both choose greedily, one token of every sample at a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,17 +32,14 @@ _BLOCK_SIZE = 512
 
 
 def decoder_processors(
-    retention_ratio: float,
-    min_tokens_per_image: int,
-    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
-    selection: str = "top_k",
+    retention_ratio: float, min_tokens_per_image: int, selection: str = "top_k"
 ) -> ImportanceProcessorList:
-    """The user's processors, then those that the settings ask for; empty where every token is kept.
+    """What the settings ask for; empty where every token is kept.
 
-    As [`ImportanceProcessorList.of_settings`], whose arguments and errors it has. `selection` is `"top_k"` or one of
+    The arguments are those of [`ImportanceProcessorList.of_settings`]; `selection` is `"top_k"` or one of
     [`SELECTIONS`].
     """
-    processors = ImportanceProcessorList.of_settings(retention_ratio, min_tokens_per_image, own)
+    processors = ImportanceProcessorList.of_settings(retention_ratio, min_tokens_per_image)
     if selection in SELECTIONS and retention_ratio < 1:
         processors[-1] = SELECTIONS[selection](retention_ratio)
     return processors

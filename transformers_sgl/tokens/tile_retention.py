@@ -7,7 +7,6 @@ encoded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,27 +30,17 @@ __all__ = ["BlurProcessor", "RetentionPerTileProcessor", "TileRetentionProcessor
 _NUM_BEST_TOKENS = 8
 
 
-def vision_processors(
-    retention_ratio: float,
-    within_tiles: bool,
-    own: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
-) -> ImportanceProcessorList:
-    """The user's processors, then the one that the settings ask for; empty where every token is encoded.
+def vision_processors(retention_ratio: float, within_tiles: bool) -> ImportanceProcessorList:
+    """What the settings ask for; empty where every token is encoded.
 
-    Args:
-        retention_ratio (`float`): The fraction of visual tokens to encode, in `(0, 1]`.
-        within_tiles (`bool`): Whether tokens of a tile can be left out, and not only whole tiles.
-        own ([`ImportanceProcessor`] or several, *optional*): The user's processors.
-
-    Raises:
-        ValueError: If `own` holds something that cannot be called.
+    `retention_ratio`, in `(0, 1]`, is the fraction of visual tokens to encode. `within_tiles` tells whether tokens of
+    a tile can be left out, and not only whole tiles.
     """
-    processors = ImportanceProcessorList.of_user("vision_processor", own)
-    if retention_ratio < 1 and within_tiles:
-        processors += [BlurProcessor(), RetentionPerTileProcessor(retention_ratio)]
-    elif retention_ratio < 1:
-        processors.append(TileRetentionProcessor(retention_ratio))
-    return processors
+    if retention_ratio == 1:
+        return ImportanceProcessorList()
+    if within_tiles:
+        return ImportanceProcessorList([BlurProcessor(), RetentionPerTileProcessor(retention_ratio)])
+    return ImportanceProcessorList([TileRetentionProcessor(retention_ratio)])
 
 
 class TileRetentionProcessor(ImportanceProcessor):
