@@ -62,18 +62,15 @@ DATA = {
     "reading": Questions("reading", "sgl-tiny-reading", ("anls", "relaxed_accuracy", "exact_match")),
 }
 GROUPS = {
-    "baselines": ["large", "small", "random", "fastv", "divprune", "divprune-late", "downsample"],
-    "recent": ["large", "cdpruner", "cdpruner-weighted", "visionzip", "visionzip-mean"],
-    "guided": ["large", "sgp", "sgp-first"],
-    "selections": ["large", "sgp-facility", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp"],
-    "exits": ["large", "sgl", "sgl-facility", "unsure"],
-    "vision": ["large", "sgp-vision", "sgl-vision"],
-    "confirmed": ["large", "confirmed", "sgl-confirmed"],
+    "baselines": ["large", "small", "random", "fastv", "divprune", "divprune-late", "cdpruner", "cdpruner-weighted"],
+    "guided": ["large", "sgp", "sgp-first", "sgp-facility", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp"],
+    "exits": ["large", "sgl", "sgl-facility", "unsure", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"],
 }
+GROUPS["baselines"] += ["visionzip", "visionzip-mean", "downsample"]
 # In the order of the tables.
 METHODS = ["large", "small", "sgp", "sgl", "sgp-first", "sgp-facility", "sgl-facility", "sgp-facility-prompt"]
 METHODS += ["sgp-facility-late", "sgp-dpp", "unsure", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]
-METHODS += [name for group in ("baselines", "recent") for name in GROUPS[group] if name not in METHODS]
+METHODS += [name for name in GROUPS["baselines"] if name not in METHODS]
 # The tables of comparisons: a guided method, and the same with early exit.
 COMPARED = {"": ("sgp", "sgl"), "-first": ("sgp-facility", "sgl-facility"), "-vision": ("sgp-vision", "sgl-vision")}
 # What the figures leave out, because another of its kind is there.
