@@ -123,6 +123,7 @@ def test_against_plain_loops_in_2000_random_cases(kind: Any, monkeypatch: pytest
         tokens = visual_tokens(torch.tensor(features, dtype=torch.float32), counts)
         most = 8 if batch % 2 else int(random.integers(2, 5))
         monkeypatch.setattr(selection, "_BLOCK_SIZE", most)
+        monkeypatch.setattr(selection, "_CHECK_EVERY", 1 + batch % 3)
         result = kind(ratio, setting)(tokens, torch.tensor(np.where(alive, importance, DROPPED), dtype=torch.float32))
         assert (result[~tokens.valid] == DROPPED).all()
         for sample, count in enumerate(counts):

@@ -29,6 +29,8 @@ __all__ = ["SELECTIONS", "ConditionalDPPProcessor", "FacilityLocationProcessor",
 
 # The most tokens that are all compared with each other.
 _BLOCK_SIZE = 512
+# After how many tokens of each block to ask whether more can be among the kept ones; each time waits for the device.
+_CHECK_EVERY = 16
 
 
 def decoder_processors(
@@ -166,7 +168,7 @@ class FacilityLocationProcessor(_GreedyProcessor):
     Protected tokens are chosen first. A token whose features are zero or not finite is like itself alone. Of more than
     512 tokens that are not dropped yet, only those of the same block are compared: they form as few blocks as
     possible, of about the same size, in the order of the prompt. The budget is one for all blocks of a sample. The
-    memory for `V` tokens with features of width `W` is that of `V * 512` and `V * W` numbers.
+    memory for `V` tokens with features of width `W` is that of `V * 1024` and `V * W` numbers.
 
     Args:
         retention_ratio (`float`): The fraction kept, in `(0, 1]`.
@@ -199,50 +201,52 @@ class FacilityLocationProcessor(_GreedyProcessor):
 
     def _choose(self, unit: Tensor, relevance: Tensor, protected: Tensor, left: Tensor, wanted: Tensor) -> Tensor:
         """The greedy choice; see the base class."""
-        token_of, block_of, slot_of = _blocks(left)
+        token_of = _blocks(left)
         # One more token, like no other and of no weight, stands where a block has none.
         features = pad(unit.flatten(0, 1), (0, 0, 0, 1))[token_of]
         weight = pad(relevance.flatten(), (0, 1))[token_of]  # (num_blocks, size)
+        first = pad(protected.flatten(), (0, 1))[token_of]
         similarity = (features @ features.mT).clamp_(0.0, 1.0)  # (num_blocks, size, size)
         similarity.diagonal(dim1=1, dim2=2).fill_(1.0)
+        more = torch.empty_like(similarity)
 
-        def added(similarity: Tensor, weight: Tensor) -> Tensor:
-            """What each token of some blocks would add; `(num_blocks, size)`."""
-            return (similarity @ weight[..., None])[..., 0] + self.own_share * weight
+        # Blocks are independent, and what their tokens add never grows from one choice to the next. So each block puts
+        # its tokens in order by itself, all blocks at once; a choice among all tokens would go along these orders.
+        free, covered = token_of < left.numel(), torch.zeros_like(weight)
+        gain = pad(relevance.flatten(), (0, 1)).fill_(DROPPED)  # what each token added when its block chose it
+        blocks, last_wanted = torch.arange(len(token_of), device=left.device), (wanted[:, None] - 1).clamp(min=0)
+        for step in range(min(int(wanted.max()), token_of.shape[1])):
+            torch.sub(similarity, covered[:, None], out=more).clamp_(min=0.0)
+            gains = (more @ weight[..., None])[..., 0] + self.own_share * weight
+            gains = gains.masked_fill(first, PROTECTED).masked_fill(~free, DROPPED)
+            best = gains.argmax(dim=1)
+            last = gains[blocks, best]
+            gain[token_of[blocks, best].masked_fill(~free[blocks, best], left.numel())] = last
+            free[blocks, best] = False
+            covered = torch.maximum(covered, similarity[blocks, best])
+            if len(token_of) > len(left) and (step + 1) % _CHECK_EVERY == 0:
+                least = gain[:-1].view_as(relevance).sort(dim=1, descending=True).values.gather(1, last_wanted)
+                if (last < least[token_of[:, 0] // left.shape[1], 0]).all():
+                    break  # what the blocks would choose from here on adds too little
+        order = gain[:-1].view_as(relevance).sort(dim=1, descending=True, stable=True).indices
+        is_wanted = torch.arange(left.shape[1], device=left.device) < wanted[:, None]
+        return torch.zeros_like(left).scatter_(1, order, is_wanted)
 
-        gains = pad(torch.zeros_like(relevance).flatten(), (0, 1))
-        gains[token_of] = added(similarity, weight)
-        covered, chosen = torch.zeros_like(weight), torch.zeros_like(left)
-        samples = torch.arange(len(left), device=left.device)
-        for step in range(int(wanted.max())):
-            counts = step < wanted
-            known = gains[:-1].view_as(relevance).masked_fill(protected, PROTECTED)
-            best = known.masked_fill(~left, DROPPED).argmax(dim=1)  # (batch,)
-            chosen[samples, best] |= counts
-            left[samples, best] &= ~counts
-            block = block_of[samples, best]
-            covered[block] = torch.maximum(covered[block], similarity[block, slot_of[samples, best]])
-            more = similarity[block].sub_(covered[block, None]).clamp_(min=0.0)
-            gains[token_of[block]] = added(more, weight[block])
-        return chosen
 
-
-def _blocks(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks(left: Tensor) -> Tensor:
     """Puts each sample's tokens that are `left` into blocks of about the same size, in order.
 
-    Returns the numbers of the tokens of each block in the flattened batch, `(num_blocks, size)`; and the block and the
-    place in it of each token, `(batch, num_visual_tokens)`. The last block is empty, and that of tokens that are not
-    left. Where a block has no token, its number is that of all tokens.
+    Returns the numbers of the tokens of each block in the flattened batch, `(num_blocks, size)`. Where a block has no
+    token, its number is that of all tokens.
     """
     count, rank = left.sum(dim=1, keepdim=True), left.cumsum(dim=1) - 1
     num_blocks = (count + _BLOCK_SIZE - 1) // _BLOCK_SIZE  # (batch, 1)
     size = ((count + num_blocks - 1) // num_blocks.clamp(min=1)).clamp(min=1)
     end = num_blocks.cumsum(dim=0)
-    block_of = torch.where(left, end - num_blocks + rank // size, end[-1])
-    slot_of = torch.where(left, rank % size, 0)
-    token_of = rank.new_full((int(end[-1]) + 1, int(size.max())), left.numel())
+    block_of, slot_of = end - num_blocks + rank // size, rank % size
+    token_of = rank.new_full((int(end[-1]), int(size.max())), left.numel())
     token_of[block_of[left], slot_of[left]] = left.flatten().nonzero()[:, 0]
-    return token_of, block_of, slot_of
+    return token_of
 
 
 SELECTIONS: dict[str, type[_GreedyProcessor]] = {
