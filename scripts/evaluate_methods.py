@@ -64,7 +64,10 @@ DATA = {
 GROUPS = {
     "baselines": ["large", "small", "random", "fastv", "divprune", "divprune-late", "cdpruner", "cdpruner-weighted"],
     "guided": ["large", "sgp", "sgp-first", "sgp-facility", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp"],
-    "exits": ["large", "sgl", "sgl-facility", "unsure", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"],
+    "unsure": ["large", "unsure"],
+    "exits": ["large", "sgl", "sgl-facility"],
+    "vision": ["large", "sgp-vision", "sgl-vision"],
+    "confirmed": ["large", "confirmed", "sgl-confirmed"],
 }
 GROUPS["baselines"] += ["visionzip", "visionzip-mean", "downsample"]
 # In the order of the tables.
