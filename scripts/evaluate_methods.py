@@ -15,8 +15,11 @@ itself:
     python scripts/evaluate_methods.py --work methods --data reading --only baselines
 
 What the groups of a data set have answered so far is put together, of those that have begun or of those that `--join`
-names: summaries and tables go to `benchmarks/results/sgl_tiny_methods.json` and `sgl_tiny_guides.json`, from which
+names: summaries and tables go to `benchmarks/results/sgl_tiny_NAME.json` and `sgl_tiny_guides.json`, from which
 `scripts/render_tables.py` fills the README, the documentation and the cards, and the figures into the pairs' cards.
+Two names are told of there: `methods`, and `selections` for what is known of pruning without early exit:
+
+    python scripts/evaluate_methods.py --work methods --only tables --join baselines guided unsure --name selections
 """
 
 from __future__ import annotations
@@ -92,6 +95,7 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, nargs="*", default=list(DATA), help="what to evaluate now")
     parser.add_argument("--only", choices=[*GROUPS, "guides", "tables"], nargs="*", help="what to evaluate now")
     parser.add_argument("--join", choices=GROUPS, nargs="*", default=list(GROUPS), help="what to put together")
+    parser.add_argument("--name", default="methods", help="what it is written as")
     parser.add_argument("--limit", type=int, help="the most questions, drawn at random")
     parser.add_argument("--calibration-limit", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -147,28 +151,28 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
         answered = [samples[index] for index in records.answered]
         found[data] = report(records, answered, METHODS, operations, DATA[data].metrics)
         found[data]["versus_large"] = [versus_large(group, samples) for group in groups]
-        figure = (arguments.figures or pair) / f"methods-{data}.png"
+        figure = (arguments.figures or pair) / f"{arguments.name}-{data}.png"
         draw_figure(*drawn(found[data]), figure)
         print(f"written: {figure}")
     by_name = {DATA[data].title: each for data, each in found.items()}
-    tables = {f"methods-{data}": methods_table(each) for data, each in found.items()}
+    tables = {data: methods_table(each) for data, each in found.items()}
     tables |= {
-        f"methods-{data}-metrics": metrics_table(each, DATA[data].title)
+        f"{data}-metrics": metrics_table(each, DATA[data].title)
         for data, each in found.items()
         if len(DATA[data].metrics) > 1
     }
     for suffix, (pruned, exits) in COMPARED.items():
-        tables[f"methods-comparisons{suffix}"] = comparisons_table(by_name, pruned, exits)
-    tables["methods-comparisons-confirmed"] = presets_comparisons_table(by_name)
-    tables["methods-losses"] = losses_table(by_name)
-    tables["methods-by-small-answer"] = by_small_answer_table(by_name)
-    tables["methods-verdicts"] = verdicts_table(by_name, LABEL)
-    tables["methods-summary"] = summary_table(by_name, LABEL)
-    tables["methods-claims"] = claims_table(by_name)
-    tables = {name: table for name, table in tables.items() if table["rows"]}
+        tables[f"comparisons{suffix}"] = comparisons_table(by_name, pruned, exits)
+    tables["comparisons-confirmed"] = presets_comparisons_table(by_name)
+    tables["losses"] = losses_table(by_name)
+    tables["by-small-answer"] = by_small_answer_table(by_name)
+    tables["verdicts"] = verdicts_table(by_name, LABEL)
+    tables["summary"] = summary_table(by_name, LABEL)
+    tables["claims"] = claims_table(by_name)
+    tables = {f"{arguments.name}-{name}": table for name, table in tables.items() if table["rows"]}
     speed = next(iter(found.values()))["speed"]
     content = {"tables": tables, "verdicts": every_verdict(by_name), "evaluations": found}
-    write_record(arguments.output / "sgl_tiny_methods.json", speed, content)
+    write_record(arguments.output / f"sgl_tiny_{arguments.name}.json", speed, content)
 
 
 def drawn(evaluation: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
