@@ -33,6 +33,7 @@ from typing import Any
 from joined_evaluations import Records, joined, operations_of_parts, report, versus_large
 from method_tables import (
     LABEL,
+    additions_table,
     by_small_answer_table,
     comparisons_table,
     guides_table,
@@ -164,6 +165,7 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
     for suffix, (pruned, exits) in COMPARED.items():
         tables[f"comparisons{suffix}"] = comparisons_table(by_name, pruned, exits)
     tables["comparisons-confirmed"] = presets_comparisons_table(by_name)
+    tables["additions"] = additions_table(by_name)
     tables["losses"] = losses_table(by_name)
     tables["by-small-answer"] = by_small_answer_table(by_name)
     tables["verdicts"] = verdicts_table(by_name, LABEL)

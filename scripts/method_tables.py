@@ -7,11 +7,13 @@ from typing import Any
 from joined_evaluations import PROPORTIONS
 from method_verdicts import OURS, by_run
 
+from transformers_sgl.evaluation.methods import GUIDED
 from transformers_sgl.evaluation.report import p_value, points
 
 __all__ = [
     "LABEL",
     "NAMES",
+    "additions_table",
     "by_small_answer_table",
     "comparisons_table",
     "guides_table",
@@ -171,6 +173,25 @@ def comparisons_table(evaluations: dict[str, dict[str, Any]], pruned: str, exits
             "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its two "
             "nearest settings, the unpruned large model being one of them, so guided answers that cost more than the "
             "large model alone are compared with that. A dash: even its cheapest setting costs more."
+        ),
+    }
+
+
+def additions_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What each guided method has over the one that it adds something to, at equal retention."""
+    rows, retentions = [], retentions_of(next(iter(evaluations.values()))["summary"])
+    for data, evaluation in evaluations.items():
+        found = by_run(evaluation["summary"]["comparisons"])
+        for name, basis in GUIDED.items():
+            differences = [found.get((name, basis, retention)) for retention in retentions]
+            if any(differences):
+                rows.append([data, f"`{name}`", f"`{basis}`", *map(difference_cell, differences)])
+    return {
+        "columns": ["data", "method", "minus", *(f"{share:.0%}" for share in retentions)],
+        "rows": rows,
+        "caption": (
+            "Difference at equal retention, in percentage points with the 95 % paired-bootstrap interval, bold where "
+            "p < 0.05 in the paired randomisation test."
         ),
     }
 

@@ -34,7 +34,7 @@ from build_model_cards import PAPER_SCORES
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 
 RESULTS = "benchmarks/results"  # the folder of the JSON files, from the repository's root
-PICTURES = (f"{RESULTS}/*.png", "model_cards/*/methods-*.png")
+PICTURES = (f"{RESULTS}/*.png", "model_cards/*/methods-*.png", "model_cards/*/selections-*.png")
 
 PLACE = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end table -->)", re.DOTALL)
 SOURCES = re.compile(r"(?P<start><!-- sources -->\n)(?P<body>.*?)(?P<end><!-- end sources -->)", re.DOTALL)

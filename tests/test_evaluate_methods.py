@@ -10,6 +10,7 @@ import pytest
 from joined_evaluations import Records, joined, relative_operations, report, versus_large
 from method_tables import (
     NAMES,
+    additions_table,
     by_small_answer_table,
     comparisons_table,
     guides_table,
@@ -115,6 +116,21 @@ def test_what_is_significant_is_bold_and_what_cannot_be_compared_a_dash() -> Non
             "+4.0 [+3.0, +5.0]",
             "-",
         ]
+    ]
+
+
+def test_what_a_method_adds_is_told_against_the_one_without_it() -> None:
+    found = evaluation()
+    found["summary"]["comparisons"] += [
+        difference("sgp-first", "sgp", 0.09, 0.02, 0.01),
+        difference("sgp-first", "random", 0.35, 0.5, 0.01),
+        difference("unsure", "sgp", 0.64, -0.01, 0.2),
+    ]
+    table = additions_table({"scenes": found})
+    assert table["columns"] == ["data", "method", "minus", "64%", "35%", "9%"]
+    assert table["rows"] == [
+        ["scenes", "`sgp-first`", "`sgp`", "-", "-", "**+2.0 [+1.0, +3.0]**"],
+        ["scenes", "`unsure`", "`sgp`", "-1.0 [-2.0, +0.0]", "-", "-"],
     ]
 
 
