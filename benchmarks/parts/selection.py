@@ -30,7 +30,7 @@ def measure_selection(
 ) -> dict[str, Any]:
     """Times each selection and the large model's first pass over everything, in turn.
 
-    Features and importance are drawn, neighbours alike as in pictures; the times do not depend on them.
+    Features and importance are drawn, neighbours alike as in pictures.
 
     Args:
         large (`PreTrainedModel`): The large model.
