@@ -169,12 +169,27 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
     tables["losses"] = losses_table(by_name)
     tables["by-small-answer"] = by_small_answer_table(by_name)
     tables["verdicts"] = verdicts_table(by_name, LABEL)
+    tables["verdicts-sgp"] = verdicts_table(by_name, LABEL, ["sgp"])
     tables["summary"] = summary_table(by_name, LABEL)
     tables["claims"] = claims_table(by_name)
     tables = {f"{arguments.name}-{name}": table for name, table in tables.items() if table["rows"]}
     speed = next(iter(found.values()))["speed"]
-    content = {"tables": tables, "verdicts": every_verdict(by_name), "evaluations": found}
+    content = {
+        "tables": tables,
+        "verdicts": without_comparisons(every_verdict(by_name)),
+        "evaluations": without_comparisons(found),
+    }
     write_record(arguments.output / f"sgl_tiny_{arguments.name}.json", speed, content)
+
+
+def without_comparisons(found: Any) -> Any:
+    """Evaluations less what the verdicts say, and no more digits than anyone reads."""
+    if isinstance(found, dict):
+        repeated = ("comparisons", "at_equal_operations", "at_equal_time")
+        return {name: without_comparisons(each) for name, each in found.items() if name not in repeated}
+    if isinstance(found, list):
+        return [without_comparisons(each) for each in found]
+    return round(found, 6) if isinstance(found, float) else found
 
 
 def drawn(evaluation: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

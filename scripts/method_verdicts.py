@@ -109,8 +109,10 @@ def _others(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if name not in OURS]
 
 
-def verdicts_table(evaluations: Mapping[str, Mapping[str, Any]], proportions: str) -> dict[str, Any]:
-    """What [`verdict`] says of each guided method at each retention, by what is equal."""
+def verdicts_table(
+    evaluations: Mapping[str, Mapping[str, Any]], proportions: str, methods: Sequence[str] = OURS
+) -> dict[str, Any]:
+    """What [`verdict`] says of guided `methods` at each retention, by what is equal."""
     rows = []
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for each in every_verdict(evaluations):
@@ -119,7 +121,7 @@ def verdicts_table(evaluations: Mapping[str, Mapping[str, Any]], proportions: st
         versus_small = by_run(evaluation["versus_small"])
         for row in evaluation["summary"]["rows"]:
             ours, retention = row["method"], row["target_retention"]
-            if ours not in OURS:
+            if ours not in methods:
                 continue
             small = versus_small.get((ours, "", retention))
             known = {"the small model": small} if small else {}

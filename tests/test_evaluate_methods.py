@@ -286,6 +286,8 @@ def test_verdicts_say_who_is_ahead() -> None:
     ]
     assert rows["64%", "`sgl`"] == ["level with random", costs_more, "level with random", costs_more]
     assert verdict({"a": {"mean": 0.1, "p_value": 0.001}}) == "ahead of all"
+    only = verdicts_table({"scenes": evaluation()}, "26B/2B", ["sgl"])
+    assert [row[2] for row in only["rows"]] == ["`sgl`"] * 3
 
 
 def few_tokens(*means: float) -> dict[str, Any]:
@@ -402,5 +404,8 @@ def test_a_data_set_is_evaluated_and_told_by_itself(tmp_path: Path, monkeypatch:
     assert written["tables"]["methods-scenes"]["columns"][:2] == ["method", "5%"]
     assert [row[0] for row in written["tables"]["methods-claims"]["rows"]] == ["`sgp`"]
     assert {each["other"] for each in written["verdicts"]} == {"random"}
+    summary = written["evaluations"]["scenes"]["summary"]
+    assert summary["rows"]
+    assert "comparisons" not in summary  # the verdicts have them
     assert (tmp_path / "methods-scenes.png").exists()
     assert not (tmp_path / "methods-reading.png").exists()
