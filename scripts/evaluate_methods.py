@@ -82,7 +82,7 @@ METHODS += [name for name in GROUPS["baselines"] if name not in METHODS]
 COMPARED = {"": ("sgp", "sgl"), "-first": ("sgp-facility", "sgl-facility"), "-vision": ("sgp-vision", "sgl-vision")}
 # What the figures leave out, because another of its kind is there.
 NOT_DRAWN = ("divprune-late", "cdpruner-weighted", "visionzip-mean", "sgl-vision", "sgl-confirmed", "unsure")
-NOT_DRAWN += ("sgp-facility-late", "sgp-facility-prompt", "sgp-dpp", "sgl-facility")
+NOT_DRAWN += ("sgp-first", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp", "sgl-facility")
 GUIDES = ["large", "sgp", "oracle"]
 GUIDES += [f"sgp-{part}" for part in ("10%", "30%", "50%", "70%", "last", "prompt", "generated")]
 RETENTIONS = (0.64, 0.35, 0.20, 0.09, 0.05)

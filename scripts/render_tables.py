@@ -114,8 +114,10 @@ def presets_table() -> Table:
     for name, preset in PRESETS.items():
         layer = resolve_prune_layer(preset["prune_layer"], PAPER_NUM_LAYERS)
         share = _average_retention(name)
-        rows.append([f'`"{name}"`', f"{preset['retention_ratio']:g}", f"{layer}/{PAPER_NUM_LAYERS}", share])
-    columns = ["preset", "`retention_ratio`", "`prune_layer`", "average retention"]
+        selection = f'`"{preset.get("selection", "top_k")}"`'
+        ratio = f"{preset['retention_ratio']:g}"
+        rows.append([f'`"{name}"`', ratio, f"{layer}/{PAPER_NUM_LAYERS}", selection, share])
+    columns = ["preset", "`retention_ratio`", "`prune_layer`", "`selection`", "average retention"]
     return Table(columns, rows, f"Average retention is that of a large model of {PAPER_NUM_LAYERS} layers.")
 
 

@@ -46,15 +46,20 @@ SGL_FIELDS = (
 
 
 @pytest.mark.parametrize(
-    ("preset", "retention_ratio", "layer_of_48", "percent"),
-    [("quality", 0.40, 19, 64), ("balanced", 0.20, 9, 35), ("fast", 0.05, 2, 9)],
+    ("preset", "paper", "retention_ratio", "layer_of_48", "selection"),
+    [
+        ("quality", "paper-64", 0.40, 19, "top_k"),
+        ("balanced", "paper-35", 0.20, 9, "top_k"),
+        ("fast", "paper-9", 0.05, 2, "dpp"),
+    ],
 )
-def test_presets_are_the_papers_three_settings(preset, retention_ratio, layer_of_48, percent):
-    settings = SGLGenerationConfig.from_preset(preset)
-
-    assert settings.retention_ratio == retention_ratio
-    assert resolve_prune_layer(settings.prune_layer, num_layers=48) == layer_of_48
-    assert round(100 * settings.average_retention(num_layers=48)) == percent
+def test_presets_are_the_papers_three_settings(preset, paper, retention_ratio, layer_of_48, selection):
+    for name in (preset, paper):
+        settings = SGLGenerationConfig.from_preset(name)
+        assert settings.retention_ratio == retention_ratio
+        assert resolve_prune_layer(settings.prune_layer, num_layers=48) == layer_of_48
+        assert f"paper-{round(100 * settings.average_retention(num_layers=48))}" == paper
+        assert settings.selection == (selection if name == preset else "top_k")
     assert preset in PRESETS
 
 

@@ -41,9 +41,15 @@ _GREEDY = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS, "min_new_tokens
 _TOKENIZER = tiny_tokenizer()
 _DETAILS = {"return_dict_in_generate": True, "output_logits": True}
 
+# What images show is added inside the decoder; its first layer is given zeros for them.
+_WITHOUT_FEATURES = ("granite4_vision",)
+
 
 def check_guides(name: str) -> None:
-    """Importance is the sum of eager attentions, per sample in a padded batch, whatever the kernel."""
+    """Importance is the sum of eager attentions, per sample in a padded batch, whatever the kernel.
+
+    And there are features of each visual token.
+    """
     eager, fast = tiny_model(name, attn_implementation="eager"), tiny_model(name)
     assert len(decoder_layers(eager)) == NUM_LAYERS
     # Models whose layers share keys leave out queries, unless attentions are asked for.
@@ -56,8 +62,11 @@ def check_guides(name: str) -> None:
         tokens = visual_tokens_of(model.config, batch)
         assert tokens.counts.tolist() == [len(each) for each in wanted]
         more = {"output_attentions": True, "return_dict_in_generate": True} if model is eager else {}
-        with AttentionRecorder(model, tokens) as recorder:
+        with AttentionRecorder(model, tokens, records_features=True) as recorder:
             model.generate(**batch, **_GREEDY, **more)
+        assert recorder.features is not None
+        present = tokens.valid & (name not in _WITHOUT_FEATURES)
+        assert (recorder.features.abs().sum(dim=-1) > 0).tolist() == present.tolist()
         for row, valid, each in zip(recorder.importance, tokens.valid, wanted, strict=True):
             torch.testing.assert_close(row[valid], each, **_TOLERANCE)
         assert state(model) == before

@@ -26,10 +26,12 @@ from transformers_sgl.architectures import (
     attention_modules,
     attention_pattern,
     decoder,
+    decoder_layers,
 )
 from transformers_sgl.hooks.attention_listening import listen
 from transformers_sgl.hooks.attention_rows import AttentionScores, received_attention
 from transformers_sgl.hooks.context import HookContext
+from transformers_sgl.hooks.layer_arguments import named_arguments
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 from transformers_sgl.transformers_interface import cache_of, held_keys
 
@@ -163,6 +165,9 @@ class AttentionRecorder(HookContext):
         self._add_hook(stack, self.model.register_forward_pre_hook, self._note_ends, with_kwargs=True)
         self._add_hook(stack, self._decoder.register_forward_pre_hook, self._start_pass, with_kwargs=True)
         self._add_hook(stack, self._decoder.register_forward_hook, self._finish_pass)
+        if self._records_features:
+            first = decoder_layers(self.model)[0]
+            self._add_hook(stack, first.register_forward_pre_hook, self._start_layer, with_kwargs=True)
 
     def _note_ends(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Model pre-hook: a sample that reads an end-of-sequence token has finished."""
@@ -191,20 +196,22 @@ class AttentionRecorder(HookContext):
         num_generated = self._end - max(self._num_recorded, self.visual_tokens.prompt_length)
         if num_generated > 0:
             self._counted.append(self._unfinished[:, None].expand(-1, num_generated))
-        if self._records_features and self._num_seen == 0:
-            self.features = self._features_in(inputs)
+        if inputs.is_floating_point():
+            self._note_features(inputs)
         self._num_seen = self._end
 
-    def _features_in(self, inputs: Tensor) -> Tensor:
-        """What the decoder is given for each visual token; `(batch, num_visual_tokens, width)`."""
-        if not inputs.is_floating_point():
-            raise ValueError(
-                "The features of visual tokens cannot be recorded, because this model's decoder is given token ids "
-                "and no embeddings: leave `selection` at 'top_k'."
-            )
+    def _start_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the first layer: a decoder that is given token ids embeds them, and the images, itself."""
+        if self.features is None:
+            self._note_features(named_arguments(layer, args, kwargs)["hidden_states"])
+
+    def _note_features(self, inputs: Tensor) -> None:
+        """Keeps what the decoder is given in its first pass, `(batch, length, width)`, for each visual token."""
+        if not self._records_features or self.features is not None:
+            return
         tokens = self.visual_tokens.to(inputs.device)
         rows = inputs.detach().gather(1, tokens.positions[..., None].expand(-1, -1, inputs.shape[-1]))
-        return (rows * tokens.valid[..., None]).to(self.prompt_importance.device)
+        self.features = (rows * tokens.valid[..., None]).to(self.prompt_importance.device)
 
     def _finish_pass(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Decoder hook: raises if a layer was not recorded, which would look like less importance."""
