@@ -66,14 +66,16 @@ DATA = {
     "reading": Questions("reading", "sgl-tiny-reading", ("anls", "relaxed_accuracy", "exact_match")),
 }
 GROUPS = {
-    "baselines": ["large", "small", "random", "fastv", "divprune", "divprune-late", "cdpruner", "cdpruner-weighted"],
+    "baselines": [
+        *("large", "small", "random", "fastv", "divprune", "divprune-late", "cdpruner", "cdpruner-weighted"),
+        *("visionzip", "visionzip-mean", "downsample"),
+    ],
     "guided": ["large", "sgp", "sgp-first", "sgp-facility", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp"],
     "unsure": ["large", "unsure"],
     "exits": ["large", "sgl", "sgl-facility"],
     "vision": ["large", "sgp-vision", "sgl-vision"],
     "confirmed": ["large", "confirmed", "sgl-confirmed"],
 }
-GROUPS["baselines"] += ["visionzip", "visionzip-mean", "downsample"]
 # In the order of the tables.
 METHODS = ["large", "small", "sgp", "sgl", "sgp-first", "sgp-facility", "sgl-facility", "sgp-facility-prompt"]
 METHODS += ["sgp-facility-late", "sgp-dpp", "unsure", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]

@@ -409,3 +409,12 @@ def test_a_data_set_is_evaluated_and_told_by_itself(tmp_path: Path, monkeypatch:
     assert "comparisons" not in summary  # the verdicts have them
     assert (tmp_path / "methods-scenes.png").exists()
     assert not (tmp_path / "methods-reading.png").exists()
+
+    monkeypatch.setattr("sys.argv", [*command.split(), "--data", "scenes", "--only", "tables", "--name", "few"])
+    evaluate_methods.main()
+    again = json.loads((tmp_path / "sgl_tiny_few.json").read_text())
+    assert again["evaluations"]["scenes"]["summary"] == summary
+    assert [name.removeprefix("few") for name in again["tables"]] == [
+        name.removeprefix("methods") for name in written["tables"]
+    ]
+    assert (tmp_path / "few-scenes.png").exists()

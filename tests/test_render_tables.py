@@ -52,13 +52,17 @@ def test_what_was_measured_of_the_presets():
     def table(name, *rows):
         return render_tables.Table(name, rows, "", "2 cores", ("a.json",))
 
-    accuracies = table(["method", "64%", "35%", "9%"], ["large model alone", "99.5 [99, 100]", "", ""])
-    guided = ["**guided** (`sgp`)", "99.4", "98.3", "97.2 [96, 98]"]
-    accuracies = table(accuracies.columns, *accuracies.rows, guided)
-    found = render_tables.presets_measured_table({"methods-easy-vqa": accuracies, "methods-scenes": accuracies})
-    assert found.rows[2] == ['`"fast"`', "9%", "89.6", "97.2 [96, 98]", "97.2 [96, 98]", "not measured"]
-    assert "reaches 99.5 [99, 100] and 99.5" in found.caption
-    assert "the presets themselves come to 64%, 36% and 5% on its 10 layers" in found.caption
+    rows = [
+        ["large model alone", "99.5 [99, 100]", "", ""],
+        ["**guided** (`sgp`)", "99.4", "98.3", "97.2"],
+        ["**guided, conditional DPP** (`sgp-dpp`)", "98.4", "97.3", "96.2 [95, 97]"],
+    ]
+    accuracies = table(["method", "64%", "35%", "9%"], *rows)
+    found = render_tables.presets_measured_table({"selections-easy-vqa": accuracies, "selections-scenes": accuracies})
+    assert [row[3] for row in found.rows] == ["99.4", "98.3", "96.2 [95, 97]"]  # of the preset's own selection
+    assert found.rows[2][3:] == ["96.2 [95, 97]", "96.2 [95, 97]", "not measured", "not measured"]
+    assert "reach 99.5 [99, 100], 99.5 [99, 100], not measured" in found.caption
+    assert "the presets themselves come to 64%, 36% and 5% on their 10 layers" in found.caption
     assert (found.measured, found.files) == ("2 cores", ("a.json",))
 
 
