@@ -3,7 +3,7 @@
     python scripts/evaluate_deviations.py
 
 The authors' code counts the attention of the last visual token itself, ours that of the tokens after it; it prunes
-from layer `int(depth * fraction)` on, ours from the nearest layer. Each preset is run in both ways, separately and
+from layer `int(depth * fraction)` on, ours from the nearest layer. Each of the paper's settings is run in both ways, separately and
 together, on easy-VQA questions and on questions about held-out scenes. All see the same questions, so the differences
 come with 95 % paired-bootstrap intervals. Truncating the layer also processes fewer tokens, which the table says.
 
@@ -30,10 +30,10 @@ from tiny_pair_evaluation import (
 )
 from torch import Tensor
 
-from transformers_sgl import PRESETS, AttentionRecorder, VisualTokenPruner, VisualTokens
+from transformers_sgl import AttentionRecorder, VisualTokenPruner, VisualTokens
 from transformers_sgl.architectures import decoder_layers, visual_tokens_of
 from transformers_sgl.evaluation import load_samples
-from transformers_sgl.generation_config_sgl import average_retention, resolve_prune_layer
+from transformers_sgl.generation_config_sgl import PAPER_PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.tokens.importance_process import ImportanceProcessorList
 
 OURS, QUERIES, LAYER, BOTH = "ours", "queries", "layer", "both"  # which of the two choices is the authors'
@@ -74,11 +74,11 @@ def main() -> None:
     evaluate = open_evaluation(arguments)
     samples = [sample for name in ("easy-vqa", "scenes") for sample in load_samples(name)[: arguments.limit]]
     num_layers = len(decoder_layers(evaluate.model.large))
-    maps, same_tokens = Maps(evaluate.model.small), {name: [] for name in PRESETS}
+    maps, same_tokens = Maps(evaluate.model.small), {name: [] for name in PAPER_PRESETS}
 
     methods = {
         f"{preset} {choice}": pruned(evaluate, maps, preset, choice, num_layers, same_tokens[preset])
-        for preset in PRESETS
+        for preset in PAPER_PRESETS
         for choice in (OURS, QUERIES, LAYER, BOTH)
     }
     right = evaluate(samples, methods, "presets")
@@ -90,7 +90,7 @@ def pruned(
     evaluate: Evaluation, maps: Maps, preset: str, choice: str, num_layers: int, same_tokens: list[float]
 ) -> Method:
     """The large model at a preset, with the authors' way of what `choice` names."""
-    layer, ratio = layer_of(preset, choice, num_layers), PRESETS[preset]["retention_ratio"]
+    layer, ratio = layer_of(preset, choice, num_layers), PAPER_PRESETS[preset]["retention_ratio"]
     choose = ImportanceProcessorList.of_settings(ratio, 1)
 
     def method(inputs: dict[str, Tensor], indices: Sequence[int]) -> Tensor:
@@ -107,7 +107,7 @@ def pruned(
 
 def layer_of(preset: str, choice: str, num_layers: int) -> int:
     """The first layer that sees fewer tokens."""
-    fraction = PRESETS[preset]["prune_layer"]
+    fraction = PAPER_PRESETS[preset]["prune_layer"]
     return int(num_layers * fraction) if choice in (LAYER, BOTH) else resolve_prune_layer(fraction, num_layers)
 
 
@@ -121,12 +121,12 @@ def deviations_table(
     rows = []
     for data in dict.fromkeys(map(data_of, samples)):
         chosen = [index for index, sample in enumerate(samples) if data_of(sample) == data]
-        for preset in PRESETS:
+        for preset in PAPER_PRESETS:
             hits = {
                 name: np.array(right[f"{preset} {name}"], dtype=float)[chosen] for name in (OURS, QUERIES, LAYER, BOTH)
             }
             layers = [layer_of(preset, choice, num_layers) for choice in (OURS, LAYER)]
-            averages = [average_retention(PRESETS[preset]["retention_ratio"], layer, num_layers) for layer in layers]
+            averages = [average_retention(PAPER_PRESETS[preset]["retention_ratio"], layer, num_layers) for layer in layers]
             changes = [difference(hits[name], hits[OURS], seed) for name in (QUERIES, LAYER, BOTH)]
             same = np.array(same_tokens[preset])[chosen].mean()
             where = [f"{layer}: {average:.0%}" for layer, average in zip(layers, averages, strict=True)]

@@ -142,6 +142,7 @@ if [[ $device == cuda ]]; then
     bench 45 150 end-to-end
     bench 30 90 prefill
     bench 30 90 guidance
+    bench 40 120 selection # of 16,384 visual tokens, more than a CPU should be asked for
     bench_into speed_methods 120 270 methods --rounds 3 --sweep-rounds 3
     bench 30 100 decode,drafts
     bench 40 120 break-even-tokens,growth-tokens

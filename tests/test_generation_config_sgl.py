@@ -46,21 +46,28 @@ SGL_FIELDS = (
 
 
 @pytest.mark.parametrize(
-    ("preset", "paper", "retention_ratio", "layer_of_48", "selection"),
+    ("preset", "retention_ratio", "layer_of_48", "selection"),
     [
-        ("quality", "paper-64", 0.40, 19, "top_k"),
-        ("balanced", "paper-35", 0.20, 9, "top_k"),
-        ("fast", "paper-9", 0.05, 2, "dpp"),
+        ("quality", 0.40, 19, "facility_location"),
+        ("balanced", 0.35, 0, "facility_location"),
+        ("fast", 0.05, 2, "facility_location"),
+        ("paper-64", 0.40, 19, "top_k"),
+        ("paper-35", 0.20, 9, "top_k"),
+        ("paper-9", 0.05, 2, "top_k"),
     ],
 )
-def test_presets_are_the_papers_three_settings(preset, paper, retention_ratio, layer_of_48, selection):
-    for name in (preset, paper):
-        settings = SGLGenerationConfig.from_preset(name)
-        assert settings.retention_ratio == retention_ratio
-        assert resolve_prune_layer(settings.prune_layer, num_layers=48) == layer_of_48
-        assert f"paper-{round(100 * settings.average_retention(num_layers=48))}" == paper
-        assert settings.selection == (selection if name == preset else "top_k")
-    assert preset in PRESETS
+def test_presets(preset, retention_ratio, layer_of_48, selection):
+    settings = SGLGenerationConfig.from_preset(preset)
+    assert settings.retention_ratio == retention_ratio
+    assert resolve_prune_layer(settings.prune_layer, num_layers=48) == layer_of_48
+    assert settings.selection == selection
+
+
+@pytest.mark.parametrize("percent", [64, 35, 9])
+def test_presets_keep_as_much_as_the_papers_three_settings(percent):
+    ours = dict(zip((64, 35, 9), PRESETS, strict=True))[percent]
+    for name in (ours, f"paper-{percent}"):
+        assert round(100 * SGLGenerationConfig.from_preset(name).average_retention(num_layers=48)) == percent
 
 
 def test_fields_given_beside_a_preset_win():
@@ -145,7 +152,7 @@ def test_resolved_prefers_the_users_value_then_the_models_then_the_default():
 
     assert resolved.retention_ratio == 0.7
     assert resolved.guidance_queries == "prompt"
-    assert resolved.prune_layer == 9 / 48
+    assert (resolved.prune_layer, resolved.selection) == (0, "facility_location")
     assert resolved.guidance_max_new_tokens is None
     assert (resolved.consistency_retention_ratio, resolved.consistency_reduction) == (0.05, "product")
 

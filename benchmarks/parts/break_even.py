@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.generation_config_sgl import PRESETS
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
-from transformers_sgl.tokens.importance_process import ImportanceProcessorList, RetentionRatioProcessor
+from transformers_sgl.tokens.selection import decoder_processors
 
 __all__ = ["measure_break_even"]
 
@@ -75,10 +76,10 @@ def _guided_with_draft(pairing: Pairing, draft: Tensor | None, settings: dict[st
     """One guided answer with a draft that is not the small model's, which would never be right."""
     preset, small, large = PRESETS["balanced"], pairing.small, pairing.large
     seen = visual_tokens_of(small.config, pairing.for_small)
-    with AttentionRecorder(small, seen) as recorder:
+    with AttentionRecorder(small, seen, records_features=True) as recorder:
         small.generate(**pairing.for_small, max_new_tokens=settings["max_new_tokens"])
-    tokens = visual_tokens_of(large.config, pairing.inputs)
-    processors = ImportanceProcessorList([RetentionRatioProcessor(preset["retention_ratio"])])
+    tokens = replace(visual_tokens_of(large.config, pairing.inputs), features=recorder.features)
+    processors = decoder_processors(preset["retention_ratio"], min_tokens_per_image=1, selection=preset["selection"])
     kept = processors.keep_mask(tokens, recorder.importance)
     with VisualTokenPruner(large, tokens.prompt_keep_mask(kept), preset["prune_layer"]):
         verifier_of(large, draft).generate(**pairing.inputs, **settings)

@@ -57,8 +57,10 @@ class TestMethods:
         for method in ("random", "FastV", "DivPrune"):
             of_method = [found["methods"][name] for name in of_kind(found, "baseline") if name.startswith(method)]
             retention = [each["average_retention"] for each in of_method]
-            at_least = 0.2 if method == "FastV" else 0  # which cannot prune before the second of six layers
-            assert retention == pytest.approx([max(at_least, share) for share in shares], abs=0.04)
+            expected = list(shares)
+            if method == "FastV":  # which cannot prune the first of six layers, as the last two presets do
+                expected[1:] = [(1 + 5 * share) / 6 for share in shares[1:]]
+            assert retention == pytest.approx(expected, abs=0.04)
             assert {each["tower_share"] for each in of_method} == {1.0}
 
     def test_a_smaller_image_has_no_more_tokens_than_the_others_keep(self, found):
@@ -102,11 +104,11 @@ class TestOperations:
         counted = count_operations(pairing, (32, 32), answer_tokens=2)["methods"]
         flops = {name: method["flops"] for name, method in counted.items()}
         rivals = dict(zip(PRESETS, (name for name in flops if name.startswith("random")), strict=True))
-        # The guide's operations are the same for all presets, and the others depend on how much is kept; "fast" also
-        # compares the tokens with each other.
+        # The guide's operations are the same for all presets, and the others depend on how much is kept. The presets
+        # compare the tokens with each other, too: the more they keep, the longer.
         guide = {name: flops[name] - flops[rivals[name]] for name in PRESETS}
-        assert guide["quality"] == guide["balanced"] < guide["fast"]
-        assert 0 < guide["fast"] < flops["exit"]  # which scores its draft
+        assert guide["quality"] > guide["balanced"] > guide["fast"] > 0.9 * guide["quality"]
+        assert guide["quality"] < flops["exit"]  # which scores its draft
         assert flops["half of the tiles"] < flops["balanced"]
         with_exits = [name for name, method in counted.items() if "flops_over_large_with_exits" in method]
         assert with_exits == [*pair_settings(), MIXED]
@@ -154,7 +156,7 @@ class TestProfile:
         balanced, tiles = counts.values()
         same = ("guide: tower", "guide: first pass", "guide: decoding")
         assert [balanced[phase] for phase in same] == [tiles[phase] for phase in same]
-        assert tiles["first pass"] < balanced["first pass"]
+        assert tiles["first pass"] == balanced["first pass"]  # which reads 35 % of all tokens in either
         # The layer's part of the tower: 2 of 5 tiles.
         assert balanced["tower"] > tiles["tower"] > 2 / NUM_TILES * balanced["tower"]
 

@@ -253,6 +253,7 @@ def test_a_small_one_guides_a_large_one(large: str, small: str) -> None:
         **inputs,
         retention_ratio=0.2,
         prune_layer=2,
+        selection="top_k",
         max_new_tokens=2,
         return_dict_in_generate=True,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation.data import Sample
-from transformers_sgl.generation_config_sgl import PRESETS, average_retention, resolve_prune_layer
+from transformers_sgl.generation_config_sgl import PAPER_PRESETS, average_retention, resolve_prune_layer
 from transformers_sgl.opening import chat_inputs, user_turn
 
 __all__ = ["VISION_POINTS", "Answer", "Batch", "Method", "Pair", "Setting"]
@@ -57,7 +57,7 @@ class Setting:
         """
         if not 0 < average < 1:
             raise ValueError(f"The average retention is {average}: pass a fraction above 0 and below 1.")
-        presets = [(preset["retention_ratio"], preset["prune_layer"]) for preset in PRESETS.values()]
+        presets = [(preset["retention_ratio"], preset["prune_layer"]) for preset in PAPER_PRESETS.values()]
         points = sorted((average_retention(ratio, round(48 * depth), 48), depth) for ratio, depth in presets)
         averages, depths = zip((0.0, 0.0), *points, (1.0, 1.0), strict=True)
         depth = float(np.interp(average, averages, depths))
