@@ -53,9 +53,14 @@ class Shown:
         median, least, greatest = words
         return f"{median} [{least}, {greatest}]" if self.rounds >= FEWEST_ROUNDS else median
 
+    @property
+    def of_gpu(self) -> bool:
+        """Whether a GPU was measured."""
+        return str(self.arguments["device"]).startswith("cuda")
+
     def clock(self, name: str) -> str | None:
         """The name of a column of times, which only a GPU has."""
-        return name if str(self.arguments["device"]).startswith("cuda") else None
+        return name if self.of_gpu else None
 
     def conditions(self) -> str:
         """What was measured and how often, as a sentence."""

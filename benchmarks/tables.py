@@ -41,6 +41,8 @@ _SWEEPS = {
 def make_tables(record: dict[str, Any]) -> dict[str, Table]:
     """The tables of all parts that were measured, by name: `columns`, `rows` and `caption`; none without rows.
 
+    The names of those that a GPU was measured for begin with `"speed-gpu-"`, of others with `"speed-"`.
+
     Example:
         ```python
         >>> from benchmarks.tables import make_tables
@@ -55,24 +57,22 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
     tables = {}
     for name, table in _TABLES.items():
         if name in parts:
-            tables[f"speed-{name}"] = table(shown, parts[name])
-    if "drafts" in parts:
-        tables["speed-drafts"] = _drafts_table(shown_in_sweeps, parts["drafts"])
+            tables[name] = table(shown, parts[name])
+    for name, table in _TABLES_OF_SWEEPS.items():
+        if name in parts:
+            tables[name] = table(shown_in_sweeps, parts[name])
     for name, joined in (("break-even", _break_even_table), ("growth", _growth_table)):
         found = {part.removeprefix(f"{name}-"): parts[part] for part in parts if part.startswith(f"{name}-")}
         if found:
-            tables[f"speed-{name}"] = joined(shown_in_sweeps, found)
+            tables[name] = joined(shown_in_sweeps, found)
     if "end-to-end" in parts:
-        tables["speed-exits"] = _exits_table(shown, parts["end-to-end"])
+        tables["exits"] = _exits_table(shown, parts["end-to-end"])
     if "methods" in parts or "methods-flops" in parts:
-        tables["speed-methods"] = methods_table(shown, parts.get("methods"), parts.get("methods-flops"))
+        tables["methods"] = methods_table(shown, parts.get("methods"), parts.get("methods-flops"))
     if "methods" in parts:
-        tables["speed-profile"] = profile_table(shown, parts["methods"])
-    if "growth-tiles" in parts:
-        tables["speed-growth-tiles"] = growth_tiles_table(shown_in_sweeps, parts["growth-tiles"])
-    if "growth-tokens" in parts:
-        tables["speed-growth-tokens"] = _growth_tokens_table(shown_in_sweeps, parts["growth-tokens"])
-    return {name: table for name, table in tables.items() if table["rows"]}
+        tables["profile"] = profile_table(shown, parts["methods"])
+    kind = "speed-gpu" if shown.of_gpu else "speed"
+    return {f"{kind}-{name}": table for name, table in tables.items() if table["rows"]}
 
 
 def as_markdown(tables: dict[str, Table]) -> str:
@@ -248,7 +248,10 @@ def _drafts_table(shown: Shown, part: dict[str, Any]) -> Table:
 
 def _end_to_end_table(shown: Shown, part: dict[str, Any]) -> Table:
     ways = {"large model alone": part["large"]}
-    ways |= {f"guided, {setting['average_retention']:.0%}": setting["guided"] for setting in part["presets"].values()}
+    presets = {f"{setting['average_retention']:.0%}": setting for setting in part["presets"].values()}
+    ways |= {f"guided, {share}": setting["guided"] for share, setting in presets.items()}
+    if "one_pass" in part:
+        ways["guided, 35%, by one pass of the small model"] = part["one_pass"]
     ways["early exit: small model and its scores"] = part["exit"]
     rows = [
         [
@@ -264,8 +267,30 @@ def _end_to_end_table(shown: Shown, part: dict[str, Any]) -> Table:
         f"A whole answer of {part['answer_tokens']} tokens to a prompt of {part['prompt_length']:,}, "
         f"{part['num_visual_tokens']:,} of them visual: small model, guidance and large model, against the large one "
         f"alone ({part['attention']}); without drafts. Peak memory is weights and tensors of the models that take "
-        "part. "
+        f"part. Kept: {'; '.join(f'for {share} {_kept(setting)}' for share, setting in presets.items())}. "
     )
+    return as_table(columns, rows, caption + shown.conditions())
+
+
+def _kept(setting: dict[str, Any]) -> str:
+    """Which tokens a preset keeps, in words; records of before there was a choice do not name it."""
+    selection = f"by `{setting.get('selection', 'top_k')}`"
+    return f"{setting['retention_ratio']:.0%} from layer {setting['prune_layer']} on, {selection}"
+
+
+def _selection_table(shown: Shown, part: dict[str, Any]) -> Table:
+    rows = [
+        [name, f"{found['kept']:,}", shown.spread(found["time_over_prefill"], ".2%"), shown.ms(found["time"])]
+        for name, ratios in part["selections"].items()
+        for found in ratios
+    ]
+    caption = (
+        f"What choosing takes of {part['num_visual_tokens']:,} visual tokens, beside the large model's first pass over "
+        f"the prompt of {part['prompt_length']:,}. "
+    )
+    if shown.rounds < FEWEST_FOR_MEDIAN:
+        rows = []
+    columns = ["selection", "kept", "time / first pass", shown.clock("ms")]
     return as_table(columns, rows, caption + shown.conditions())
 
 
@@ -360,4 +385,10 @@ _TABLES: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
     "prefill": _prefill_table,
     "decode": _decode_table,
     "end-to-end": _end_to_end_table,
+}
+_TABLES_OF_SWEEPS: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
+    "drafts": _drafts_table,
+    "selection": _selection_table,
+    "growth-tiles": growth_tiles_table,
+    "growth-tokens": _growth_tokens_table,
 }

@@ -35,7 +35,7 @@ EXAMPLES = ("sgl-internvl2.5-2b-26b", "sgl-qwen2.5-vl-3b-72b-nf4", "sgl-gemma3-4
 DEFAULT_PRESET = "balanced"
 METHOD = "https://arxiv.org/abs/2412.03324"
 # The paper's results for InternVL2-2B and 26B: percent of the unpruned 26B's score, mean of 11 benchmarks.
-PAPER_SCORES = {"quality": 100.14, "balanced": 98.36, "fast": 89.58}
+PAPER_SCORES = {"paper-64": 100.14, "paper-35": 98.36, "paper-9": 89.58}
 FORGOTTEN_IMPORT = (
     "If transformers says that this repository contains custom code, `import transformers_sgl` is missing: "
     "`pip install transformers_sgl`, import it before loading, and no code of this repository is run."

@@ -62,6 +62,7 @@ def compare(evaluation: Evaluation, samples: list[Sample], pruned: bool) -> list
         name = names[number % len(names)]
         inputs = evaluation.inputs([samples[index] for index in indices])
         options = {**inputs, **SHAPES[name], "return_dict_in_generate": True, "early_exit_threshold": float("inf")}
+        options["preset"] = "paper-35"
         if "stop_strings" in options:
             options["tokenizer"] = evaluation.processor.tokenizer
         if not pruned:

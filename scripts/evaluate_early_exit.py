@@ -40,6 +40,7 @@ from transformers_sgl.evaluation.calibration import Promise, Record
 from transformers_sgl.evaluation.calibration.threshold import choose_threshold
 
 NEVER = float("inf")
+PRESET = {"preset": "paper-35", "max_new_tokens": MAX_NEW_TOKENS}
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 SCORES = ("both", "confidence", "consistency")
 PROMISES: tuple[Promise, ...] = (KeepAccuracy(0.99), KeepAccuracy(0.98), LargeCallBudget(0.1), LargeCallBudget(0.4))
@@ -88,7 +89,7 @@ def ask(evaluation: Evaluation, samples: Sequence[Sample], title: str) -> Answer
         inputs = evaluation.inputs(batch)
         prompt_length = inputs["input_ids"].shape[1]
         output = evaluation.model.generate(
-            **inputs, max_new_tokens=MAX_NEW_TOKENS, early_exit_threshold=NEVER, return_dict_in_generate=True
+            **inputs, **PRESET, early_exit_threshold=NEVER, return_dict_in_generate=True
         )
         alone = evaluation.large_alone(inputs, indices)
         for name, written, processor in (
@@ -120,11 +121,11 @@ def time_routes(evaluation: Evaluation, samples: Sequence[Sample], title: str, r
     model = evaluation.model
     routes: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
         "alone": lambda inputs: evaluation.large_alone(inputs, ()),
-        "exit": lambda inputs: model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, early_exit_threshold=0),
+        "exit": lambda inputs: model.generate(**inputs, **PRESET, early_exit_threshold=0),
         "scored": lambda inputs: model.generate(
-            **inputs, max_new_tokens=MAX_NEW_TOKENS, early_exit_threshold=NEVER, return_dict_in_generate=True
+            **inputs, **PRESET, early_exit_threshold=NEVER, return_dict_in_generate=True
         ),
-        "unscored": lambda inputs: model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS),
+        "unscored": lambda inputs: model.generate(**inputs, **PRESET),
     }
     found: dict[str, list[float]] = {name: [] for name in [*routes, "confidence", "consistency"]}
     for number, sample in enumerate(tqdm(samples, desc=f"{title}, timed")):
@@ -192,7 +193,7 @@ def thresholds_table(answers: dict[str, Answers], seconds: dict[str, Answers]) -
         "rows": rows,
         "caption": (
             f"In percent, exact match, {len(next(iter(answers.values()))['confidence']):,} questions of each kind, "
-            f'preset "balanced". {without}. Random routing calls the large model for as many questions, drawn at '
+            f'preset "paper-35". {without}. Random routing calls the large model for as many questions, drawn at '
             f"random (expectation). Mean time of one question at a time, on {timed} of them, scores and both models "
             "included, over that of the large model alone, unpruned."
         ),

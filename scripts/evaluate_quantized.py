@@ -4,7 +4,7 @@
     python scripts/evaluate_quantized.py
 
 The same questions of easy-VQA's test split are answered with the large model in float32, in 8 bit (LLM.int8) and in
-4 bit (NF4), each time by the large model alone and by the pair, guided and pruned as the preset "balanced" says; the
+4 bit (NF4), each time by the large model alone and by the pair, guided and pruned as the preset "paper-35" says; the
 small model stays in float32. An answer counts if it is the expected one to the letter. The differences to float32
 come with a 95 % paired-bootstrap interval. The script fails if 4 bit costs more than two points.
 
@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def guided(model: PreTrainedModel) -> Method:
-    """The pair with the preset "balanced"."""
-    settings = SGLGenerationConfig.from_preset("balanced", max_new_tokens=MAX_NEW_TOKENS)
+    """The pair with the preset "paper-35"."""
+    settings = SGLGenerationConfig.from_preset("paper-35", max_new_tokens=MAX_NEW_TOKENS)
     return lambda inputs, indices: model.generate(**inputs, generation_config=settings)
 
 

@@ -82,12 +82,12 @@ def test_tables_are_filled_in_with_their_source(repository):
     )
 
 
-def test_presets_are_the_papers_settings(repository):
+def test_presets_are_told(repository):
     render_tables.main(["--root", str(repository)])
     card = (repository / "model_cards" / "tiny" / "README.md").read_text()
-    assert '| `"quality"` | 0.4 | 19/48 | `"top_k"` | 64% |' in card
-    assert '| `"balanced"` | 0.2 | 9/48 | `"top_k"` | 35% |' in card
-    assert '| `"fast"` | 0.05 | 2/48 | `"dpp"` | 9% |' in card
+    assert '| `"quality"` | 0.4 | 19/48 | `"facility_location"` | 64% |' in card
+    assert '| `"balanced"` | 0.35 | 0/48 | `"facility_location"` | 35% |' in card
+    assert '| `"fast"` | 0.05 | 2/48 | `"facility_location"` | 9% |' in card
 
 
 def test_check_names_what_differs_and_writes_nothing(repository, capsys):

@@ -33,7 +33,8 @@ def measure_end_to_end(
         memory (`bool`, defaults to `True`): Whether memory is measured, too.
 
     Returns:
-        `dict`: The time of `large` alone and of an `exit`, and under `presets`, for each, the time of guidance
+        `dict`: The time of `large` alone, of an `exit`, and of the preset "balanced" with guidance by `one_pass` of
+        the small model, which writes nothing then; and under `presets`, for each, the time of guidance
         (`guided`), of guidance with a scored draft (`scored`), each with its ratio to large alone, and that ratio at
         each share of exits (`by_exit_share`).
     """
@@ -59,6 +60,7 @@ def measure_end_to_end(
         rounds_of = list(zip(*samples, strict=True))
         presets[name] = {
             **kept_by_preset(large, name),
+            "selection": PRESETS[name]["selection"],
             "guided": described(f"guided-{name}"),
             "scored": described(f"scored-{name}"),
             "by_exit_share": {
@@ -71,6 +73,7 @@ def measure_end_to_end(
         "answer_tokens": answer_tokens,
         "large": described("large"),
         "exit": described("exit"),
+        "one_pass": described("one_pass"),
         "presets": presets,
     }
 
@@ -86,4 +89,5 @@ def _ways(pairing: Pairing, answer_tokens: int) -> dict[str, Callable[[], Any]]:
         never = {"early_exit_threshold": NEVER_EXIT, **preset}
         ways[f"guided-{name}"] = partial(run, score_draft=False, **never)
         ways[f"scored-{name}"] = partial(run, score_draft=True, return_dict_in_generate=True, **never)
+    ways["one_pass"] = partial(run, guidance="prompt", **PRESETS["balanced"])
     return ways

@@ -166,11 +166,12 @@ def with_rounds(record: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 TIMELESS = {"speed-guidance", "speed-prefill", "speed-decode", "speed-drafts", "speed-end-to-end"}
 TIMELESS |= {"speed-growth", "speed-growth-tokens", "speed-growth-tiles", "speed-methods"}  # which hold counts, too
+TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-profile", "speed-selection"}
 
 
 def test_tables_of_enough_rounds(whole):
     tables = make_tables(with_rounds(record_of(whole.folder), 5))
-    assert set(tables) == TIMELESS | {"speed-startup", "speed-exits", "speed-break-even", "speed-profile"}
+    assert set(tables) == TIMELESS | TIMED
     for name, table in tables.items():
         assert table["rows"], name
         assert {len(row) for row in table["rows"]} == {len(table["columns"])}
@@ -184,7 +185,7 @@ def test_tables_of_enough_rounds(whole):
 
 def test_too_few_rounds_have_neither_interval_nor_verdict(whole):
     tables = make_tables(with_rounds(record_of(whole.folder), 4))
-    assert set(tables) == TIMELESS | {"speed-startup", "speed-exits", "speed-break-even", "speed-profile"}
+    assert set(tables) == TIMELESS | TIMED
     for table in tables.values():
         shown = str([table["columns"], *table["rows"]])
         assert not any(word in shown for word in ("faster", "always", "never", "above", "below"))
@@ -324,11 +325,11 @@ def test_tables_of_a_gpu_tell_milliseconds_and_what_was_left_out(whole):
         record["parts"]["guidance"]["ways"][way] = {"skipped": "the matrices are large"}
     del record["parts"]["guidance"]["published_over_capture"]
     tables = make_tables(record)
-    for name in ("guidance", "prefill", "decode", "drafts", "end-to-end"):
-        assert "ms" in tables[f"speed-{name}"]["columns"]
-    assert tables["speed-startup"]["columns"][2:] == ["s", "s without"]
-    assert [row[2] for row in tables["speed-startup"]["rows"]] == ["1.05 [1.00, 1.10]"] * 3
-    (row,) = (row for row in tables["speed-guidance"]["rows"] if row[0] == "`output_attentions`, decoder eager")
+    for name in ("guidance", "prefill", "decode", "drafts", "end-to-end", "selection"):
+        assert "ms" in tables[f"speed-gpu-{name}"]["columns"]
+    assert tables["speed-gpu-startup"]["columns"][2:] == ["s", "s without"]
+    assert [row[2] for row in tables["speed-gpu-startup"]["rows"]] == ["1.05 [1.00, 1.10]"] * 3
+    (row,) = (row for row in tables["speed-gpu-guidance"]["rows"] if row[0] == "`output_attentions`, decoder eager")
     assert row[1:] == ["left out: the matrices are large", "", "", "", "", ""]
     assert "| left out: the matrices are large |" in as_markdown(tables)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,8 +23,8 @@ from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 from transformers_sgl.processing_sgl import SGLProcessor
 from transformers_sgl.tokens.boxes import video_token_boxes, visual_token_boxes
-from transformers_sgl.tokens.importance_process import ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import split_boxes
+from transformers_sgl.tokens.selection import decoder_processors
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 
 __all__ = ["explain"]
@@ -103,13 +104,13 @@ def _explain(
     settings |= {"guidance": "answer", "guidance_queries": guiding_queries(own), "unsure_threshold": None}
 
     # 2. The large model answers unguided, the small model guides, and the large model answers at every preset.
-    unguided, oracle = _answer_unguided(model, inputs, tokens, settings)
+    unguided, oracle, tokens = _answer_unguided(model, inputs, tokens, settings)
     layers, layer_importance = _listen_to_layers(model, inputs, small_tokens, settings, own)
     output: Any = None
     guided, num_layers = [], len(decoder_layers(model.large))
     for name, preset in PRESETS.items():
         output = model.generate(**inputs, **{**settings, **preset}, return_dict_in_generate=True)
-        keep = ImportanceProcessorList.of_settings(preset["retention_ratio"], own.min_tokens_per_image)
+        keep = decoder_processors(preset["retention_ratio"], own.min_tokens_per_image, preset["selection"])
         guided.append(
             GuidedAnswer(
                 preset=name,
@@ -191,13 +192,16 @@ def _check_count(tokens: VisualTokens, pictures: Sequence[Picture]) -> None:
 
 def _answer_unguided(
     model: SGLForConditionalGeneration, inputs: dict[str, Any], tokens: VisualTokens, settings: dict[str, Any]
-) -> tuple[Any, Tensor]:
-    """The large model's output when it sees everything, and its own map, `(1, num_visual_tokens)`."""
-    with AttentionRecorder(model.large, tokens) as recorder:
+) -> tuple[Any, Tensor, VisualTokens]:
+    """What the large model does when it sees everything.
+
+    Returns its output, its own map, `(1, num_visual_tokens)`, and the visual tokens with its own features.
+    """
+    with AttentionRecorder(model.large, tokens, records_features=True) as recorder:
         output = model.generate(
             **inputs, **settings, retention_ratio=1.0, verify_draft=False, return_dict_in_generate=True
         )
-    return output, recorder.importance
+    return output, recorder.importance, replace(tokens, features=recorder.features)
 
 
 def _listen_to_layers(

@@ -53,7 +53,8 @@ class GuidedAnswer:
         prune_layer (`int`): The first layer of the large model that saw only the kept tokens.
         average_retention (`float`): The fraction of visual tokens processed, averaged over the large model's layers.
         keep_mask (`np.ndarray` of shape `(num_visual_tokens,)`): Which tokens were kept.
-        oracle_keep_mask (`np.ndarray` of shape `(num_visual_tokens,)`): As many, the highest on the oracle map.
+        oracle_keep_mask (`np.ndarray` of shape `(num_visual_tokens,)`): As many, chosen in the same way from the
+            oracle map, with the large model's own features.
         answer (`str`): What the large model wrote.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
     """
