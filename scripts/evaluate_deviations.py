@@ -126,7 +126,9 @@ def deviations_table(
                 name: np.array(right[f"{preset} {name}"], dtype=float)[chosen] for name in (OURS, QUERIES, LAYER, BOTH)
             }
             layers = [layer_of(preset, choice, num_layers) for choice in (OURS, LAYER)]
-            averages = [average_retention(PAPER_PRESETS[preset]["retention_ratio"], layer, num_layers) for layer in layers]
+            averages = [
+                average_retention(PAPER_PRESETS[preset]["retention_ratio"], layer, num_layers) for layer in layers
+            ]
             changes = [difference(hits[name], hits[OURS], seed) for name in (QUERIES, LAYER, BOTH)]
             same = np.array(same_tokens[preset])[chosen].mean()
             where = [f"{layer}: {average:.0%}" for layer, average in zip(layers, averages, strict=True)]

@@ -63,7 +63,7 @@ def test_a_draft_stands_where_the_pruned_model_agrees_and_else_the_whole_answer(
 
 
 def test_a_probability_may_be_asked_for(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
-    settings = {**GREEDY, **DETAILS, **SETTINGS[0], "min_new_tokens": 2}  # no end of sequence
+    settings = {**GREEDY, **DETAILS, "preset": "paper-35", **SETTINGS[0], "min_new_tokens": 2}  # no end of sequence
     pruned = pair.generate(**inputs, **settings, output_logits=True)
     agreeing = pair.generate(**inputs, **settings, confirmation_threshold=0.0).draft_confirmed
     probabilities = torch.ones(len(agreeing))

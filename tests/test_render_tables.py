@@ -54,15 +54,16 @@ def test_what_was_measured_of_the_presets():
 
     rows = [
         ["large model alone", "99.5 [99, 100]", "", ""],
-        ["**guided** (`sgp`)", "99.4", "98.3", "97.2"],
-        ["**guided, conditional DPP** (`sgp-dpp`)", "98.4", "97.3", "96.2 [95, 97]"],
+        ["**guided, facility location** (`sgp-facility`)", "98.4", "98.3", "96.2"],
+        ["**facility location in the middle** (`sgp-facility-late`)", "99.4", "97.3", "97.2 [95, 97]"],
     ]
     accuracies = table(["method", "64%", "35%", "9%"], *rows)
     found = render_tables.presets_measured_table({"selections-easy-vqa": accuracies, "selections-scenes": accuracies})
-    assert [row[3] for row in found.rows] == ["99.4", "98.3", "96.2 [95, 97]"]  # of the preset's own selection
-    assert found.rows[2][3:] == ["96.2 [95, 97]", "96.2 [95, 97]", "not measured", "not measured"]
+    # Of the preset's own selection, from its own layer.
+    assert [row[2] for row in found.rows] == ["99.4", "98.3", "97.2 [95, 97]"]
+    assert found.rows[2][2:] == ["97.2 [95, 97]", "97.2 [95, 97]", *3 * ["not measured"]]
     assert "reach 99.5 [99, 100], 99.5 [99, 100], not measured" in found.caption
-    assert "the presets themselves come to 64%, 36% and 5% on their 10 layers" in found.caption
+    assert "the presets themselves come to 64%, 35% and 5% on their 10 layers" in found.caption
     assert (found.measured, found.files) == ("2 cores", ("a.json",))
 
 

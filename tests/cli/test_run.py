@@ -104,7 +104,7 @@ class TestRun:
             code, out, _ = run(capsys, example, QUESTION, "--preset", preset, "--json")
             assert code == 0
             kept.append(json.loads(out)["num_visual_tokens_kept"])
-        assert kept == [128, 64, 16]
+        assert kept == [128, 112, 16]
 
     def test_retention_wins_over_the_preset(self, capsys, example):
         _, out, _ = run(capsys, example, QUESTION, "--preset", "fast", "--retention", "0.5", "--json")
@@ -135,7 +135,7 @@ class TestRun:
         report = json.loads(out)
         assert code == 0
         assert report["answer"] == "a red triangle labelled B in the bottom left"
-        assert (report["num_visual_tokens"], report["num_visual_tokens_kept"]) == (320, 64)
+        assert (report["num_visual_tokens"], report["num_visual_tokens_kept"]) == (320, 112)
         assert Image.open(overlay).width > 2 * 512
 
     def test_overlay_of_a_model_of_another_family(self, capsys, example, tmp_path):

@@ -45,7 +45,7 @@ from transformers_sgl.evaluation.methods import (
 )
 from transformers_sgl.evaluation.methods.downsample import _fitting_size, _Size
 from transformers_sgl.evaluation.methods.guides import max_min_diversity
-from transformers_sgl.generation_config_sgl import PRESETS
+from transformers_sgl.generation_config_sgl import PAPER_PRESETS
 
 VISION_METHODS = ("sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed")
 THIRD = Setting(0.35, 2, 10)
@@ -146,9 +146,9 @@ class TestSetting:
             per_layer += [setting.retention_ratio] * (num_layers - setting.prune_layer)
             assert sum(per_layer) / num_layers == pytest.approx(average, abs=1e-12)
 
-    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize("name", PAPER_PRESETS)
     def test_the_paper_s_own_points_lie_on_the_line(self, name: str) -> None:
-        ratio, depth = PRESETS[name]["retention_ratio"], PRESETS[name]["prune_layer"]
+        ratio, depth = PAPER_PRESETS[name]["retention_ratio"], PAPER_PRESETS[name]["prune_layer"]
         layer = round(48 * depth)
         setting = Setting.of((layer + (48 - layer) * ratio) / 48, 48)
         assert setting.prune_layer == layer
@@ -250,6 +250,7 @@ class TestPair:
             max_new_tokens=8,
             retention_ratio=0.1875,  # (0.35 * 10 - 2) / 8
             prune_layer=2,
+            selection="top_k",
             guidance_queries=queries,
             guidance_layers=layers,
             return_dict_in_generate=True,
@@ -313,6 +314,7 @@ class TestPair:
             vision_prune_layer=prune_layer,
             prune_layer=3,
             retention_ratio=(0.4 * 10 - 3 * 0.64) / 7,
+            selection="top_k",
             return_dict_in_generate=True,
         )
         written = output.sequences[:, inputs["input_ids"].shape[1] :]
