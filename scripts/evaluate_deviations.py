@@ -3,9 +3,10 @@
     python scripts/evaluate_deviations.py
 
 The authors' code counts the attention of the last visual token itself, ours that of the tokens after it; it prunes
-from layer `int(depth * fraction)` on, ours from the nearest layer. Each of the paper's settings is run in both ways, separately and
-together, on easy-VQA questions and on questions about held-out scenes. All see the same questions, so the differences
-come with 95 % paired-bootstrap intervals. Truncating the layer also processes fewer tokens, which the table says.
+from layer `int(depth * fraction)` on, ours from the nearest layer. Each of the paper's settings is run in both ways,
+separately and together, on easy-VQA questions and on questions about held-out scenes. All see the same questions, so
+the differences come with 95 % paired-bootstrap intervals. Truncating the layer also processes fewer tokens, which the
+table says.
 
 An answer counts if it is the expected one to the letter. The result goes to
 `benchmarks/results/sgl_tiny_deviations.json`, from which `scripts/render_tables.py` fills `docs/`.

@@ -15,11 +15,8 @@ itself:
     python scripts/evaluate_methods.py --work methods --data reading --only baselines
 
 What the groups of a data set have answered so far is put together, of those that have begun or of those that `--join`
-names: summaries and tables go to `benchmarks/results/sgl_tiny_NAME.json` and `sgl_tiny_guides.json`, from which
+names: summaries and tables go to `benchmarks/results/sgl_tiny_methods.json` and `sgl_tiny_guides.json`, from which
 `scripts/render_tables.py` fills the README, the documentation and the cards, and the figures into the pairs' cards.
-Two names are told of there: `methods`, and `selections` for what is known of pruning without early exit:
-
-    python scripts/evaluate_methods.py --work methods --only tables --join baselines guided unsure --name selections
 """
 
 from __future__ import annotations
@@ -35,14 +32,12 @@ from method_tables import (
     LABEL,
     additions_table,
     by_small_answer_table,
-    comparisons_table,
     guides_table,
     losses_table,
     methods_table,
     metrics_table,
-    presets_comparisons_table,
 )
-from method_verdicts import claims_table, every_verdict, summary_table, verdicts_table
+from method_verdicts import claims_table, every_verdict, summary_table
 
 from transformers_sgl.evaluation import evaluate, load_samples
 from transformers_sgl.evaluation.figure import draw_figure
@@ -80,8 +75,8 @@ GROUPS = {
 METHODS = ["large", "small", "sgp", "sgl", "sgp-first", "sgp-facility", "sgl-facility", "sgp-facility-prompt"]
 METHODS += ["sgp-facility-late", "sgp-dpp", "unsure", "sgp-vision", "sgl-vision", "confirmed", "sgl-confirmed"]
 METHODS += [name for name in GROUPS["baselines"] if name not in METHODS]
-# The tables of comparisons: a guided method, and the same with early exit.
-COMPARED = {"": ("sgp", "sgl"), "-first": ("sgp-facility", "sgl-facility"), "-vision": ("sgp-vision", "sgl-vision")}
+# Whose standing among the others the documentation counts.
+COUNTED = ("sgp-facility", "sgl-facility", "sgp-vision", "confirmed", "sgl-confirmed")
 # What the figures leave out, because another of its kind is there.
 NOT_DRAWN = ("divprune-late", "cdpruner-weighted", "visionzip-mean", "sgl-vision", "sgl-confirmed", "unsure")
 NOT_DRAWN += ("sgp-first", "sgp-facility-late", "sgp-facility-prompt", "sgp-dpp", "sgl-facility")
@@ -98,7 +93,6 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, nargs="*", default=list(DATA), help="what to evaluate now")
     parser.add_argument("--only", choices=[*GROUPS, "guides", "tables"], nargs="*", help="what to evaluate now")
     parser.add_argument("--join", choices=GROUPS, nargs="*", default=list(GROUPS), help="what to put together")
-    parser.add_argument("--name", default="methods", help="what it is written as")
     parser.add_argument("--limit", type=int, help="the most questions, drawn at random")
     parser.add_argument("--calibration-limit", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -154,7 +148,7 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
         answered = [samples[index] for index in records.answered]
         found[data] = report(records, answered, METHODS, operations, DATA[data].metrics)
         found[data]["versus_large"] = [versus_large(group, samples) for group in groups]
-        figure = (arguments.figures or pair) / f"{arguments.name}-{data}.png"
+        figure = (arguments.figures or pair) / f"methods-{data}.png"
         draw_figure(*drawn(found[data]), figure)
         print(f"written: {figure}")
     by_name = {DATA[data].title: each for data, each in found.items()}
@@ -164,24 +158,19 @@ def write_methods(arguments: argparse.Namespace, folders: dict[str, list[Path]])
         for data, each in found.items()
         if len(DATA[data].metrics) > 1
     }
-    for suffix, (pruned, exits) in COMPARED.items():
-        tables[f"comparisons{suffix}"] = comparisons_table(by_name, pruned, exits)
-    tables["comparisons-confirmed"] = presets_comparisons_table(by_name)
     tables["additions"] = additions_table(by_name)
     tables["losses"] = losses_table(by_name)
     tables["by-small-answer"] = by_small_answer_table(by_name)
-    tables["verdicts"] = verdicts_table(by_name, LABEL)
-    tables["verdicts-sgp"] = verdicts_table(by_name, LABEL, ["sgp"])
-    tables["summary"] = summary_table(by_name, LABEL)
+    tables["summary"] = summary_table(by_name, LABEL, COUNTED)
     tables["claims"] = claims_table(by_name)
-    tables = {f"{arguments.name}-{name}": table for name, table in tables.items() if table["rows"]}
+    tables = {f"methods-{name}": table for name, table in tables.items() if table["rows"]}
     speed = next(iter(found.values()))["speed"]
     content = {
         "tables": tables,
         "verdicts": without_comparisons(every_verdict(by_name)),
         "evaluations": without_comparisons(found),
     }
-    write_record(arguments.output / f"sgl_tiny_{arguments.name}.json", speed, content)
+    write_record(arguments.output / "sgl_tiny_methods.json", speed, content)
 
 
 def without_comparisons(found: Any) -> Any:

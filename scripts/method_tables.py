@@ -15,12 +15,10 @@ __all__ = [
     "NAMES",
     "additions_table",
     "by_small_answer_table",
-    "comparisons_table",
     "guides_table",
     "losses_table",
     "methods_table",
     "metrics_table",
-    "presets_comparisons_table",
 ]
 
 # What a row of the tables is called.
@@ -142,41 +140,6 @@ def score_cell(row: dict[str, Any]) -> str:
     return cell
 
 
-def comparisons_table(evaluations: dict[str, dict[str, Any]], pruned: str, exits: str | None = None) -> dict[str, Any]:
-    """A guided method, alone and with early exit, against the others: at equal retention and at equal cost."""
-    rows = []
-    for data, evaluation in evaluations.items():
-        same_operations = by_run(evaluation["summary"]["at_equal_operations"])
-        same_time = by_run(evaluation["speed"]["at_equal_time"])
-        same_scaled = by_run(evaluation["scaled"]["at_equal_operations"])
-        for each in evaluation["summary"]["comparisons"]:
-            if each["method"] == pruned:
-                other, retention = each["other"], each["target_retention"]
-                found = [each, same_operations.get((pruned, other, retention))]
-                found += [same.get((pruned, other, retention)) for same in (same_time, same_scaled)]
-                found += [same.get((exits, other, retention)) for same in (same_time, same_scaled) if exits]
-                rows.append([data, f"{retention:.0%}", NAMES[other], *map(difference_cell, found)])
-    return {
-        "columns": [
-            "data",
-            "retention",
-            "compared with",
-            f"`{pruned}`, equal retention",
-            "equal GFLOPs",
-            "equal time",
-            f"equal {LABEL} operations",
-            *((f"`{exits}`, equal time", f"equal {LABEL} operations") if exits else ()),
-        ],
-        "rows": rows,
-        "caption": (
-            "Guided minus other, in percentage points with 95 % paired-bootstrap intervals; bold where the paired "
-            "randomisation test gives p < 0.05. At equal cost the other method is taken on the line between its two "
-            "nearest settings, the unpruned large model being one of them, so guided answers that cost more than the "
-            "large model alone are compared with that. A dash: even its cheapest setting costs more."
-        ),
-    }
-
-
 def additions_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What each guided method has over the one that it adds something to, at equal retention."""
     rows, retentions = [], retentions_of(next(iter(evaluations.values()))["summary"])
@@ -196,59 +159,26 @@ def additions_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def presets_comparisons_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The preset that confirms drafts, alone and with early exit, against the others at equal cost."""
-    rows = []
-    for data, evaluation in evaluations.items():
-        equals = [
-            by_run(evaluation["summary"]["at_equal_operations"]),
-            by_run(evaluation["speed"]["at_equal_time"]),
-            by_run(evaluation["scaled"]["at_equal_operations"]),
-        ]
-        others = [row["method"] for row in evaluation["summary"]["rows"] if row["target_retention"] is not None]
-        for other in dict.fromkeys(others):
-            found = [same.get((ours, other, None)) for ours in ("confirmed", "sgl-confirmed") for same in equals]
-            if any(found):
-                rows.append([data, NAMES[other], *map(difference_cell, found)])
-    what = ("GFLOPs", "time", f"{LABEL} operations")
-    columns = [f"`{ours}`, equal {cost}" for ours in ("confirmed", "sgl-confirmed") for cost in what]
-    caption = "As the tables of the other guided methods; the preset has no retention to set."
-    return {"columns": ["data", "compared with", *columns], "rows": rows, "caption": caption}
-
-
 def losses_table(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What pruning loses against the large model alone, and what it costs then."""
-    rows = []
+    """What pruning loses against the large model alone; without a retention to set it stands in the first column."""
+    rows, retentions = [], retentions_of(next(iter(evaluations.values()))["summary"])
     for data, evaluation in evaluations.items():
-        costs = {
-            (row["method"], row["target_retention"]): [f"{each['relative_to_large']:.2f}" for each in (clock, scaled)]
-            for row, clock, scaled in zip(
-                evaluation["summary"]["rows"], evaluation["speed"]["rows"], evaluation["scaled"]["rows"], strict=True
-            )
+        found = {
+            (row["method"], row["target_retention"]): row
+            for group in evaluation["versus_large"]
+            for row in group["rows"]
         }
-        for group in evaluation["versus_large"]:
-            for row in group["rows"]:
-                name, retention = row["method"], row["target_retention"]
-                if name in OURS or name in ("divprune", "cdpruner"):
-                    share = "" if retention is None else f"{retention:.0%}"
-                    cells = [f"{group['num_samples']:,}", f"{100 * row['large_score']:.1f}", difference_cell(row)]
-                    rows.append([data, NAMES[name], share, *cells, *costs[name, retention]])
+        for name in dict.fromkeys(row["method"] for row in evaluation["summary"]["rows"]):
+            own = [found.get((name, retention)) for retention in retentions]
+            if name in (*OURS, "divprune", "cdpruner") and (any(own) or (name, None) in found):
+                cells = [*map(difference_cell, own)] if any(own) else [difference_cell(found[name, None])]
+                rows.append([data, NAMES[name], *cells, *[""] * (len(retentions) - len(cells))])
     return {
-        "columns": [
-            "data",
-            "method",
-            "retention",
-            "questions",
-            "large alone",
-            "minus large",
-            "time / large",
-            LABEL,
-        ],
+        "columns": ["data", "method", *(f"{share:.0%}" for share in retentions)],
         "rows": rows,
         "caption": (
             "Score minus that of the large model alone, in percentage points with the 95 % paired-bootstrap "
-            "interval, bold where p < 0.05, on all questions that the method has answered; time and operations "
-            "relative to the large model alone, as above."
+            "interval, bold where p < 0.05."
         ),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers_sgl.evaluation.methods import GUIDED
 
-__all__ = ["OURS", "by_run", "claims_table", "every_verdict", "summary_table", "verdict", "verdicts_table"]
+__all__ = ["OURS", "by_run", "claims_table", "every_verdict", "summary_table"]
 
 OURS = tuple(GUIDED)
 _SIGNIFICANT = 0.05
@@ -26,36 +26,6 @@ _SHORT = {
 _EQUALS = ("equal_retention", "equal_operations", "equal_time", "equal_scaled")
 # The others that a guided method has to be ahead of where few tokens are kept.
 _RIVALS, _FEW = ("divprune", "cdpruner"), (0.09, 0.05)
-
-
-def verdict(differences: Mapping[str, Mapping[str, float] | None]) -> str:
-    """Whom a method is ahead of, level with and behind.
-
-    Args:
-        differences (mapping): By the other's name the difference to it, `mean` and `p_value`; `None` where even the
-            other's cheapest setting costs more.
-
-    Example:
-        ```python
-        >>> from method_verdicts import verdict
-
-        >>> ahead, level = {"mean": 0.03, "p_value": 0.001}, {"mean": 0.01, "p_value": 0.2}
-        >>> verdict({"random": ahead, "FastV": ahead})
-        'ahead of all'
-        >>> verdict({"random": ahead, "DivPrune": level, "FastV": None})
-        'ahead of random; level with DivPrune; the others cost more'
-
-        ```
-    """
-    said: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
-    for name, difference in differences.items():
-        place = _place(difference)
-        if place is not None:
-            said[{"ahead": "ahead of", "level": "level with"}.get(place, place)].append(name)
-    if len(said["ahead of"]) == len(differences) > 0:
-        return "ahead of all"
-    parts = [f"{what} {', '.join(names)}" for what, names in said.items() if names]
-    return "; ".join([*parts, *(["the others cost more"] if None in differences.values() else [])])
 
 
 def _place(difference: Mapping[str, float] | None) -> str | None:
@@ -109,53 +79,24 @@ def _others(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if name not in OURS]
 
 
-def verdicts_table(
+def summary_table(
     evaluations: Mapping[str, Mapping[str, Any]], proportions: str, methods: Sequence[str] = OURS
 ) -> dict[str, Any]:
-    """What [`verdict`] says of guided `methods` at each retention, by what is equal."""
-    rows = []
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for each in every_verdict(evaluations):
-        found.setdefault((each["data"], each["method"], each["target_retention"]), []).append(each)
-    for data, evaluation in evaluations.items():
-        versus_small = by_run(evaluation["versus_small"])
-        for row in evaluation["summary"]["rows"]:
-            ours, retention = row["method"], row["target_retention"]
-            if ours not in methods:
-                continue
-            small = versus_small.get((ours, "", retention))
-            known = {"the small model": small} if small else {}
-            own = found.get((data, ours, retention), [])
-            cells = []
-            for equal in _EQUALS:
-                differences = {_SHORT.get(each["other"], each["other"]): each[equal] for each in own}
-                if equal == "equal_retention":
-                    cells.append("" if retention is None else verdict(differences))
-                else:
-                    cells.append(verdict(differences | known))
-            rows.append([data, "" if retention is None else f"{retention:.0%}", f"`{ours}`", *cells])
-    caption = (
-        "Ahead and behind: the difference at equal retention or equal cost, as in the tables of comparisons, has "
-        "p < 0.05 in the paired randomisation test; level: it has not. With the small model alone, which always costs "
-        "less, scores are compared as they are."
-    )
-    columns = ["data", "retention", "method", "at equal retention", "at equal GFLOPs", "at equal time"]
-    columns += [f"at equal {proportions} operations"]
-    return {"columns": columns, "rows": rows, "caption": caption}
-
-
-def summary_table(evaluations: Mapping[str, Mapping[str, Any]], proportions: str) -> dict[str, Any]:
-    """How often each guided method is ahead of, level with and behind each other one; where it is behind, by name."""
+    """How often guided `methods` are ahead of, level with and behind each other one; where one is behind, by name."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for each in every_verdict(evaluations):
+        if each["method"] not in methods:
+            continue
         groups.setdefault((each["method"], each["other"]), []).append(each)
     rows = [
         [f"`{ours}`", _SHORT.get(other, other), *(_tally(found, equal) for equal in _EQUALS)]
         for (ours, other), found in groups.items()
     ]
     caption = (
-        "On how many of the data sets and retentions the guided method is ahead, level and behind (p < 0.05), and "
-        "where it is behind. What is missing costs more than the guided method."
+        "On how many of the data sets and retentions the guided method is ahead, level and behind (p < 0.05 in the "
+        "paired randomisation test), and where it is behind. At equal cost the other method is taken on the line "
+        "between its two nearest settings, the unpruned large model being one of them; where even its cheapest "
+        "setting costs more than the guided method, it is not counted."
     )
     columns = ["method", "compared with", "at equal retention", "at equal GFLOPs", "at equal time"]
     columns += [f"at equal {proportions} operations"]

@@ -29,11 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
 
 RESULTS = "benchmarks/results"  # the folder of the JSON files, from the repository's root
-PICTURES = (f"{RESULTS}/*.png", "model_cards/*/methods-*.png", "model_cards/*/selections-*.png")
+PICTURES = (f"{RESULTS}/*.png", "model_cards/*/methods-*.png")
 
 PLACE = re.compile(r"(?P<start><!-- table: (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end table -->)", re.DOTALL)
 SOURCES = re.compile(r"(?P<start><!-- sources -->\n)(?P<body>.*?)(?P<end><!-- end sources -->)", re.DOTALL)
@@ -131,7 +130,7 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
         place = column if isinstance(column, int) else list(found.columns).index(column)
         return str(cells[place])
 
-    sets = {name: f"selections-{name.lower()}" for name in ("easy-VQA", "scenes", "reading")}
+    sets = {name: f"methods-{name.lower()}" for name in ("easy-VQA", "scenes", "reading")}
     from_first = {True: "**guided, facility location** (`sgp-facility`)"}
     from_first[False] = "**facility location in the middle** (`sgp-facility-late`)"
     times = {"time, H100": "speed-gpu-end-to-end", "time, CPU": "speed-end-to-end"}

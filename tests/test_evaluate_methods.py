@@ -12,15 +12,13 @@ from method_tables import (
     NAMES,
     additions_table,
     by_small_answer_table,
-    comparisons_table,
     guides_table,
     losses_table,
     methods_table,
     metrics_table,
-    presets_comparisons_table,
     score_cell,
 )
-from method_verdicts import claims_table, every_verdict, summary_table, verdict, verdicts_table
+from method_verdicts import claims_table, every_verdict, summary_table
 from PIL import Image
 
 from transformers_sgl.evaluation.cost import Cost
@@ -100,23 +98,6 @@ def test_a_method_that_does_not_prune_has_one_score_and_the_others_one_for_each_
 def test_a_retention_that_was_missed_is_told() -> None:
     assert score_cell(row("fastv", 0.09, 0.5, reached=0.17)) == "50.0 [49.0, 51.0] (17%)"
     assert score_cell(row("fastv", 0.09, 0.5, reached=0.1)) == "50.0 [49.0, 51.0]"
-
-
-def test_what_is_significant_is_bold_and_what_cannot_be_compared_a_dash() -> None:
-    table = comparisons_table({"scenes": evaluation()}, "sgp", "sgl")
-    assert table["rows"] == [
-        [
-            "scenes",
-            "64%",
-            "random",
-            "**+10.0 [+9.0, +11.0]**",
-            "-",
-            "**-2.0 [-3.0, -1.0]**",
-            "**+5.0 [+4.0, +6.0]**",
-            "+4.0 [+3.0, +5.0]",
-            "-",
-        ]
-    ]
 
 
 def test_what_a_method_adds_is_told_against_the_one_without_it() -> None:
@@ -217,17 +198,11 @@ def test_operations_on_other_proportions_by_hand() -> None:
     assert found == pytest.approx({LARGE: 1, SMALL: 0.1, SGP: (6 + 4 * 0.55 + 1.1) / 10, VISION: vision})
 
 
-def test_the_preset_is_compared_at_equal_cost_alone() -> None:
+def test_the_preset_has_one_score_and_no_retention() -> None:
     found = evaluation()
     found["summary"]["rows"].append(row("confirmed", None, 0.9, reached=0.42))
     found["speed"]["rows"].append({"relative_to_large": 0.7})
     found["scaled"]["rows"].append({"relative_to_large": 0.45})
-    found["scaled"]["at_equal_operations"].append(
-        {**difference("confirmed", "random", 0.64, 0.2, 0.01), "target_retention": None}
-    )
-    assert presets_comparisons_table({"scenes": found})["rows"] == [
-        ["scenes", "random", "-", "-", "**+20.0 [+19.0, +21.0]**", "-", "-", "-"]
-    ]
     assert methods_table(found)["rows"][-1] == [
         "**confirmed** (`confirmed`)",
         "90.0 [89.0, 91.0] (42%)",
@@ -246,8 +221,10 @@ def test_the_preset_is_compared_at_equal_cost_alone() -> None:
     }
     loss |= {"method": "confirmed", "target_retention": None}
     found["versus_large"] = [{"num_samples": 1200, "rows": [loss]}]
+    found["versus_large"].append({"num_samples": 1000, "rows": [difference("sgp", "", 0.35, -0.03, 0.01)]})
     assert losses_table({"scenes": found})["rows"] == [
-        ["scenes", "**confirmed** (`confirmed`)", "", "1,200", "91.0", "-1.0 [-2.0, +0.0]", "0.70", "0.45"]
+        ["scenes", "**guided** (`sgp`)", "-", "**-3.0 [-4.0, -2.0]**", "-"],
+        ["scenes", "**confirmed** (`confirmed`)", "-1.0 [-2.0, +0.0]", "", ""],
     ]
 
 
@@ -271,23 +248,6 @@ def test_the_loss_is_measured_on_all_that_was_answered() -> None:
     assert [(each["method"], each["mean"], each["large_score"]) for each in found["rows"]] == [
         ("sgp-vision", -0.25, 0.75)
     ]
-
-
-def test_verdicts_say_who_is_ahead() -> None:
-    table = verdicts_table({"scenes": evaluation()}, "26B/2B")
-    rows = {(row[1], row[2]): row[3:] for row in table["rows"]}
-    assert len(rows) == 6
-    small, costs_more = "level with the small model", "the others cost more"
-    assert rows["64%", "`sgp`"] == [
-        "ahead of all",
-        f"{small}; {costs_more}",
-        f"{small}; behind random",
-        f"ahead of random; {small}",
-    ]
-    assert rows["64%", "`sgl`"] == ["level with random", costs_more, "level with random", costs_more]
-    assert verdict({"a": {"mean": 0.1, "p_value": 0.001}}) == "ahead of all"
-    only = verdicts_table({"scenes": evaluation()}, "26B/2B", ["sgl"])
-    assert [row[2] for row in only["rows"]] == ["`sgl`"] * 3
 
 
 def few_tokens(*means: float) -> dict[str, Any]:
@@ -338,6 +298,7 @@ def test_the_summary_counts_and_names_where_it_is_behind() -> None:
         "ahead 2; level 1",
     ]
     assert rows["CDPruner"][0] == "ahead 5; level 3; behind 1 (easy-VQA 9%)"
+    assert summary_table(FEW, "26B/2B", ["sgl"])["rows"] == []
 
 
 def test_what_is_claimed_of_few_tokens_is_listed() -> None:
@@ -410,11 +371,6 @@ def test_a_data_set_is_evaluated_and_told_by_itself(tmp_path: Path, monkeypatch:
     assert (tmp_path / "methods-scenes.png").exists()
     assert not (tmp_path / "methods-reading.png").exists()
 
-    monkeypatch.setattr("sys.argv", [*command.split(), "--data", "scenes", "--only", "tables", "--name", "few"])
+    monkeypatch.setattr("sys.argv", [*command.split(), "--data", "scenes", "--only", "tables"])
     evaluate_methods.main()
-    again = json.loads((tmp_path / "sgl_tiny_few.json").read_text())
-    assert again["evaluations"]["scenes"]["summary"] == summary
-    assert [name.removeprefix("few") for name in again["tables"]] == [
-        name.removeprefix("methods") for name in written["tables"]
-    ]
-    assert (tmp_path / "few-scenes.png").exists()
+    assert json.loads((tmp_path / "sgl_tiny_methods.json").read_text()) == written

@@ -70,13 +70,13 @@ def test_the_recorder_keeps_what_the_decoder_is_given(padding_side: str) -> None
 
 def test_features_are_recorded_for_processors_that_need_them_only() -> None:
     pair, inputs = tiny_pair(), prompts()
-    for needs, settings in ((False, {}), (True, {}), (False, {"selection": "dpp"})):
+    for needs, selection in ((False, "top_k"), (True, "top_k"), (False, "dpp")):
         for of_tower in (False, True):
             watch = Watch(needs)
             name = "vision_processor" if of_tower else "importance_processor"
-            pair.generate(**inputs, **GREEDY, retention_ratio=0.5, **settings, **{name: watch})
+            pair.generate(**inputs, **GREEDY, retention_ratio=0.5, selection=selection, **{name: watch})
             features = watch.seen[0].features
-            assert (features is not None) == (needs or bool(settings))
+            assert (features is not None) == (needs or selection == "dpp")
             if features is not None:
                 assert torch.equal(features[find_visual_tokens(inputs).valid], projected(pair, inputs))
 
@@ -84,7 +84,7 @@ def test_features_are_recorded_for_processors_that_need_them_only() -> None:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_kept_tokens_are_those_that_the_processor_chooses(settings: dict) -> None:
     pair, inputs = tiny_pair(), prompts()
-    top = pair.generate(**inputs, **GREEDY, **settings)
+    top = pair.generate(**inputs, **GREEDY, **settings, selection="top_k")
     before = state(pair)
     watch = Watch()
     output = pair.generate(**inputs, **GREEDY, **settings, selection="dpp", importance_processor=watch)

@@ -58,7 +58,7 @@ def test_what_was_measured_of_the_presets():
         ["**facility location in the middle** (`sgp-facility-late`)", "99.4", "97.3", "97.2 [95, 97]"],
     ]
     accuracies = table(["method", "64%", "35%", "9%"], *rows)
-    found = render_tables.presets_measured_table({"selections-easy-vqa": accuracies, "selections-scenes": accuracies})
+    found = render_tables.presets_measured_table({"methods-easy-vqa": accuracies, "methods-scenes": accuracies})
     # Of the preset's own selection, from its own layer.
     assert [row[2] for row in found.rows] == ["99.4", "98.3", "97.2 [95, 97]"]
     assert found.rows[2][2:] == ["97.2 [95, 97]", "97.2 [95, 97]", *3 * ["not measured"]]

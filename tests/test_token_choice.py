@@ -79,7 +79,7 @@ def test_each_sample_keeps_what_its_own_ratio_says(
         row[: len(own)] = torch.tensor(own)
 
     config = SGLGenerationConfig(
-        retention_ratio=usual, min_tokens_per_image=min_tokens, unsure_retention_ratio=more
+        retention_ratio=usual, min_tokens_per_image=min_tokens, unsure_retention_ratio=more, selection="top_k"
     ).resolved()
     of_tower, of_decoder = choosing_processors(config, unsure=unsure)
     found = of_decoder.keep_mask(tokens, importance)
