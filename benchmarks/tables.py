@@ -285,8 +285,8 @@ def _selection_table(shown: Shown, part: dict[str, Any]) -> Table:
         for found in ratios
     ]
     caption = (
-        f"What choosing takes of {part['num_visual_tokens']:,} visual tokens, beside the large model's first pass over "
-        f"the prompt of {part['prompt_length']:,}. "
+        f"What choosing takes of {part['num_visual_tokens']:,} visual tokens, beside the large model's first pass "
+        f"over the prompt of {part['prompt_length']:,}. "
     )
     if shown.rounds < FEWEST_FOR_MEDIAN:
         rows = []

@@ -143,11 +143,12 @@ if [[ $device == cuda ]]; then
     bench 30 90 prefill
     bench 30 90 guidance
     bench 40 120 selection # of 16,384 visual tokens, more than a CPU should be asked for
-    bench_into speed_methods 120 270 methods --rounds 3 --sweep-rounds 3
     bench 30 100 decode,drafts
+    bench 40 120 break-even-answers
+    bench_into speed_methods 180 300 methods --rounds 3 --sweep-rounds 3 # which is not done after 136 s of an H100
     bench 40 120 break-even-tokens,growth-tokens
     bench_into speed_methods 90 150 growth-tiles --rounds 3 --sweep-rounds 3
-    bench 40 150 break-even-answers,break-even-sizes,growth-batches,growth-answers
+    bench 40 150 break-even-sizes,growth-batches,growth-answers
 else
     export OMP_NUM_THREADS=1 # models this small gain nothing from more
     tiny=(--large internvl-2b --small internvl-1b --shrink 64 --image-size 448x448 --prompt-tokens 8 --answer-tokens 2)

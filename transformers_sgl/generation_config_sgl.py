@@ -221,9 +221,9 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             preset (`str`): `"quality"`, `"balanced"` or `"fast"`: 64 %, 35 % and 9 % average retention on a large
                 model of 48 layers, as the paper's three operating points (section 4.1). These themselves are
                 `"paper-64"`, `"paper-35"` and `"paper-9"`: they keep the most important tokens, where ours select with
-                `"facility_location"`, and `"balanced"` prunes from the first layer on. Or `"confirmed"`, which is not in the paper: the
-                large model's vision tower encodes 15 % of every tile, enough to confirm the small model's answer;
-                where it does not, the large model reads everything.
+                `"facility_location"`, and `"balanced"` prunes from the first layer on. Or `"confirmed"`, which is not
+                in the paper: the large model's vision tower encodes 15 % of every tile, enough to confirm the small
+                model's answer; where it does not, the large model reads everything.
             **kwargs: Further fields; they win over the preset's.
 
         Raises:
