@@ -148,7 +148,8 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
         f"retention; the presets themselves come to {_of_embedded_layers()} on their {EMBEDDED_NUM_LAYERS} layers. "
         "Time: a whole answer of 16 tokens without early exit or drafts, relative to the large model alone, on random "
         "weights of the sizes of InternVL 2B and 26B, and on a CPU of their proportions, where arithmetic is what "
-        'takes time; on the H100 "fast" still selected with `dpp`. Brackets: 95 % intervals of accuracies; least and greatest of times.'
+        'takes time; on the H100 "fast" still selected with `dpp`. Brackets: 95 % intervals of accuracies; least and '
+        "greatest of times."
     )
     used = [tables[name] for name in (*sets.values(), *times.values()) if name in tables]
     measured = "; ".join(dict.fromkeys(table.measured for table in used))
