@@ -131,12 +131,14 @@ def presets_measured_table(tables: dict[str, Table]) -> Table:
         return str(cells[place])
 
     sets = {name: f"methods-{name.lower()}" for name in ("easy-VQA", "scenes", "reading")}
-    from_first = {True: "**guided, facility location** (`sgp-facility`)"}
-    from_first[False] = "**facility location in the middle** (`sgp-facility-late`)"
+    late, first = (
+        "**facility location in the middle** (`sgp-facility-late`)",
+        "**guided, facility location** (`sgp-facility`)",
+    )
     times = {"time, H100": "speed-gpu-end-to-end", "time, CPU": "speed-end-to-end"}
     rows = []
     for name, preset in PRESETS.items():
-        share, method = _average_retention(name), from_first[preset["prune_layer"] == 0]
+        share, method = _average_retention(name), late if preset["prune_layer"] else first
         accuracies = [cell(table, method, share) for table in sets.values()]
         measured_times = [cell(table, f"guided, {share}", 1) for table in times.values()]
         rows.append([f'`"{name}"`', share, *accuracies, *measured_times])

@@ -197,6 +197,8 @@ class TestEndToEnd:
     def test_expected_time_is_linear_in_the_share_of_exits(self, large, small):
         found = measure_end_to_end(Pairing(large, small, question()), answer_tokens=3, rounds=2)
         assert list(found["presets"]) == list(PRESETS)
+        assert len(found["one_pass"]["time"]["samples_ms"]) == 2
+        assert [each["selection"] for each in found["presets"].values()] == ["facility_location"] * 3
         exits = found["exit"]["time"]["samples_ms"]
         alone = found["large"]["time"]["samples_ms"]
         for preset in found["presets"].values():
