@@ -33,8 +33,8 @@ from transformers_sgl.architectures import (
     visual_tokens_of,
 )
 from transformers_sgl.custom_generate import generate_with_small_model
-from transformers_sgl.small_answer import ask
 from transformers_sgl.prompt import Prompt
+from transformers_sgl.small_answer import ask
 from transformers_sgl.transformers_interface import cache_name, cache_of, stock_fault
 from transformers_sgl.versions import untested
 from transformers_sgl.vision_towers import VISION_TOWERS

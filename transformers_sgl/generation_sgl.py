@@ -387,7 +387,7 @@ def _large_alone(call: Call) -> SGLGenerateOutput | Tensor:
 def _confirmed(
     call: Call, guidance: Guidance, prompt: Prompt, checked: Tensor
 ) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Which drafts of those `checked` the pruned large model confirms, their scores, its passes, and what it pruned."""
+    """Which drafts of those `checked` the pruned large model confirms, their scores, its passes and what it pruned."""
     confirmed, scores = torch.zeros_like(checked), torch.zeros(len(checked), device=checked.device)
     if not checked.any():
         return confirmed, scores, 0, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.tokens import early_exit
 from transformers_sgl.tokens.visual_tokens import VisualTokens
 
-__all__ = ["Guidance", "prompt_digests"]
+__all__ = ["Guidance", "json_settings", "prompt_digests"]
 
 _KEY = "transformers_sgl.guidance"
 _FORMAT = 1
@@ -168,12 +168,51 @@ class Guidance:
 
     def generation_config(self) -> SGLGenerationConfig:
         """The settings of the call."""
-        return SGLGenerationConfig(**{name: value for name, value in (self.settings or {}).items()})
+        return SGLGenerationConfig(**(self.settings or {}))
+
+    def check_source(self, pair: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Raises `ValueError` if another pair than this one has made it."""
+        for name, own in pair.items():
+            made_by = (self.source or {}).get(name)
+            if not isinstance(made_by, Mapping):
+                raise ValueError("The guidance does not say which pair made it: make it anew with `guide`.")
+            known = [key for key, value in own.items() if None not in (value, made_by.get(key))]
+            if own.get("type") != made_by.get("type") or any(own[key] != made_by[key] for key in known):
+                raise ValueError(
+                    f"The guidance was made by another pair, whose {name} model is {_named(made_by)} and not "
+                    f"{_named(own)}: make it anew with this pair's `guide`."
+                )
+
+    def check_prompts(self, digests: Sequence[str]) -> None:
+        """Raises `ValueError` if it was made for other prompts than those of these digests."""
+        if list(self.prompts or ()) != list(digests):
+            raise ValueError(
+                f"The guidance was made for {len(self.exited_early)} prompts other than these {len(digests)}: pass "
+                "the inputs that it was made for, prepared in the same way, or `guidance.select(...)` for a part."
+            )
+
+    def check_fits(self, num_visual_tokens: Tensor, prune_layer: int, vocab_size: int) -> None:
+        """Raises `ValueError` if what it says is nothing that the large model could do."""
+        layers = {self.prune_layer, prune_layer} - {None}
+        width = int(num_visual_tokens.max())
+        masks = [each for each in (self.importance, self.keep_mask, self.vision_keep_mask) if each is not None]
+        ids = self.draft[self.draft_mask]
+        if (
+            len(layers) > 1
+            or self.num_visual_tokens.tolist() != num_visual_tokens.tolist()
+            or any(each.shape[1] != width for each in masks)
+            or (self.vision_keep_mask is not None and self.keep_mask is None)
+            or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size)
+        ):
+            raise ValueError("The guidance does not fit its own prompts and settings: make it anew with `guide`.")
 
     def to_bytes(self) -> bytes:
         """The guidance in the safetensors format, whose metadata hold what is no tensor."""
         values = {name: getattr(self, name) for name in _VALUES if getattr(self, name) is not None}
-        tensors = {name: value.cpu().to(_TENSORS[name][1]).contiguous() for name, value in self._tensors().items()}
+        # Cloned, because tensors that share memory are refused.
+        tensors = {
+            name: value.cpu().to(_TENSORS[name][1]).contiguous().clone() for name, value in self._tensors().items()
+        }
         return save(tensors, metadata={_KEY: json.dumps({"format": _FORMAT, **values})})
 
     @classmethod
@@ -184,8 +223,10 @@ class Guidance:
             ValueError: If it is no guidance, or one whose parts do not fit together.
         """
         try:
-            tensors = load(bytes(data))
-            header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
+            tensors: dict[str, Any] = load(bytes(data))
+            header = json.loads(
+                data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")]
+            )
             values = json.loads(header.get("__metadata__", {}).get(_KEY, "null"))
         except (SafetensorError, RecursionError, ValueError) as error:
             raise ValueError(f"These bytes are no guidance: {error}.") from error
@@ -195,14 +236,27 @@ class Guidance:
         _check_tensors(tensors, values)
         return cls(**tensors, **values)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+
+
+def json_settings(settings: SGLGenerationConfig) -> dict[str, Any]:
+    """The settings that are set, as JSON can hold them."""
+    values = {name: value for name, value in settings.to_dict().items() if value is not None}
+    if isinstance(values.get("sequence_bias"), dict):  # whose keys are tuples
+        values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
+    return values
 
 
 def prompt_digests(prompt_ids: Tensor, visual_tokens: VisualTokens) -> list[str]:
     """What tells prompts apart, one for each row of `(batch, prompt_length)`; padding does not count."""
     rows = zip(prompt_ids.cpu(), visual_tokens.prompt_mask.cpu(), strict=True)
     return [hashlib.sha256(ids[mask].to(torch.long).numpy().tobytes()).hexdigest()[:32] for ids, mask in rows]
+
+
+def _named(model: Mapping[str, str | None]) -> str:
+    """One model of a pair in a sentence."""
+    return f"{model.get('type')} ({str(model.get('revision'))[:12]})"
 
 
 def _check_values(values: Mapping[str, Any]) -> None:

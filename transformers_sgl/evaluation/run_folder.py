@@ -6,7 +6,6 @@ records are JSON lines, each written whole or not at all, so that a run goes on 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -21,13 +20,10 @@ import transformers
 from transformers_sgl import __version__
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.storage.files import write_atomically
+from transformers_sgl.storage.identity import fingerprint, fingerprint_in_memory
 from transformers_sgl.transformers_interface import newest_commit
 
-__all__ = ["check_claim", "claim", "fingerprint", "measurement_record", "not_a_record", "pair_facts", "read_lines"]
-
-_FINGERPRINT_BYTES = 2**20
-_FINGERPRINT_VALUES = 256
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
+__all__ = ["check_claim", "claim", "measurement_record", "not_a_record", "pair_facts", "read_lines"]
 
 
 def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -110,7 +106,7 @@ def pair_facts(model: Any, source: str | Path | None, *, without: Sequence[str] 
         setattr(settings, setting, None)
     if source is None:
         name: str = model.name_or_path
-        weights: str | None = _fingerprint_in_memory(model)
+        weights: str | None = fingerprint_in_memory(model)
     elif Path(source).is_dir():
         name, weights = str(Path(source).resolve()), fingerprint(Path(source))
     else:
@@ -122,28 +118,6 @@ def pair_facts(model: Any, source: str | Path | None, *, without: Sequence[str] 
         "generation_config": json.loads(settings.to_json_string(ignore_metadata=True)),
         "transformers_sgl": __version__,
     }
-
-
-def _fingerprint_in_memory(model: Any) -> str:
-    """Identifies a model's weights without reading all of them: names, shapes, and how each tensor begins."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if not tensor.is_meta:
-            digest.update(tensor.flatten()[:_FINGERPRINT_VALUES].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def _processor_name() -> str:
