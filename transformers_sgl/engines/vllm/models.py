@@ -47,9 +47,8 @@ from vllm.model_executor.models.qwen3_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, MultiModalDataItems
-from vllm.multimodal.processing import PromptReplacement
+from vllm.multimodal.processing.processor import PlaceholderFeaturesInfo
 
-from transformers_sgl.architectures import visual_token_ids
 from transformers_sgl.engines.vllm.families import feature_width
 from transformers_sgl.engines.vllm.positions import NUM_ROWS, joined_positions
 from transformers_sgl.engines.vllm.prompts import image_starts
@@ -120,30 +119,29 @@ class PrunedProcessor:
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[Any]:
+        if self._pruned(mm_items) is not None:
+            return []  # the prompt holds the kept tokens already
+        return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        """Where the images are in the prompt; raises `ValueError` if they do not fit it."""
         images = self._pruned(mm_items)
         if images is None:
-            return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        (token_id, *_) = visual_token_ids(self.info.get_hf_config(), "image")  # type: ignore[attr-defined]
-
-        def kept(index: int) -> list[int]:
-            return [token_id] * len(images.get(index)[EMBEDS])
-
-        return [PromptReplacement(modality="image", target=kept, replacement=kept)]
-
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """As in the stock processor; raises `ValueError` if a pruned prompt and its images do not fit each other."""
-        images = self._pruned(inputs.mm_data_items)
-        if images is not None:
-            items = images.get_all()
-            starts, sizes = image_starts(self.info.get_hf_config(), inputs.prompt)  # type: ignore[attr-defined]
-            given = [len(each[EMBEDS]) for each in items]
-            if sizes != given:
-                raise ValueError(
-                    f"The images of the pruned prompt have {sizes} tokens, but features of {given} were passed: pass "
-                    "the prompt and the images of one request together."
-                )
-            joined_positions([each[POSITIONS] for each in items], starts, len(inputs.prompt))
-        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+            return super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+        prompt, items = list(mm_res.prompt_ids), images.get_all()
+        starts, sizes = image_starts(self.info.get_hf_config(), prompt)  # type: ignore[attr-defined]
+        given = [len(each[EMBEDS]) for each in items]
+        if sizes != given:
+            raise ValueError(
+                f"The images of the pruned prompt have {sizes} tokens, but features of {given} were passed: pass the "
+                "prompt and the images of one request together."
+            )
+        joined_positions([each[POSITIONS] for each in items], starts, len(prompt))  # raises in this process already
+        places = [
+            PlaceholderFeaturesInfo("image", index, start, prompt[start : start + size], None)
+            for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
+        ]
+        return prompt, {"image": places}
 
     @staticmethod
     def _pruned(mm_items: Any) -> Any:
@@ -162,7 +160,7 @@ class PrunedModel:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """What the decoder reads in the places of visual tokens."""
         kept = kwargs.get(EMBEDS)
-        return super().embed_multimodal(**kwargs) if kept is None else tuple(kept)
+        return super().embed_multimodal(**kwargs) if kept is None else tuple(kept)  # type: ignore[misc]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """The prompt's positions, `(3, prompt_length)`, and how far the answer's are ahead of its tokens' number."""
@@ -205,7 +203,7 @@ class PrunedModelOfOneDimension(PrunedModel):
     def _last_position(self) -> int:
         last: int | None = self.__dict__.get("_last")
         if last is None:
-            tables = (getattr(each, "cos_sin_cache", None) for each in self.language_model.modules())
+            tables = (getattr(each, "cos_sin_cache", None) for each in self.language_model.modules())  # type: ignore[attr-defined]
             last = min((len(each) for each in tables if each is not None), default=2**31) - 1
             self.__dict__["_last"] = last
         return last
