@@ -216,20 +216,13 @@ def test_a_small_engine_without_a_vision_tower(model_type: str, tmp_path: Path) 
     large = Large.load(model_type, tmp_path)
     arguments = engine_arguments(large.folder, large.model.config, vision_tower=False)
     cases = cases_of(large, 24, 0.35)
-    longest = max(len(case.request["prompt_token_ids"]) for case in cases)
-    settings = {
-        **SETTINGS,
-        "block_size": 16,
-        "max_model_len": 256,
-        "num_gpu_blocks_override": 2 * (longest // 16) + 20,
-    }
-    engine = LLM(
-        **arguments, **settings, max_num_batched_tokens=64, disable_log_stats=False, enable_prefix_caching=False
-    )
+    settings = {**SETTINGS, "max_num_batched_tokens": 64, "max_model_len": 512, "disable_log_stats": False}
+    settings |= {"block_size": 32, "num_gpu_blocks_override": 20, "enable_prefix_caching": False}
+    engine = LLM(**arguments, **settings)
     try:
         long = answers(engine, [case.request for case in cases], logprobs=-1, max_tokens=40, ignore_eos=True)
         counts = {each.name: each.value for each in engine.get_metrics() if hasattr(each, "value")}
-        with pytest.raises(ValueError, match="image"):
+        with pytest.raises(VLLMValidationError, match="At most 0 image"):
             answers(engine, [{"prompt_token_ids": [1], "multi_modal_data": {"image": cases[0].images}}])
     finally:
         engine.llm_engine.engine_core.shutdown()

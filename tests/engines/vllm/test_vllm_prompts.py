@@ -30,9 +30,8 @@ def image_index(large: Large, inputs: dict[str, Any]) -> Tensor:
     return Prompt.of(large.model.config, inputs).visual_tokens.image_index
 
 
-def make(large: Large, inputs: dict[str, Any], keep_mask: Tensor, **changes: Any) -> dict[str, Any]:
-    features = large.features(inputs)[keep_mask[0]]
-    return pruned_request(large.model, **{"inputs": inputs, "keep_mask": keep_mask, "features": features, **changes})
+def make(large: Large, inputs: dict[str, Any], keep_mask: Tensor) -> dict[str, Any]:
+    return pruned_request(large.model, inputs, keep_mask, large.features(inputs)[keep_mask[0]])
 
 
 def positions_in(large: Large, request: dict[str, Any]) -> Tensor:
@@ -113,17 +112,17 @@ def test_what_cannot_be_a_request(large: Large) -> None:
     keep_mask = torch.ones_like(image_index(large, inputs), dtype=torch.bool)
     features = large.features(inputs)
     with pytest.raises(ValueError, match=r"`features` is torch.float32 of shape .* visual tokens are kept"):
-        make(large, inputs, keep_mask, features=features[1:])
+        pruned_request(large.model, inputs, keep_mask, features[1:])
     with pytest.raises(ValueError, match=r"`features` is torch.int64"):
-        make(large, inputs, keep_mask, features=features.long())
+        pruned_request(large.model, inputs, keep_mask, features.long())
     with pytest.raises(ValueError, match="pass one entry per visual token"):
         pruned_request(large.model, inputs, keep_mask[:, 1:], features[1:])
     twice = {name: torch.cat([each, each]) for name, each in inputs.items()}
     with pytest.raises(ValueError, match="A request is one prompt, but there are 2"):
-        make(large, inputs, keep_mask, inputs=twice)
+        pruned_request(large.model, twice, keep_mask, features)
     long = large.inputs([picture(40, 24, 1)], "a " * large.model.config.get_text_config().max_position_embeddings)
     with pytest.raises(ValueError, match="positions: shorten the prompt"):
-        make(large, inputs, keep_mask, inputs=long)
+        pruned_request(large.model, long, keep_mask, features)
 
 
 def test_videos_are_refused(tmp_path: Path) -> None:
