@@ -146,11 +146,11 @@ def test_a_cancelled_request_frees_its_place(
         begun = asyncio.Event()
         answering = asyncio.create_task(engine.answer(questions[0][1], settings, lambda ids: begun.set()))
         await asyncio.wait_for(begun.wait(), 60)
-        running = engine._llm.output_processor.get_num_unfinished_requests()
+        running = engine.llm.output_processor.get_num_unfinished_requests()
         answering.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await answering
-        return running, engine._llm.output_processor.get_num_unfinished_requests()
+        return running, engine.llm.output_processor.get_num_unfinished_requests()
 
     started = time.monotonic()
     assert runner.run(leave()) == (1, 0)
