@@ -163,7 +163,9 @@ class _Flow:
         self._num_given = 0
         self._finished: Counter[StageName] = Counter()
         self._deaths: Counter[StageName] = Counter()
-        self._num_new = self._num_messages = self._message_bytes = 0
+        # Questions that seem to kill, until the stage has shown that it can do others.
+        self._suspects: dict[StageName, list[dict[str, Any]]] = {stage: [] for stage in STAGES}
+        self._num_new = self._num_messages = self._message_bytes = self._num_worker_deaths = 0
 
     def add(self, answers: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> int:
         """Writes records down; returns how many are new."""
@@ -183,6 +185,8 @@ class _Flow:
                     if found is not None:
                         self._num_given -= 1
                         progress.update(self._take(*found))
+                progress.update(sum(map(self._convict, STAGES)))
+            self._num_worker_deaths = crew.num_deaths
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"Stopped after {results.num_done} of {total} questions; the same command goes on from there."
@@ -199,7 +203,7 @@ class _Flow:
             num_exited_early=sum(bool(each.get("exited_early")) for each in answers),
             average_retention=round(sum(retentions) / len(answers), 4) if answers else None,
             num_new=self._num_new,
-            num_worker_deaths=sum(self._deaths.values()),
+            num_worker_deaths=self._num_worker_deaths,
             num_messages=self._num_messages,
             message_bytes=self._message_bytes,
             seconds=round(seconds, 2),
@@ -222,7 +226,7 @@ class _Flow:
         if isinstance(found, Death):
             return self._bury(stage, work, found.reason)
         self._finished[stage] += 1
-        number = self.add(found.answers, found.rejected)
+        number = self._convict(stage) + self.add(found.answers, found.rejected)
         # Questions of this batch that an earlier call has dealt with came along for the company.
         onward = [each for each in found.onward if not self._is_done(each)]
         self._num_messages += len(onward)
@@ -245,8 +249,14 @@ class _Flow:
             self._waiting["small"].extend(each for each in work.one_by_one() if not self._is_done(each))
         else:
             sentence = f"The {stage} model's worker has died of this question {_MOST_DEATHS} times ({reason})."
-            return self.add([], [rejection(work.questions[0], sentence)])
+            self._suspects[stage].append(rejection(work.questions[0], sentence))
+            return self._convict(stage) if self._finished[stage] else 0
         return 0
+
+    def _convict(self, stage: StageName) -> int:
+        """Rejects the questions that have killed a stage's workers; returns their number."""
+        suspects, self._suspects[stage] = self._suspects[stage], []
+        return self.add([], suspects)
 
     def _is_done(self, work: Work) -> bool:
         return all(self._results.has(each.index) for each in work.questions)

@@ -111,6 +111,7 @@ class OnRay(Crew):
             raise said
         work, worker.work = worker.work, None
         if isinstance(said, Death):
+            self.num_deaths += 1
             if not worker.is_ready:
                 self._num_failed_starts += 1
                 if self._num_failed_starts == _MOST_FAILED_STARTS:

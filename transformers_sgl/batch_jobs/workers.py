@@ -20,6 +20,8 @@ from transformers_sgl.batch_jobs.stages import Outcome, PairOptions, StageName, 
 
 __all__ = ["Crew", "Death", "Processes", "ThisProcess", "WorkersDieError", "open_on_device", "sendable", "told"]
 
+Opener = Callable[[StageName, PairOptions, int], Callable[[Work], Outcome]]
+
 _MOST_FAILED_STARTS = 3
 _PATIENCE_S = 5.0
 _READY = "ready"
@@ -44,6 +46,8 @@ class WorkersDieError(OSError):
 
 class Crew(ABC):
     """The workers of both stages; each does one work at a time."""
+
+    num_deaths = 0  # how many of them have died
 
     @abstractmethod
     def is_free(self, stage: StageName) -> bool:
@@ -86,6 +90,7 @@ class ThisProcess(Crew):
         try:
             return stage, work, self._stages[stage](work)
         except Exception as error:  # nothing that one question does may end the job
+            self.num_deaths += 1
             return stage, work, Death(told(error))
 
     def close(self) -> None:
@@ -106,10 +111,17 @@ class Processes(Crew):
     """Pools of processes on this machine. Each has its own part of the pair, and a pipe to this process.
 
     A pipe has two ends: no lock is shared, so a process that is killed holds up nobody.
+
+    Args:
+        options: Which pair answers.
+        numbers: How many workers each stage has.
+        opener: What a worker's process calls to open its stage.
     """
 
-    def __init__(self, options: PairOptions, numbers: Mapping[StageName, int]) -> None:
-        self._options = options
+    def __init__(
+        self, options: PairOptions, numbers: Mapping[StageName, int], opener: Opener | None = None
+    ) -> None:
+        self._options, self._opener = options, opener or open_on_device
         self._num_threads = _threads_for(sum(numbers.values()))
         self._num_failed_starts = 0
         self._workers: list[_Worker] = []
@@ -146,6 +158,7 @@ class Processes(Crew):
         if said == _READY:
             worker.is_ready, self._num_failed_starts = True, 0
             return None
+        self.num_deaths += 1
         reason = said.reason if isinstance(said, Death) else _last_words(worker.process)
         if not worker.is_ready:
             self._num_failed_starts += 1
@@ -175,7 +188,7 @@ class Processes(Crew):
         ours, its = context.Pipe()
         process = context.Process(
             target=_serve,
-            args=(its, stage, self._options, number, self._num_threads),
+            args=(its, self._opener, stage, self._options, number, self._num_threads),
             name=f"{stage}-{number}",
             daemon=True,
         )
@@ -203,13 +216,15 @@ def sendable(error: Exception) -> Exception:
     return ValueError(str(error)) if isinstance(error, ValueError) else OSError(str(error))
 
 
-def _serve(connection: Connection, stage: StageName, options: PairOptions, number: int, num_threads: int) -> None:
+def _serve(
+    connection: Connection, opener: Opener, stage: StageName, options: PairOptions, number: int, num_threads: int
+) -> None:
     """What a process does: it opens its part of the pair, and then work after work until the pipe ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     torch.set_num_threads(num_threads)
     with contextlib.suppress(EOFError, OSError):  # the first process is gone
         try:
-            do = open_on_device(stage, options, number)
+            do = opener(stage, options, number)
         except (OSError, ValueError) as error:
             connection.send(sendable(error))
             return
