@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 from question_files import SETTINGS, answered, generated, read, write_questions
@@ -176,6 +177,12 @@ class TestArguments:
     def test_what_cannot_be_is_refused_and_claims_no_folder(self, run, questions, out, options, sentence):
         with pytest.raises(ValueError, match=sentence):
             run(questions, **options)
+        assert not out.exists()
+
+    def test_ray_that_is_not_installed(self, run, questions, out, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        with pytest.raises(OSError, match=r"pip install 'transformers_sgl\[ray\]'"):
+            run(questions, ray="local")
         assert not out.exists()
 
     def test_files_that_are_not_there(self, run, questions, tmp_path, out, embedded_pair_path):

@@ -108,7 +108,9 @@ def run_batch(
         settings (`Mapping[str, Any]`, *optional*): Arguments of `generate` that JSON can write, such as `preset`.
         dtype (`str`, defaults to `"auto"`): As for [`open_pair`].
         device (`str`, defaults to `"auto"`): As for [`open_pair`]; several processes then share the GPUs.
-        ray (`str`, *optional*): The address of a Ray cluster whose workers do the work, or `"local"` to start one.
+        ray (`str`, *optional*): The address of a Ray cluster on which the workers run, as `"host:port"`; `"auto"` for
+            the one that this machine is in, `"local"` to start one. The package, the pair and the images have to be
+            found on all its machines under the same names.
 
     Returns:
         [`BatchReport`]: What was done.
@@ -128,7 +130,7 @@ def run_batch(
     if not num_questions:
         raise ValueError(f"The data file {str(file)!r} is empty: write a JSON object on each line.")
     if ray is not None:
-        check_ray()
+        check_ray(ray)
     elif device != "auto":
         check_device(device)
     source = find_pair(pair)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -26,6 +27,9 @@ __all__ = ["OnRay", "check_ray"]
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _MOST_FAILED_STARTS = 3
+_PATIENCE_S = 10.0
+# Of no cluster in particular: a new one, and the one that runs on this machine.
+_NAMES = ("local", "auto")
 
 
 class _Actor:
@@ -66,14 +70,15 @@ class OnRay(Crew):
     Args:
         options: Which pair answers.
         numbers: How many workers each stage has.
-        address: The cluster's address, or `"local"` to start one on this machine.
+        address: Where the cluster's head listens, as `"host:port"`; `"auto"` for the cluster that this machine is in,
+            `"local"` to start one.
 
     Raises:
         OSError: If Ray is not installed, or there is no cluster at this address.
     """
 
     def __init__(self, options: PairOptions, numbers: Mapping[StageName, int], address: str) -> None:
-        self._ray = check_ray()
+        self._ray = _import_ray()
         self._options = options
         self._num_failed_starts = 0
         total = sum(numbers.values())
@@ -154,8 +159,24 @@ class OnRay(Crew):
         return {"num_cpus": 1, "num_gpus": 1 / math.ceil(total / gpus)}
 
 
-def check_ray() -> Any:
-    """The package; raises `OSError` if it is not installed."""
+def check_ray(address: str) -> None:
+    """Raises `OSError` or `ValueError` if Ray is not installed, or nobody answers at the address.
+
+    Ray itself waits for a cluster for minutes, and then ends the process.
+    """
+    _import_ray()
+    if address in _NAMES:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ValueError(f"The address of a Ray cluster is {address!r}: give host:port, auto, or local to start one.")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(f"There is no Ray cluster at {address!r} ({error}): give the address of its head.") from error
+
+
+def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:

@@ -118,9 +118,7 @@ class Processes(Crew):
         opener: What a worker's process calls to open its stage.
     """
 
-    def __init__(
-        self, options: PairOptions, numbers: Mapping[StageName, int], opener: Opener | None = None
-    ) -> None:
+    def __init__(self, options: PairOptions, numbers: Mapping[StageName, int], opener: Opener | None = None) -> None:
         self._options, self._opener = options, opener or open_on_device
         self._num_threads = _threads_for(sum(numbers.values()))
         self._num_failed_starts = 0
