@@ -143,8 +143,7 @@ def run_batch(
         results = Results(output, facts, num_questions)
         batches = [tuple(batch) for _, batch in groupby(usable, lambda each: each.index // batch_size)]
         works = [Work(batch) for batch in batches if not all(results.has(each.index) for each in batch)]
-        flow = _Flow(results, num_questions)
-        flow.add([], bad)
+        flow = _Flow(results, num_questions, bad)
         if works:
             numbers: dict[StageName, int] = {
                 "small": min(small_workers, len(works)),
@@ -152,6 +151,7 @@ def run_batch(
             }
             with closing(_crew(options, numbers, ray)) as crew:
                 flow.run(works, crew, numbers["large"])
+        flow.reject_lines()
         results.finish()
     return flow.report(time.perf_counter() - start)
 
@@ -159,8 +159,8 @@ def run_batch(
 class _Flow:
     """The way of the questions through the stages."""
 
-    def __init__(self, results: Results, num_questions: int) -> None:
-        self._results, self._num_questions = results, num_questions
+    def __init__(self, results: Results, num_questions: int, bad_lines: Sequence[dict[str, Any]]) -> None:
+        self._results, self._num_questions, self._bad_lines = results, num_questions, bad_lines
         self._waiting: dict[StageName, deque[Work]] = {stage: deque() for stage in STAGES}
         self._num_given = 0
         self._finished: Counter[StageName] = Counter()
@@ -174,6 +174,11 @@ class _Flow:
         number = self._results.add(answers, rejected) if answers or rejected else 0
         self._num_new += number
         return number
+
+    def reject_lines(self) -> int:
+        """Writes down which lines are no questions: once the pair is open, lest an error leave a folder behind."""
+        bad, self._bad_lines = self._bad_lines, []
+        return self.add([], bad)
 
     def run(self, works: Sequence[Work], crew: Crew, num_large: int) -> None:
         """Lets a crew do all work."""
@@ -228,7 +233,7 @@ class _Flow:
         if isinstance(found, Death):
             return self._bury(stage, work, found.reason)
         self._finished[stage] += 1
-        number = self._convict(stage) + self.add(found.answers, found.rejected)
+        number = self.reject_lines() + self._convict(stage) + self.add(found.answers, found.rejected)
         # Questions of this batch that an earlier call has dealt with came along for the company.
         onward = [each for each in found.onward if not self._is_done(each)]
         self._num_messages += len(onward)
