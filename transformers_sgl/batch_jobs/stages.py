@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +21,11 @@ from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.batch_jobs.questions import Question, open_image, rejection
 from transformers_sgl.batch_jobs.stand_in import Guidance, open_pair
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
-from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.opening import chat_inputs, user_turn
 
 __all__ = ["STAGES", "LargeStage", "Outcome", "PairOptions", "SmallStage", "Stage", "StageName", "Work"]
 __all__ += ["open_both", "open_stage"]
 
-T = TypeVar("T")
 StageName = Literal["small", "large"]
 STAGES: tuple[StageName, ...] = ("small", "large")
 
@@ -126,21 +124,6 @@ class Stage:
                 f"The pair's processor cannot read this question ({type(error).__name__}: {error})."
             ) from error
 
-    def records(
-        self, questions: Sequence[Question], images: Sequence[list[Any]], guidance: Guidance
-    ) -> list[dict[str, Any]]:
-        """The answers to questions with their guidance."""
-        inputs = self.inputs(questions, images)
-        output = self.pair.answer(**inputs, guidance=guidance, return_dict_in_generate=True, **self.settings)
-        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
-        lengths = _lengths(answers, self.pair.generation_config)
-        reports = _reports(output, self.num_layers)
-        return [
-            {"id": each.id, "index": each.index, "answer": text.strip(), "num_tokens": length, **report}
-            for each, text, length, report in zip(questions, texts, lengths, reports, strict=True)
-        ]
-
 
 class SmallStage(Stage):
     """The small model reads the questions, answers those that it is sure of, and guides for the others."""
@@ -149,12 +132,29 @@ class SmallStage(Stage):
         guidance = self.pair.guide(**self.inputs(work.questions, images), **self.settings)
         exits: list[bool] = guidance.exited_early.tolist()
         if any(exits):
-            chosen = guidance.select(guidance.exited_early)
-            outcome.answers += self.records(_where(exits, work.questions), _where(exits, images), chosen)
+            early = tuple(compress(work.questions, exits))
+            outcome.answers += self._drafts(early, guidance.select(guidance.exited_early))
         if not all(exits):
-            stays = [not each for each in exits]
-            left = guidance.select(~guidance.exited_early)
-            outcome.onward.append(Work(_where(stays, work.questions), left.to_bytes()))
+            left = tuple(compress(work.questions, (~guidance.exited_early).tolist()))
+            outcome.onward.append(Work(left, guidance.select(~guidance.exited_early).to_bytes()))
+
+    def _drafts(self, questions: Sequence[Question], guidance: Guidance) -> list[dict[str, Any]]:
+        """The small model's answers as answers."""
+        scores = [None] * len(questions) if guidance.decision_score is None else guidance.decision_score.tolist()
+        tokens = [draft[mask] for draft, mask in zip(guidance.draft, guidance.draft_mask, strict=True)]
+        return [
+            _record(
+                question,
+                str(self.processor.decode(draft, skip_special_tokens=True)),
+                len(draft),
+                exited_early=True,
+                decision_score=score,
+                num_visual_tokens=number,
+            )
+            for question, draft, score, number in zip(
+                questions, tokens, scores, guidance.num_visual_tokens.tolist(), strict=True
+            )
+        ]
 
 
 class LargeStage(Stage):
@@ -163,7 +163,31 @@ class LargeStage(Stage):
     def _do(self, work: Work, images: list[list[Any]], outcome: Outcome) -> None:
         if outcome.rejected:  # an image is gone since the small stage has read it; the guidance is of all
             raise ValueError("Some of these questions have lost their images.")
-        outcome.answers += self.records(work.questions, images, Guidance.from_bytes(work.guidance))
+        inputs = self.inputs(work.questions, images)
+        guidance = Guidance.from_bytes(work.guidance)
+        output = self.pair.answer(**inputs, guidance=guidance, return_dict_in_generate=True)
+        answers = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        lengths = _lengths(answers, self.pair.generation_config)
+        totals = guidance.num_visual_tokens.tolist()
+        kept = totals if output.keep_mask is None else output.keep_mask.sum(dim=1).tolist()
+        scores = [None] * len(totals) if output.decision_score is None else output.decision_score.tolist()
+        retentions = output.average_retention(self.num_layers).tolist()
+        outcome.answers += [
+            _record(
+                question,
+                text,
+                length,
+                exited_early=False,
+                decision_score=score,
+                num_visual_tokens=total,
+                num_visual_tokens_kept=number,
+                average_retention=round(retention, 4),
+            )
+            for question, text, length, score, total, number, retention in zip(
+                work.questions, texts, lengths, scores, totals, kept, retentions, strict=True
+            )
+        ]
 
 
 def open_stage(name: StageName, options: PairOptions) -> Callable[[Work], Outcome]:
@@ -200,10 +224,6 @@ def _images_of(question: Question) -> list[Any] | str:
         return str(error)
 
 
-def _where(chosen: Sequence[bool], values: Sequence[T]) -> tuple[T, ...]:
-    return tuple(compress(values, chosen))
-
-
 def _lengths(answers: Tensor, settings: GenerationConfig) -> list[int]:
     """The number of tokens in each answer, its end included and padding left out; `answers` is `(batch, length)`."""
     named = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
@@ -217,21 +237,26 @@ def _lengths(answers: Tensor, settings: GenerationConfig) -> list[int]:
     return lengths
 
 
-def _reports(output: SGLGenerateOutput, num_layers: int) -> list[dict[str, Any]]:
-    """What happened to each question."""
-    batch = len(output.sequences)
-    totals = [0] * batch if output.num_visual_tokens is None else output.num_visual_tokens.tolist()
-    kept = totals if output.keep_mask is None else output.keep_mask.sum(dim=1).tolist()
-    exits = [False] * batch if output.exited_early is None else output.exited_early.tolist()
-    scores = [None] * batch if output.decision_score is None else output.decision_score.tolist()
-    retentions = output.average_retention(num_layers).tolist()
-    return [
-        {
-            "exited_early": exit_,
-            "decision_score": None if score is None else round(score, 4),
-            "num_visual_tokens": total,
-            "num_visual_tokens_kept": None if exit_ else number,
-            "average_retention": None if exit_ else round(retention, 4),
-        }
-        for exit_, score, total, number, retention in zip(exits, scores, totals, kept, retentions, strict=True)
-    ]
+def _record(
+    question: Question,
+    text: str,
+    num_tokens: int,
+    *,
+    exited_early: bool,
+    decision_score: float | None,
+    num_visual_tokens: int,
+    num_visual_tokens_kept: int | None = None,
+    average_retention: float | None = None,
+) -> dict[str, Any]:
+    """The record of an answer; of an early exit, the large model has kept nothing and dropped nothing."""
+    return {
+        "id": question.id,
+        "index": question.index,
+        "answer": text.strip(),
+        "num_tokens": num_tokens,
+        "exited_early": exited_early,
+        "decision_score": None if decision_score is None else round(decision_score, 4),
+        "num_visual_tokens": num_visual_tokens,
+        "num_visual_tokens_kept": num_visual_tokens_kept,
+        "average_retention": average_retention,
+    }
