@@ -33,8 +33,8 @@ from transformers_sgl.architectures import (
     visual_tokens_of,
 )
 from transformers_sgl.custom_generate import generate_with_small_model
-from transformers_sgl.guidance import guide
 from transformers_sgl.prompt import Prompt
+from transformers_sgl.small_answer import ask
 from transformers_sgl.transformers_interface import cache_name, cache_of, stock_fault
 from transformers_sgl.versions import untested
 from transformers_sgl.vision_towers import VISION_TOWERS
@@ -96,7 +96,7 @@ def test_the_vision_encoder_sees_an_image_or_a_video_once(name: str, video: bool
     encoder = getattr(model.model, "visual", None) or model.model.vision_tower
     encoder.register_forward_pre_hook(lambda *_: seen.append(1))
     config = SGLGenerationConfig(max_new_tokens=3).resolved(model.generation_config)
-    guidance = guide(model, batch, visual_tokens_of(model.config, batch), config, scores=True, max_new_tokens=3)
+    guidance = ask(model, batch, visual_tokens_of(model.config, batch), config, scores=True, max_new_tokens=3)
     assert guidance.consistency is not None
     assert len(seen) == 1
 

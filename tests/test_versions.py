@@ -55,7 +55,7 @@ def test_the_range_is_closed_and_that_of_setup_cfg(package: str) -> None:
     ],
 )
 def test_inside_and_outside(version: str, is_inside: bool) -> None:
-    assert versions._is_inside(version, ">=5.17,<5.25") is is_inside
+    assert versions.is_inside(version, ">=5.17,<5.25") is is_inside
 
 
 @pytest.fixture

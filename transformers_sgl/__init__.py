@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers_sgl.configuration_sgl import SGLConfig
     from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
     from transformers_sgl.generation_output_sgl import SGLGenerateOutput
+    from transformers_sgl.guidance import Guidance
     from transformers_sgl.hooks.attention_recorder import AttentionRecorder
     from transformers_sgl.hooks.draft_verifier import DraftVerifier
     from transformers_sgl.hooks.vision_tower_pruner import VisionTowerPruner
@@ -43,6 +44,7 @@ __all__ = [
     "ConditionalDPPProcessor",
     "DraftVerifier",
     "FacilityLocationProcessor",
+    "Guidance",
     "ImportanceProcessor",
     "ImportanceProcessorList",
     "MinimumPerImageProcessor",
@@ -69,6 +71,7 @@ _DEFINED_IN = {
     "ConditionalDPPProcessor": "tokens.selection",
     "DraftVerifier": "hooks.draft_verifier",
     "FacilityLocationProcessor": "tokens.selection",
+    "Guidance": "guidance",
     "ImportanceProcessor": "tokens.importance_process",
     "ImportanceProcessorList": "tokens.importance_process",
     "MinimumPerImageProcessor": "tokens.importance_process",

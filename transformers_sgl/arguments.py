@@ -12,12 +12,14 @@ from transformers_sgl.generation_config_sgl import SGLGenerationConfig, preset_s
 from transformers_sgl.tokens.early_exit import NEVER_EXIT
 from transformers_sgl.transformers_interface import CACHE_NAMES, default_settings, with_installed_cache_name
 
-__all__ = ["read_arguments", "split_inputs"]
+__all__ = ["read_answer_arguments", "read_arguments", "split_inputs"]
 
 _SMALL_PREFIX = "small_"
 # Arguments of stock `generate` that are neither settings nor model inputs.
 _GENERATE_ARGUMENTS = {*signature(GenerationMixin.generate).parameters, "tokenizer", "assistant_tokenizer"}
 _GENERATE_ARGUMENTS -= {"self", "inputs", "generation_config", "kwargs"}
+# Settings that say what is returned, and nothing about the answer.
+_FORM = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # Our own settings that a call can unset.
 _MAY_BE_NONE = ("vision_prune_layer", "confirmation_threshold", "unsure_threshold")
 # Plain inputs that the large model alone understands: what one of its parts has computed.
@@ -50,7 +52,29 @@ def read_arguments(
     # Now, so that `None` among `kwargs` unsets; a default length depends on the prompt, and comes later.
     defaults = {name: value for name, value in default_settings().items() if name not in ("max_length", "min_length")}
     settings.update(defaults_only=True, **defaults)
-    model_inputs = with_installed_cache_name(settings.update(**kwargs))
+    return settings, *_without_settings(inputs, settings.update(**kwargs))
+
+
+def read_answer_arguments(
+    inputs: Tensor | None, settings: SGLGenerationConfig, kwargs: dict[str, Any]
+) -> tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]]:
+    """The same for a call that goes on with guidance, whose `settings` hold.
+
+    Raises `ValueError` if `kwargs` have a setting that the guidance has decided.
+    """
+    known = {*settings.to_dict(), "preset", "generation_config"}
+    decided = [name for name in kwargs if name in known and name not in _FORM]
+    if decided:
+        raise ValueError(
+            f"`{decided[0]}` was decided when the guidance was made: pass it to `guide`; `answer` takes inputs, "
+            f"{', '.join(f'`{name}`' for name in _FORM)} and the objects of stock `generate`, such as a `streamer`."
+        )
+    return settings, *_without_settings(inputs, settings.update(**kwargs))
+
+
+def _without_settings(inputs: Tensor | None, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model inputs and the remaining arguments."""
+    model_inputs = with_installed_cache_name(arguments)
     generate_kwargs = {name: model_inputs.pop(name) for name in _GENERATE_ARGUMENTS if name in model_inputs}
     if "tokenizer" in generate_kwargs:
         # transformers' server passes the processor, which stands for its tokenizer
@@ -58,7 +82,7 @@ def read_arguments(
         generate_kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
     if inputs is not None:
         model_inputs["input_ids"] = inputs
-    return settings, model_inputs, generate_kwargs
+    return model_inputs, generate_kwargs
 
 
 def split_inputs(inputs: dict[str, Any], shares_tensors: bool) -> tuple[dict[str, Any], dict[str, Any]]:

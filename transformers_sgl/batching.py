@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "append_tokens",
+    "join_samples",
     "left_padded",
     "merge_answers",
     "pad_rows",
@@ -87,6 +88,50 @@ def select_samples(inputs: dict[str, Any], chosen: Tensor, owners: dict[str, Ten
                 "belong: pass such prompts one at a time, or without `early_exit_threshold`."
             )
     return selected
+
+
+def join_samples(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any] | None:
+    """The inputs of single prompts as those of one batch, padded on the left.
+
+    `pad_token_id` pads `input_ids`; what else holds one value for each token is padded with 0, boxes of visual tokens
+    with -1. `None` if the inputs cannot be joined, such as images of different sizes in one tensor.
+    """
+    if any(each.keys() != samples[0].keys() for each in samples):
+        return None
+    joined = {}
+    for name, first in samples[0].items():
+        values = [each[name] for each in samples]
+        if not isinstance(first, Tensor):
+            if any(each != first for each in values):
+                return None
+            joined[name] = first
+            continue
+        if any(each.dim() != first.dim() or each.dim() == 0 or each.dtype != first.dtype for each in values):
+            return None
+        if name.endswith("visual_token_boxes"):
+            values = _padded(values, -1.0, on_left=False)
+        elif _is_per_token(name, samples):
+            values = _padded(values, pad_token_id if name.endswith("input_ids") else 0, on_left=True)
+        if any(each.shape[1:] != values[0].shape[1:] for each in values):
+            return None
+        joined[name] = torch.cat(values)
+    return joined
+
+
+def _is_per_token(name: str, samples: Sequence[dict[str, Any]]) -> bool:
+    """Whether an input of either model holds one value for each token in all samples."""
+    ids = "small_input_ids" if name.startswith("small_") and "small_input_ids" in samples[0] else "input_ids"
+    return all(ids in each and each[name].shape == each[ids].shape for each in samples)
+
+
+def _padded(values: Sequence[Tensor], padding: float, on_left: bool) -> list[Tensor]:
+    """Tensors of shape `(1, length, ...)`, made equally long."""
+    length = max(each.shape[1] for each in values)
+    padded = []
+    for each in values:
+        nothing = each.new_full((each.shape[0], length - each.shape[1], *each.shape[2:]), padding)
+        padded.append(torch.cat([nothing, each] if on_left else [each, nothing], dim=1))
+    return padded
 
 
 def append_tokens(

@@ -1,13 +1,14 @@
 """The story of one `generate` call.
 
-Read [`generate`] from top to bottom: it is the method. Each step is one call into the file that knows it.
+Read [`guide`] and [`answer`] from top to bottom: they are the method, and [`generate`] is one after the other. Each
+step is one call into the file that knows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from transformers_sgl.generation_config_sgl import (
     resolve_vision_prune_layer,
 )
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, output_class, passed_on, sequences_of
-from transformers_sgl.guidance import guide
+from transformers_sgl.guidance import Guidance
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.pruning import Pruning
 from transformers_sgl.prompt import Prompt
-from transformers_sgl.token_choice import choosing_processors, unsure_samples
+from transformers_sgl.small_answer import SmallAnswer, ask
+from transformers_sgl.token_choice import choose_tokens, choosing_processors, unsure_samples
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
@@ -42,7 +44,9 @@ from transformers_sgl.versions import names_versions
 from transformers_sgl.vision_towers import vision_layers
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
-__all__ = ["generate"]
+__all__ = ["Call", "answer", "generate", "guide"]
+
+_Own = ImportanceProcessor | Iterable[ImportanceProcessor] | None
 
 
 @names_versions()
@@ -52,171 +56,273 @@ def generate(
     inputs: dict[str, Any],
     settings: SGLGenerationConfig,
     vocabularies: Vocabularies,
-    importance_processor: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
-    vision_processor: ImportanceProcessor | Iterable[ImportanceProcessor] | None = None,
+    importance_processor: _Own = None,
+    vision_processor: _Own = None,
     **generate_kwargs: Any,
 ) -> SGLGenerateOutput | Tensor:
     """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
 
-    `inputs` are the large model's, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys replace or
-    extend them for the small model. Where the models cut images differently, they also hold `visual_token_boxes` and
-    `small_visual_token_boxes` of shape `(batch, num_visual_tokens, 5)`: for each visual token the number of the image
-    within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With these, plain
-    tensors are the large model's alone. `importance_processor` and `vision_processor` are the user's own, one or
-    several, which run before those of the `settings`; `generate_kwargs` go to the large model's `generate`.
-
-    Raises `ValueError` if inputs or settings cannot be used, with cause and cure; the models stay as they were.
+    The arguments are those of [`Call.read`]. Raises `ValueError` if inputs or settings cannot be used, with cause and
+    cure; the models stay as they were.
     """
-    clock = Clock(large.device, small.device)
-    inputs, boxes = split_boxes(inputs)
-    large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
-    earlier = cache if isinstance(cache := cache_of(large_inputs), ConversationCache) else None
-    if earlier is not None:
-        large_inputs = {name: value for name, value in large_inputs.items() if name not in CACHE_NAMES}
+    call = Call.read(
+        large, small, inputs, settings, vocabularies, importance_processor, vision_processor, **generate_kwargs
+    )
+    return answer(call, guide(call))
 
-    # 1. Find the visual tokens. Without any, or where nothing asks for the small model, the large one runs alone.
-    prune_layer = resolve_prune_layer(settings.prune_layer, len(decoder_layers(large)))
-    of_tower, processors = choosing_processors(settings, importance_processor, vision_processor)
-    if earlier is not None:  # the images were encoded in its first turn
-        of_tower = ImportanceProcessorList()
-    prunes = bool(processors or of_tower)
-    rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
-    generate_kwargs["generation_config"] = rules.large_settings()
-    prompt = Prompt.find(large.config, large_inputs)
-    num_visual_tokens = None if prompt is None else prompt.visual_tokens.counts
-    if earlier is not None:
-        earlier.check(prompt, prune_layer if prunes else None, settings.use_cache is not False)
-    is_guided = prunes or earlier is not None or rules.may_exit or rules.can_use_draft(large_inputs)
-    if not is_guided or (prompt is not None and prompt.visual_tokens.num_visual_tokens == 0):
-        with one_at_a_time(large):
-            # Of the class, here and below: a repository's `custom_generate` lies on the model, and may have called us.
-            output = type(large).generate(large, **large_inputs, **generate_kwargs)
-        clock.lap("large_ms")
-        sequences = sequences_of(output)
-        if not settings.return_dict_in_generate:
-            return sequences
-        return output_class(output)(
-            **passed_on(output), sequences=sequences, num_visual_tokens=num_visual_tokens, timings=clock.timings
-        )
+
+@dataclass
+class Call:
+    """One `generate` call, read once: what both halves of it know.
+
+    Attributes:
+        large (`PreTrainedModel`): The large model.
+        small (`PreTrainedModel`): The small model.
+        settings ([`SGLGenerationConfig`]): The resolved settings.
+        rules ([`AnswerRules`]): What they and the other arguments make of an answer.
+        inputs (`dict`): The large model's inputs.
+        small_inputs (`dict`): The small model's inputs.
+        boxes (`tuple` of two `Tensor`, *optional*): Where the visual tokens of both lie.
+        prompt ([`Prompt`], *optional*): What the large model reads; `None` where visual tokens cannot be found.
+        earlier ([`ConversationCache`], *optional*): The earlier turns of the conversation.
+        keeps_cache (`bool`): Whether the cache is wanted.
+        of_tower ([`ImportanceProcessorList`]): What chooses visual tokens for the large model's tower, ...
+        of_decoder ([`ImportanceProcessorList`]): ... and for its decoder.
+        own_processors (`tuple`): The user's own, of the decoder and of the tower.
+        kwargs (`dict`): The other arguments of the large model's `generate`.
+        clock ([`Clock`]): Running since the call.
+    """
+
+    large: PreTrainedModel
+    small: PreTrainedModel
+    settings: SGLGenerationConfig
+    rules: AnswerRules
+    inputs: dict[str, Any]
+    small_inputs: dict[str, Any]
+    boxes: tuple[Tensor, Tensor] | None
+    prompt: Prompt | None
+    earlier: ConversationCache | None
+    keeps_cache: bool
+    of_tower: ImportanceProcessorList
+    of_decoder: ImportanceProcessorList
+    own_processors: tuple[_Own, _Own]
+    kwargs: dict[str, Any]
+    clock: Clock
+
+    @classmethod
+    def read(
+        cls,
+        large: PreTrainedModel,
+        small: PreTrainedModel,
+        inputs: dict[str, Any],
+        settings: SGLGenerationConfig,
+        vocabularies: Vocabularies,
+        importance_processor: _Own = None,
+        vision_processor: _Own = None,
+        **generate_kwargs: Any,
+    ) -> Call:
+        """Finds the visual tokens and what is asked for.
+
+        `inputs` are the large model's, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys replace or
+        extend them for the small model. Where the models cut images differently, they also hold `visual_token_boxes`
+        and `small_visual_token_boxes` of shape `(batch, num_visual_tokens, 5)`: for each visual token the number of
+        the image within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With
+        these, plain tensors are the large model's alone. `importance_processor` and `vision_processor` are the user's
+        own, one or several, which run before those of the `settings`; `generate_kwargs` go to the large model's
+        `generate`.
+        """
+        clock = Clock(large.device, small.device)
+        inputs, boxes = split_boxes(inputs)
+        large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
+        keeps_cache = bool(settings.return_dict_in_generate) or cache_of(large_inputs) is not None
+        earlier = cache if isinstance(cache := cache_of(large_inputs), ConversationCache) else None
+        if earlier is not None:
+            large_inputs = {name: value for name, value in large_inputs.items() if name not in CACHE_NAMES}
+        own = importance_processor, vision_processor
+        of_tower, of_decoder = choosing_processors(settings, *own)
+        if earlier is not None:  # the images were encoded in its first turn
+            of_tower = ImportanceProcessorList()
+        rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
+        kwargs = {**generate_kwargs, "generation_config": rules.large_settings()}
+        prompt = Prompt.find(large.config, large_inputs)
+        found = (settings, rules, large_inputs, small_inputs, boxes, prompt, earlier, keeps_cache)
+        call = cls(large, small, *found, of_tower, of_decoder, own, kwargs, clock)
+        if earlier is not None:
+            layer = call.prune_layer if call.prunes else None
+            earlier.check(prompt, layer, settings.use_cache is not False)
+        return call
+
+    @property
+    def prune_layer(self) -> int:
+        """The first decoder layer of the large model that sees fewer visual tokens."""
+        return resolve_prune_layer(self.settings.prune_layer, len(decoder_layers(self.large)))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether visual tokens are left out."""
+        return bool(self.of_decoder or self.of_tower)
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the pruned large model only confirms drafts."""
+        return self.prunes and self.settings.confirmation_threshold is not None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether anything asks for the small model; without visual tokens the large one runs alone."""
+        wanted = self.prunes or self.earlier is not None or self.rules.may_exit
+        wanted = wanted or self.rules.can_use_draft(self.inputs)
+        return wanted and (self.prompt is None or self.prompt.visual_tokens.num_visual_tokens > 0)
+
+    def check(self) -> None:
+        """Raises `ValueError` for what cannot be done, before anything has run."""
+        check_supported(self.small.config)
+        self.rules.check_guidable(self.inputs)
+        if self.of_tower:
+            resolve_vision_prune_layer(self.settings.vision_prune_layer, len(vision_layers(self.large)))
+        if self.prunes:
+            check_prunable(self.large.config, self.prune_layer)
+        if self.prunes or self.earlier is not None:
+            self.rules.check_prunable(self.inputs)
+        if self.rules.may_exit:
+            self.rules.check_exits(self.inputs)
+        if self.confirms:
+            self.rules.check_confirmations(self.inputs, self.earlier)
+
+    def read_prompt(self) -> Prompt:
+        """The prompts as the large model reads them: what is pruned is padded on the left."""
+        return Prompt.of(self.large.config, self.inputs, as_passed=not self.prunes and self.earlier is None)
+
+
+def guide(call: Call) -> Guidance:
+    """The first half: the small model answers, and its attention chooses what the large one sees."""
+    # 1. Without visual tokens, or where nothing asks for the small model, the large one runs alone.
+    if not call.is_guided:
+        return Guidance.nothing(_counts(call))
 
     # 2. Refuse what cannot be done, before anything has run.
-    check_supported(small.config)
-    rules.check_guidable(large_inputs)
-    vision_layer = None
-    if of_tower:
-        vision_layer = resolve_vision_prune_layer(settings.vision_prune_layer, len(vision_layers(large)))
-    if prunes:
-        check_prunable(large.config, prune_layer)
-    if prunes or earlier is not None:
-        rules.check_prunable(large_inputs)
-    if rules.may_exit:
-        rules.check_exits(large_inputs)
-    confirms = prunes and settings.confirmation_threshold is not None
-    if confirms:
-        rules.check_confirmations(large_inputs, earlier)
-    prompts = large_inputs["input_ids"]
-    # Where nothing is pruned, the large model reads what the stock one would, on whichever side its padding is.
-    prompt = Prompt.of(large.config, large_inputs, as_passed=not prunes and earlier is None)
-    num_visual_tokens = prompt.visual_tokens.counts
-    check_prompts_can_be_read(small_inputs["input_ids"], small)
-    small_prompt = Prompt.of(small.config, small_inputs)
+    call.check()
+    settings, rules = call.settings, call.rules
+    prompt, small_prompt = call.read_prompt(), None
+    prompts, counts = call.inputs["input_ids"], prompt.visual_tokens.counts
+    check_prompts_can_be_read(call.small_inputs["input_ids"], call.small)
+    small_prompt = Prompt.of(call.small.config, call.small_inputs)
     transfer = None
-    if prunes:
+    if call.prunes:
         transfer = ImportanceTransfer.between(
-            large.config, small.config, prompt.visual_tokens, small_prompt.visual_tokens, boxes
+            call.large.config, call.small.config, prompt.visual_tokens, small_prompt.visual_tokens, call.boxes
         )
 
     # 3. The small model answers first: a draft, how far to trust it, and where it looked.
-    draft_settings = rules.draft_settings(small.generation_config, prompts, small_prompt.inputs["input_ids"])
-    with one_at_a_time(small):
-        guidance = guide(
-            small,
+    draft_settings = rules.draft_settings(call.small.generation_config, prompts, small_prompt.inputs["input_ids"])
+    with one_at_a_time(call.small):
+        told = ask(
+            call.small,
             small_prompt.inputs,
             small_prompt.visual_tokens,
             settings,
-            ranks=prunes,
-            features=processors.needs_features or of_tower.needs_features,
-            scores=rules.scores_draft or (prunes and settings.unsure_threshold is not None),
+            ranks=call.prunes,
+            features=call.of_decoder.needs_features or call.of_tower.needs_features,
+            scores=rules.scores_draft or (call.prunes and settings.unsure_threshold is not None),
             **draft_settings,
         ).to(prompts.device)
-    if guidance.importance is not None and transfer is not None:
-        features = None if guidance.features is None else transfer.features(guidance.features)
-        guidance = replace(guidance, importance=transfer(guidance.importance), features=features)
-    clock.lap("guidance_ms")
 
     # 4. Where the draft can be trusted, it is the answer.
-    draft, draft_mask = rules.in_large_vocabulary(
-        guidance.draft_sequences, guidance.draft_mask, guidance.ended_with_eos
-    )
-    complete = rules.is_complete(guidance.ended, draft_mask.sum(dim=1))
+    draft, draft_mask = rules.in_large_vocabulary(told.draft_sequences, told.draft_mask, told.ended_with_eos)
+    complete = rules.is_complete(told.ended, draft_mask.sum(dim=1))
     exits = torch.zeros_like(complete)
-    if rules.may_exit and guidance.decision_score is not None and settings.early_exit_threshold is not None:
-        exits = exits_early(guidance.decision_score, settings.early_exit_threshold, complete)
-        exits = exits & (num_visual_tokens > 0).to(exits.device)  # as in step 1: text alone is the large model's
+    if rules.may_exit and told.decision_score is not None and settings.early_exit_threshold is not None:
+        exits = exits_early(told.decision_score, settings.early_exit_threshold, complete)
+        exits = exits & (counts > 0).to(exits.device)  # as in step 1: text alone is the large model's
 
-    # 5. The ranking becomes a choice of tokens, of more where the small model is unsure. Where the large model has to
-    # confirm drafts only, it reads the others with these tokens; what it would have written itself is the answer, too.
-    unsure = unsure_samples(guidance.decision_score, settings)
+    # 5. For the others, the ranking becomes a choice of tokens, of more where the small model is unsure.
+    chosen: dict[str, Any] = {}
+    if told.importance is not None and transfer is not None:
+        chosen = _choice(call, prompt, told, transfer, ~exits)
+    call.clock.lap("guidance_ms")
+    return Guidance(
+        exited_early=exits,
+        num_visual_tokens=counts,
+        draft=draft,
+        draft_mask=draft_mask,
+        draft_complete=complete,
+        draft_sequences=told.draft_sequences,
+        **chosen,
+        confidence=told.confidence,
+        consistency=told.consistency,
+        guidance_ms=call.clock.timings["guidance_ms"],
+    )
 
-    def pruning_of(some: Prompt, chosen: Tensor) -> Pruning | None:
-        if guidance.importance is None or some.visual_tokens.num_visual_tokens == 0:
-            return None
-        of_chosen = (slice(None), slice(some.visual_tokens.num_visual_tokens))
-        importance = guidance.importance[chosen][of_chosen]
-        features = None if guidance.features is None else guidance.features[chosen][of_chosen]
-        steps = of_tower, processors
-        if unsure is not None:
-            steps = choosing_processors(settings, importance_processor, vision_processor, unsure[chosen])
-        steps = steps[0] if of_tower else of_tower, steps[1]
-        return Pruning(large, some, importance, *steps, prune_layer, vision_layer, features)
 
+def _choice(
+    call: Call, prompt: Prompt, told: SmallAnswer, transfer: ImportanceTransfer, chosen: Tensor
+) -> dict[str, Any]:
+    """The fields of the guidance that say what is left out, of the samples that are `chosen`, `(batch,)`."""
+    assert told.importance is not None
+    importance = transfer(told.importance)
+    features = None if told.features is None else transfer.features(told.features)
+    found: dict[str, Any] = {"importance": importance, "importance_transfer": transfer.kind}
+    some = prompt if chosen.all() else prompt.select(chosen) if chosen.any() else None
+    if some is None or some.visual_tokens.num_visual_tokens == 0:
+        return found
+    unsure = unsure_samples(told.decision_score, call.settings)
+    of_tower, of_decoder = call.of_tower, call.of_decoder
+    if unsure is not None:
+        of_tower, of_decoder = choosing_processors(call.settings, *call.own_processors, unsure[chosen])
+        of_tower = of_tower if call.of_tower else call.of_tower
+    width = some.visual_tokens.num_visual_tokens
+    masks = choose_tokens(
+        some,
+        importance[chosen][:, :width],
+        None if features is None else features[chosen][:, :width],
+        of_tower,
+        of_decoder,
+    )
+    for name, mask in zip(("keep_mask", "vision_keep_mask"), masks, strict=True):
+        if mask is not None:
+            found[name] = mask.new_zeros(importance.shape)
+            found[name][chosen.to(mask.device), :width] = mask
+    found["prune_layer"] = call.prune_layer
+    if of_tower:
+        layer = resolve_vision_prune_layer(call.settings.vision_prune_layer, len(vision_layers(call.large)))
+        found["vision_prune_layer"] = layer
+    return found
+
+
+def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
+    """The second half: the large model writes what the small one was not sure of, and reads what matters."""
+    if guidance.is_nothing:
+        return _large_alone(call)
+    large, settings, rules = call.large, call.settings, call.rules
+    prompt, prompts, kwargs = call.read_prompt(), call.inputs["input_ids"], dict(call.kwargs)
+    draft, draft_mask, exits = guidance.draft, guidance.draft_mask, guidance.exited_early
+
+    # 6. Where the large model has to confirm drafts only, it reads the chosen tokens; what it would have written
+    # itself is the answer, too.
     settled, confirmed, scores, num_checks = exits, None, None, 0
     pruned: dict[str, Any] = {}
-    if confirms:
-        confirmed, checked = torch.zeros_like(exits), complete & ~exits
-        scores = torch.zeros(len(exits), device=exits.device)
-        if checked.any():
-            some = prompt if checked.all() else prompt.select(checked)
-            pruning = pruning_of(some, checked)
-            batch = (
-                None
-                if some.inputs["input_ids"] is prompts
-                else WholeBatch(prompts, checked, draft, rules.pad_token_id)
-            )
-            confirmed[checked], scores[checked], num_checks = confirm(
-                large,
-                some,
-                pruning,
-                draft[checked],
-                draft_mask[checked],
-                settings.confirmation_threshold,
-                rules.large_settings(counts_new_tokens=some is not prompt),
-                batch,
-                **{name: value for name, value in generate_kwargs.items() if name != "generation_config"},
-            )
-            if pruning is not None:
-                pruned = pruning.fields(checked, prompt.visual_tokens.num_visual_tokens)
-            clock.lap("large_ms")
+    if call.confirms:
+        checked = guidance.draft_complete & ~exits
+        confirmed, scores, num_checks, pruned = _confirmed(call, guidance, prompt, checked)
         settled = exits | confirmed
         if "vision_share" in pruned:
             pruned["vision_share"] += (~settled).cpu()  # which it reads whole
+        call.clock.lap("large_ms")
     early = draft[:, : int((draft_mask.sum(dim=1) * settled).max())]
     whole_batch = WholeBatch(prompts, ~settled, early, rules.pad_token_id)
-    streamer = generate_kwargs.get("streamer")
+    streamer = kwargs.get("streamer")
     if streamer is not None and settled.any():
-        streamer = WholeBatchStreamer(streamer, whole_batch)
-        generate_kwargs["streamer"] = streamer
+        streamer = kwargs["streamer"] = WholeBatchStreamer(streamer, whole_batch)
 
-    # 6. The other samples go on as a smaller batch. The large model reads the prompt and the draft, keeps what matters
+    # 7. The other samples go on as a smaller batch. The large model reads the prompt and the draft, keeps what matters
     # (or everything, where it has not confirmed the draft), and writes.
     rest, output, late, num_accepted = ~settled, None, None, None
     verifier = DraftVerifier(large)
-    keeps_cache = bool(settings.return_dict_in_generate) or cache is not None
     if rest.any():
         if settled.any():
             prompt = prompt.select(rest)
-            generate_kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
-        verifies = settings.verify_draft is not False and vocabularies.shared is not None and guidance.has_draft
+            kwargs["generation_config"] = rules.large_settings(counts_new_tokens=True)
+        verifies = settings.verify_draft is not False and rules.vocabularies.shared is not None and guidance.has_draft
         verifier = DraftVerifier(
             large,
             draft[rest] if verifies else None,
@@ -225,15 +331,16 @@ def generate(
         )
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
-            pruning = None if confirms else pruning_of(prompt, rest)
-            recorded_layer = prune_layer if pruning is not None and keeps_cache else None
-            turn = stack.enter_context(ConversationTurn(large, prompt, recorded_layer, earlier, rest, not of_tower))
-            if pruning is not None and guidance.importance is not None:
-                pruned = stack.enter_context(pruning).fields(rest, guidance.importance.shape[1])
-            output = verifier.generate(**turn.inputs, **generate_kwargs)
+            pruning = None if call.confirms else _pruning(call, guidance, prompt, rest)
+            layer = guidance.prune_layer if pruning is not None and call.keeps_cache else None
+            sees_all = guidance.vision_keep_mask is None
+            turn = stack.enter_context(ConversationTurn(large, prompt, layer, call.earlier, rest, sees_all))
+            if pruning is not None:
+                pruned = _fields(guidance, stack.enter_context(pruning), rest)
+            output = verifier.generate(**turn.inputs, **kwargs)
             turn.finish(output)
         late = sequences_of(output)[:, prompt.inputs["input_ids"].shape[1] :]
-        clock.lap("large_ms")
+        call.clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
     if verifier.num_accepted is not None or num_checks:
@@ -241,26 +348,94 @@ def generate(
         if verifier.num_accepted is not None:
             num_accepted[rest] = verifier.num_accepted.to(rest.device)
 
-    # 7. The whole batch again, with the prompts as they were passed.
+    # 8. The whole batch again, with the prompts as they were passed.
     answers = merge_answers(early, late, settled, rules.pad_token_id)
     prompts = prompts.repeat_interleave(answers.shape[0] // prompts.shape[0], dim=0)
     sequences = torch.cat([prompts, answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
-    vocab_size, _ = vocabulary_sizes(large, small)
+    vocab_size, _ = vocabulary_sizes(large, call.small)
     stock = passed_on(output, whole_batch, answers.shape[1], settings, vocab_size)
     return output_class(output)(
-        **(stock if earlier is None else {**stock, cache_name(): earlier}),
+        **(stock if call.earlier is None else {**stock, cache_name(): call.earlier}),
         sequences=sequences,
-        importance=guidance.importance,
-        importance_transfer=None if transfer is None else transfer.kind,
+        **guidance.fields(),
         **pruned,
-        num_visual_tokens=num_visual_tokens,
-        **guidance.fields(complete),
-        exited_early=exits,
         num_draft_tokens_accepted=num_accepted,
         draft_confirmed=confirmed,
         confirmation_score=scores,
         num_large_forward_passes=verifier.num_forward_passes + num_checks,
-        timings=clock.timings,
+        timings=call.clock.timings,
     )
+
+
+def _large_alone(call: Call) -> SGLGenerateOutput | Tensor:
+    """What the large model writes by itself."""
+    with one_at_a_time(call.large):
+        # Of the class: a repository's `custom_generate` lies on the model, and may have called us.
+        output = type(call.large).generate(call.large, **call.inputs, **call.kwargs)
+    call.clock.lap("large_ms")
+    if not call.settings.return_dict_in_generate:
+        return sequences_of(output)
+    counts = None if call.prompt is None else _counts(call)
+    timings = call.clock.timings
+    return output_class(output)(
+        **passed_on(output), sequences=sequences_of(output), num_visual_tokens=counts, timings=timings
+    )
+
+
+def _confirmed(
+    call: Call, guidance: Guidance, prompt: Prompt, checked: Tensor
+) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
+    """Which drafts of those `checked` the pruned large model confirms, their scores, its passes and what it pruned."""
+    confirmed, scores = torch.zeros_like(checked), torch.zeros(len(checked), device=checked.device)
+    if not checked.any():
+        return confirmed, scores, 0, {}
+    prompts, rules = call.inputs["input_ids"], call.rules
+    some = prompt if checked.all() else prompt.select(checked)
+    pruning = _pruning(call, guidance, some, checked)
+    is_whole = some.inputs["input_ids"] is prompts
+    confirmed[checked], scores[checked], num_checks = confirm(
+        call.large,
+        some,
+        pruning,
+        guidance.draft[checked],
+        guidance.draft_mask[checked],
+        call.settings.confirmation_threshold,
+        rules.large_settings(counts_new_tokens=some is not prompt),
+        None if is_whole else WholeBatch(prompts, checked, guidance.draft, rules.pad_token_id),
+        **{name: value for name, value in call.kwargs.items() if name != "generation_config"},
+    )
+    return confirmed, scores, num_checks, {} if pruning is None else _fields(guidance, pruning, checked)
+
+
+def _pruning(call: Call, guidance: Guidance, prompt: Prompt, chosen: Tensor) -> Pruning | None:
+    """What is left out of the `prompt` of the `chosen` samples; `None` where nothing is."""
+    width = prompt.visual_tokens.num_visual_tokens
+    if guidance.keep_mask is None or guidance.prune_layer is None or width == 0:
+        return None
+    encoded = guidance.vision_keep_mask
+    return Pruning(
+        call.large,
+        prompt,
+        guidance.keep_mask[chosen][:, :width],
+        guidance.prune_layer,
+        None if encoded is None else encoded[chosen][:, :width],
+        guidance.vision_prune_layer,
+    )
+
+
+def _fields(guidance: Guidance, pruning: Pruning, chosen: Tensor) -> dict[str, Any]:
+    """The fields of the output that tell what was pruned, where only the `chosen` samples of the batch ran."""
+    fields: dict[str, Any] = {}
+    for name in ("keep_mask", "vision_keep_mask"):
+        mask = getattr(guidance, name)
+        fields[name] = None if mask is None else mask & chosen.to(mask.device)[:, None]
+    share = pruning.vision_share(chosen)
+    layers = {"prune_layer": guidance.prune_layer, "vision_prune_layer": guidance.vision_prune_layer}
+    return {**fields, **layers, **({} if share is None else {"vision_share": share})}
+
+
+def _counts(call: Call) -> Tensor:
+    """The number of visual tokens of each prompt; empty where they cannot be found."""
+    return torch.zeros(0, dtype=torch.long) if call.prompt is None else call.prompt.visual_tokens.counts

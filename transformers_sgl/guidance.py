@@ -1,77 +1,141 @@
-"""Running the small model: its answer is the draft, its attention the importance of the visual tokens.
-
-One `generate` call of the small model gives the draft, the importance and the confidence. The consistency costs one
-more pass, which reads the prompt again with most visual tokens dropped; the vision encoder does not run again. With
-`guidance="prompt"` it only reads: one pass, which gives the importance alone.
-"""
+"""What passes from the small model to the large one: guidance that can be written down and sent elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial, wraps
-from typing import Any, Literal
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
-from transformers_sgl.architectures import attention_modules, check_supported, visual_token_ids
-from transformers_sgl.batching import append_tokens, without_placeholders
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.hooks.attention_recorder import AttentionRecorder
-from transformers_sgl.hooks.context import HookContext
-from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens import early_exit
-from transformers_sgl.tokens.importance_process import ImportanceProcessorList, RetentionRatioProcessor
 from transformers_sgl.tokens.visual_tokens import VisualTokens
-from transformers_sgl.transformers_interface import cache_name, extended_inputs
 
-__all__ = ["Guidance", "guide", "guiding_layers", "guiding_queries"]
+__all__ = ["Guidance", "json_settings", "prompt_digests"]
 
-# Whatever the large model does: the draft is the small model's best guess, and reproducible.
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "cache_implementation": "dynamic"}
+_KEY = "transformers_sgl.guidance"
+_FORMAT = 1
+_HEADER_LENGTH = 8  # bytes that hold the length of a safetensors header
+
+# The tensors, by what their second axis counts; the first is the batch.
+_OF_BATCH, _OF_VISUAL_TOKENS, _OF_DRAFT, _OF_SMALL_DRAFT = "batch", "visual token", "draft token", "small draft token"
+_TENSORS: dict[str, tuple[str, torch.dtype]] = {
+    "exited_early": (_OF_BATCH, torch.bool),
+    "num_visual_tokens": (_OF_BATCH, torch.long),
+    "draft_complete": (_OF_BATCH, torch.bool),
+    "confidence": (_OF_BATCH, torch.float32),
+    "consistency": (_OF_BATCH, torch.float32),
+    "draft": (_OF_DRAFT, torch.long),
+    "draft_mask": (_OF_DRAFT, torch.bool),
+    "draft_sequences": (_OF_SMALL_DRAFT, torch.long),
+    "importance": (_OF_VISUAL_TOKENS, torch.float32),
+    "keep_mask": (_OF_VISUAL_TOKENS, torch.bool),
+    "vision_keep_mask": (_OF_VISUAL_TOKENS, torch.bool),
+}
+_ALWAYS = ("exited_early", "num_visual_tokens", "draft_complete", "draft", "draft_mask", "draft_sequences")
+_VALUES: dict[str, type] = {
+    "importance_transfer": str,
+    "prune_layer": int,
+    "vision_prune_layer": int,
+    "settings": dict,
+    "prompts": list,
+    "source": dict,
+    "guidance_ms": float,
+}
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What the small model tells about a batch of prompts.
+    """All that the large model needs of the small one for a batch of prompts.
+
+    [`SGLForConditionalGeneration.guide`] makes it, [`SGLForConditionalGeneration.answer`] takes it, here or in another
+    process: `to_bytes` writes it down, in about six bytes for each visual token. It names the pair and the prompts
+    that it was made for, and is refused with others.
 
     Attributes:
-        draft_sequences (`Tensor` of shape `(batch, draft_length)`): The small model's answers in its own vocabulary,
-            without the prompts; of length 0 where it only read.
-        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for an answer's tokens, its end of sequence
-            included.
-        ended (`Tensor` of shape `(batch,)`): `True` where an answer came to its end, `False` where it was cut off.
-        ended_with_eos (`Tensor` of shape `(batch,)`): `True` where that end is an end-of-sequence token.
-        importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention each visual token
-            received, in float32; 0 in padding.
+        exited_early (`Tensor` of shape `(batch,)`): `True` where the small model's answer is the answer.
+        num_visual_tokens (`Tensor` of shape `(batch,)`): The number of visual tokens in each prompt.
+        draft (`Tensor` of shape `(batch, draft_length)`): The small model's answers in the large model's vocabulary,
+            padded on the right; of length 0 where it wrote none.
+        draft_mask (`Tensor` of shape `(batch, draft_length)`): `True` for their tokens.
+        draft_complete (`Tensor` of shape `(batch,)`): `True` where such an answer is whole.
+        draft_sequences (`Tensor` of shape `(batch, small_draft_length)`): The same in its own vocabulary.
+        importance (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): The attention that each of the large
+            model's visual tokens received; `None` where nothing is pruned.
+        importance_transfer (`str`, *optional*): How it was carried over, `"identity"` or `"resampling"`.
+        keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for the visual tokens that the
+            large model's decoder keeps; none in a sample that exits.
+        prune_layer (`int`, *optional*): The first decoder layer that sees only these.
+        vision_keep_mask (`Tensor` of shape `(batch, num_visual_tokens)`, *optional*): `True` for those that its vision
+            tower encodes, where it leaves some out.
+        vision_prune_layer (`int`, *optional*): The tower's first layer that sees only their patches; `None` where only
+            whole tiles are left out.
         confidence (`Tensor` of shape `(batch,)`, *optional*): How sure the small model was.
         consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays with few visual tokens.
-        features (`Tensor` of shape `(batch, num_visual_tokens, width)`, *optional*): What its decoder was given for
-            each visual token; 0 in padding.
+        settings (`dict`, *optional*): The settings of the call, which hold for the answer too.
+        prompts (`list[str]`, *optional*): A digest of each prompt.
+        source (`dict`, *optional*): The two models, by type and revision.
+        guidance_ms (`float`): How long it took, in milliseconds of wall-clock time.
+
+    Example:
+        ```python
+        >>> from transformers_sgl import Guidance
+        >>> from transformers_sgl.hub import embedded_pair
+        >>> from transformers_sgl.opening import chat_inputs, open_pair, user_turn
+        >>> from PIL import Image
+
+        >>> pair, processor = open_pair(embedded_pair())
+        >>> image = Image.open(embedded_pair() / "example.png")
+        >>> inputs = chat_inputs(pair, processor, [user_turn("describe the red triangle.", [image])])
+        >>> data = pair.guide(**inputs, max_new_tokens=16).to_bytes()
+        >>> output = pair.answer(**inputs, guidance=Guidance.from_bytes(data))
+        >>> bool((output == pair.generate(**inputs, max_new_tokens=16)).all())
+        True
+
+        ```
     """
 
-    draft_sequences: Tensor
+    exited_early: Tensor
+    num_visual_tokens: Tensor
+    draft: Tensor
     draft_mask: Tensor
-    ended: Tensor
-    ended_with_eos: Tensor
+    draft_complete: Tensor
+    draft_sequences: Tensor
     importance: Tensor | None = None
+    importance_transfer: str | None = None
+    keep_mask: Tensor | None = None
+    prune_layer: int | None = None
+    vision_keep_mask: Tensor | None = None
+    vision_prune_layer: int | None = None
     confidence: Tensor | None = None
     consistency: Tensor | None = None
-    features: Tensor | None = None
+    settings: dict[str, Any] | None = None
+    prompts: list[str] | None = None
+    source: dict[str, Any] | None = None
+    guidance_ms: float = 0.0
+
+    @classmethod
+    def nothing(cls, num_visual_tokens: Tensor) -> Guidance:
+        """That of prompts for which the small model need not run; their numbers have the shape `(batch,)`."""
+        none = torch.zeros_like(num_visual_tokens, dtype=torch.bool)
+        ids = num_visual_tokens.new_zeros(len(none), 0)
+        return cls(none, num_visual_tokens, ids, ids.bool(), none, ids)
 
     @property
     def has_draft(self) -> bool:
         """Whether the small model has written."""
         return self.draft_sequences.shape[1] > 0
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the small model did not run."""
+        return self.importance is None and not self.has_draft
 
     @property
     def decision_score(self) -> Tensor | None:
@@ -80,293 +144,151 @@ class Guidance:
             return None
         return early_exit.decision_score(self.confidence, self.consistency)
 
-    def fields(self, complete: Tensor) -> dict[str, Any]:
-        """The fields of the output that tell of the drafts, given which are `complete`, `(batch,)`."""
-        names = ("confidence", "consistency", "decision_score")
-        draft = {"draft_sequences": self.draft_sequences, "draft_complete": complete} if self.has_draft else {}
-        return {**draft, **{name: getattr(self, name) for name in names}}
+    def fields(self) -> dict[str, Any]:
+        """The fields of an output that the guidance alone decides."""
+        names = ["importance", "importance_transfer", "exited_early", "num_visual_tokens"]
+        names += ["confidence", "consistency", "decision_score"]
+        names += ["draft_sequences", "draft_complete"] if self.has_draft else []
+        return {name: getattr(self, name) for name in names}
 
-    def to(self, device: torch.device) -> Guidance:
+    def to(self, device: torch.device | str) -> Guidance:
         """The same on another device."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
+    def select(self, chosen: Tensor) -> Guidance:
+        """That of the samples that are `chosen`, of shape `(batch,)`, such as those that do not exit early."""
+        rows = {name: value[chosen.to(value.device)] for name, value in self._tensors().items()}
+        for name, (axis, _) in _TENSORS.items():
+            if axis == _OF_VISUAL_TOKENS and name in rows:  # without the padding that only the others needed
+                rows[name] = rows[name][:, : max(rows["num_visual_tokens"].tolist(), default=0)]
+        prompts = self.prompts
+        if prompts is not None:
+            prompts = [each for each, wanted in zip(prompts, chosen.tolist(), strict=True) if wanted]
+        return replace(self, **rows, prompts=prompts)
 
-def guide(
-    small: PreTrainedModel,
-    inputs: dict[str, Any],
-    visual_tokens: VisualTokens,
-    generation_config: SGLGenerationConfig,
-    ranks: bool = True,
-    scores: bool = False,
-    features: bool = False,
-    logits_processor: Iterable[LogitsProcessor] = (),
-    stopping_criteria: Iterable[StoppingCriteria] = (),
-    **settings: Any,
-) -> Guidance:
-    """Lets the small model answer first, greedily, and records its attention (paper, section 3.2).
+    def generation_config(self) -> SGLGenerationConfig:
+        """The settings of the call."""
+        return SGLGenerationConfig(**(self.settings or {}))
 
-    `inputs` are the arguments of its `generate`, with `input_ids` of shape `(batch, small_prompt_length)`; they win
-    over `settings`. `ranks` asks for the importance, together with `features` also for those of the visual tokens, and
-    `scores` for confidence and consistency; `logits_processor` and `stopping_criteria` also hold for the draft. The
-    result is on the small model's device.
+    def check_source(self, pair: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Raises `ValueError` if another pair than this one has made it."""
+        for name, own in pair.items():
+            made_by = (self.source or {}).get(name)
+            if not isinstance(made_by, Mapping):
+                raise ValueError("The guidance does not say which pair made it: make it anew with `guide`.")
+            known = [key for key, value in own.items() if None not in (value, made_by.get(key))]
+            if own.get("type") != made_by.get("type") or any(own[key] != made_by[key] for key in known):
+                raise ValueError(
+                    f"The guidance was made by another pair, whose {name} model is {_named(made_by)} and not "
+                    f"{_named(own)}: make it anew with this pair's `guide`."
+                )
 
-    Raises:
-        ValueError: If a sample has no token whose attention could rank its visual tokens.
-    """
-    inputs, visual_tokens = _beside(small, inputs, visual_tokens)
-    settings = {**settings, **_GREEDY, **inputs, "return_dict_in_generate": False}
-    if generation_config.guidance == "prompt":
-        return _guide_by_prompt(small, settings, visual_tokens, generation_config, ranks, features)
-    with ExitStack() as stack:
-        recorder = None
-        if ranks or scores:
-            recorder = stack.enter_context(_attention_recorder(small, visual_tokens, generation_config, features))
-        draft = stack.enter_context(_DraftRecorder(small)) if scores else None
-        watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
-        watch.recorder = recorder
-        sequences = type(small).generate(
-            small,
-            **settings,
-            logits_processor=LogitsProcessorList([*logits_processor, *([draft] if draft else ())]),
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
-    draft_sequences = sequences[:, visual_tokens.prompt_length :]
-    draft_mask = watch.mask(draft_sequences)
+    def check_prompts(self, digests: Sequence[str]) -> None:
+        """Raises `ValueError` if it was made for other prompts than those of these digests."""
+        if list(self.prompts or ()) != list(digests):
+            raise ValueError(
+                f"The guidance was made for {len(self.exited_early)} prompts other than these {len(digests)}: pass "
+                "the inputs that it was made for, prepared in the same way, or `guidance.select(...)` for a part."
+            )
 
-    guidance = Guidance(draft_sequences, draft_mask, watch.ended, watch.ended_with_eos)
-    if recorder is None:
-        return guidance
-    importance = _of_queries(recorder, guiding_queries(generation_config))
-    if ranks:
-        _check_ranked(visual_tokens, importance, "the small model wrote a single token", "allow a longer answer")
-        guidance = replace(guidance, importance=importance, features=recorder.features)
-    if draft is None:
-        return guidance
-    log_probs = _log_probs_when_pruned(
-        small, draft, draft_sequences, visual_tokens, importance, generation_config.consistency_retention_ratio
-    )
-    return replace(
-        guidance,
-        confidence=early_exit.confidence(draft.log_probs, draft_mask),
-        consistency=early_exit.consistency(log_probs, draft_mask, generation_config.consistency_reduction),
-    )
+    def check_fits(self, num_visual_tokens: Tensor, prune_layer: int, vocab_size: int) -> None:
+        """Raises `ValueError` if what it says is nothing that the large model could do."""
+        layers = {self.prune_layer, prune_layer} - {None}
+        width = int(num_visual_tokens.max())
+        masks = [each for each in (self.importance, self.keep_mask, self.vision_keep_mask) if each is not None]
+        ids = self.draft[self.draft_mask]
+        if (
+            len(layers) > 1
+            or self.num_visual_tokens.tolist() != num_visual_tokens.tolist()
+            or any(each.shape[1] != width for each in masks)
+            or (self.vision_keep_mask is not None and self.keep_mask is None)
+            or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size)
+        ):
+            raise ValueError("The guidance does not fit its own prompts and settings: make it anew with `guide`.")
 
+    def to_bytes(self) -> bytes:
+        """The guidance in the safetensors format, whose metadata hold what is no tensor."""
+        values = {name: getattr(self, name) for name in _VALUES if getattr(self, name) is not None}
+        # Cloned, because tensors that share memory are refused.
+        tensors = {
+            name: value.cpu().to(_TENSORS[name][1]).contiguous().clone() for name, value in self._tensors().items()
+        }
+        return save(tensors, metadata={_KEY: json.dumps({"format": _FORMAT, **values})})
 
-def guiding_queries(settings: SGLGenerationConfig) -> str:
-    """The name of the queries whose attention counts under these settings."""
-    return settings.guidance_queries or ("prompt" if settings.guidance == "prompt" else "both")
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Guidance:
+        """Reads what `to_bytes` wrote.
 
-
-def guiding_layers(small: PreTrainedModel, settings: SGLGenerationConfig) -> list[int]:
-    """The indices of the decoder layers whose attention counts under these settings, in order."""
-    layers = sorted(attention_modules(small))
-    return layers[: max(1, round((settings.guidance_layers or 1.0) * len(layers)))]
-
-
-def _guide_by_prompt(
-    small: PreTrainedModel,
-    arguments: dict[str, Any],
-    visual_tokens: VisualTokens,
-    settings: SGLGenerationConfig,
-    ranks: bool,
-    features: bool,
-) -> Guidance:
-    """One pass of the small model, which reads the prompts; `arguments` are those of its `generate`."""
-    nothing = visual_tokens.positions.new_zeros(visual_tokens.batch_size, 0)
-    ended = nothing.new_zeros(len(nothing), dtype=torch.bool)
-    guidance = Guidance(nothing, nothing.bool(), ended, ended)
-    if not ranks:
-        return guidance
-    with _attention_recorder(small, visual_tokens, settings, features) as recorder:
-        type(small).generate(small, **{**arguments, "max_new_tokens": 1})  # chosen from the pass that reads
-    _check_ranked(
-        visual_tokens, recorder.importance, 'with `guidance="prompt"` nothing follows', 'set `guidance="answer"`'
-    )
-    return replace(guidance, importance=recorder.importance, features=recorder.features)
-
-
-def _beside(
-    small: PreTrainedModel, inputs: dict[str, Any], visual_tokens: VisualTokens
-) -> tuple[dict[str, Any], VisualTokens]:
-    """Inputs and visual tokens on the small model's device."""
-    if small.device.type == "meta":  # with offloaded weights, accelerate's hooks move the inputs
-        return inputs, visual_tokens
-    moved = {name: value.to(small.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return moved, visual_tokens.to(small.device)
-
-
-def _attention_recorder(
-    small: PreTrainedModel, visual_tokens: VisualTokens, settings: SGLGenerationConfig, features: bool
-) -> AttentionRecorder:
-    """A recorder of the layers and queries that the settings name."""
-    # Prompt and answer apart, for samples that lack the wanted queries and are ranked by the others.
-    queries: Literal["prompt", "last", "both"] = "prompt" if settings.guidance == "prompt" else "both"
-    if guiding_queries(settings) == "last":
-        queries = "last"
-    return AttentionRecorder(small, visual_tokens, queries, guiding_layers(small, settings), features)
-
-
-def _check_ranked(visual_tokens: VisualTokens, importance: Tensor, cause: str, cure: str) -> None:
-    """Raises if a sample has visual tokens, and none of them received any attention."""
-    if (visual_tokens.valid.any(dim=1) & ~importance.any(dim=1)).any():
-        raise ValueError(
-            f"Nothing ranks the visual tokens of a sample: its prompt ends with the image and {cause}, so put the "
-            f"question after the image or {cure}."
-        )
-
-
-def _of_queries(recorder: AttentionRecorder, queries: str) -> Tensor:
-    """The importance that the wanted queries give; `(batch, num_visual_tokens)`.
-
-    A sample without such queries is ranked by the others: an answer of one token is never read again, so it has no
-    generated queries, and a prompt that ends with its image has no prompt queries.
-    """
-    wanted = {
-        "prompt": recorder.prompt_importance,
-        "last": recorder.prompt_importance,
-        "generated": recorder.generated_importance,
-        "both": recorder.importance,
-    }[queries]
-    return torch.where(wanted.any(dim=1, keepdim=True), wanted, recorder.importance)
-
-
-def _log_probs_when_pruned(
-    small: PreTrainedModel,
-    draft: _DraftRecorder,
-    draft_sequences: Tensor,
-    visual_tokens: VisualTokens,
-    importance: Tensor,
-    retention_ratio: float,
-) -> Tensor:
-    """The draft's log-probabilities from one teacher-forced pass, pruned at layer 0; `(batch, draft_length)`.
-
-    Only the most important visual tokens are seen (paper, section 3.3).
-    """
-    keep_mask = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(
-        visual_tokens, importance
-    )
-    length = draft_sequences.shape[1]
-    token_type = check_supported(small.config).answer_token_type
-    to_read = without_placeholders(draft_sequences, visual_token_ids(small.config))
-    inputs = append_tokens(draft.prompt_inputs, to_read, partial(extended_inputs, small), token_type)
-    with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
-        logits = small(**{**inputs, cache_name(): None, "use_cache": False, "logits_to_keep": length + 1}).logits
-    return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(
-        draft_sequences.device
-    )
-
-
-class _FeatureMemo(HookContext):
-    """Lets a model's vision encoder see an image once, however often the model is given it.
-
-    Newer versions of transformers encode images before the first pass; then there is nothing to remember.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        owners = (model, model.base_model)
-        self._owner = next((each for each in reversed(owners) if hasattr(each, "get_image_features")), model)
-        self._features: dict[str, Any] = {}
-
-    def _register(self, stack: ExitStack) -> None:
-        for name in ("get_image_features", "get_video_features"):
-            if hasattr(self._owner, name) and name not in vars(self._owner):
-                object.__setattr__(self._owner, name, self._remembering(name, getattr(self._owner, name)))
-                stack.callback(vars(self._owner).pop, name)
-
-    def _remembering(self, name: str, encode: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(encode)  # `generate` reads the signature
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            if not self.is_around():
-                return encode(*args, **kwargs)
-            if name not in self._features:
-                self._features[name] = encode(*args, **kwargs)
-            return self._features[name]
-
-        return remembered
-
-
-class _DraftRecorder(HookContext, LogitsProcessor):
-    """Collects what scoring a draft needs while the small model writes it.
-
-    Attributes:
-        prompt_inputs (`dict`): The inputs of its first pass.
-        features (`_FeatureMemo`): The vision encoder's output.
-    """
-
-    prompt_inputs: dict[str, Any]
-
-    def __init__(self, small: PreTrainedModel) -> None:
-        self.features = _FeatureMemo(small)
-        self._small = small
-        self._log_probs: list[Tensor] = []  # one of shape (batch,) for each step
-        self._logits: Tensor | None = None  # (batch, vocab_size), of the step that is running
-        self._has_prompt = False
-
-    @property
-    def log_probs(self) -> Tensor:
-        """How probable each token was when it was written; `(batch, draft_length)`."""
-        return torch.stack(self._log_probs, dim=1)
-
-    def _register(self, stack: ExitStack) -> None:
-        stack.enter_context(self.features)
-        self._add_hook(stack, self._small.register_forward_pre_hook, self._note_prompt, with_kwargs=True)
-        self._add_hook(stack, self._small.register_forward_hook, self._note_logits)
-
-    def _note_prompt(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._has_prompt:
-            self.prompt_inputs = dict(kwargs)
-            self._has_prompt = True
-
-    def _note_logits(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._logits = output.logits[:, -1]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Runs as the last logits processor: sees what is chosen, and changes nothing.
-
-        The probability is the model's own, before processors reshaped it: a forced token counts with the model's own
-        trust.
+        Raises:
+            ValueError: If it is no guidance, or one whose parts do not fit together.
         """
-        assert self._logits is not None
-        self._log_probs.append(early_exit.token_log_probs(self._logits.to(scores.device), scores.argmax(dim=-1)))
-        return scores
+        try:
+            tensors: dict[str, Any] = load(bytes(data))
+            header = json.loads(
+                data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")]
+            )
+            values = json.loads(header.get("__metadata__", {}).get(_KEY, "null"))
+        except (SafetensorError, RecursionError, ValueError) as error:
+            raise ValueError(f"These bytes are no guidance: {error}.") from error
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise ValueError("These bytes are no guidance, or that of another version: make it anew with `guide`.")
+        _check_values(values)
+        _check_tensors(tensors, values)
+        return cls(**tensors, **values)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
 
 
-class _EndWatch(StoppingCriteria):
-    """Ends an answer where it has to end, and remembers where that was.
+def json_settings(settings: SGLGenerationConfig) -> dict[str, Any]:
+    """The settings that are set, as JSON can hold them."""
+    values = {name: value for name, value in settings.to_dict().items() if value is not None}
+    if isinstance(values.get("sequence_bias"), dict):  # whose keys are tuples
+        values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
+    return values
 
-    Attributes:
-        recorder ([`AttentionRecorder`], *optional*): Told of ends, so that padding after an answer does not count.
-        ended (`Tensor` of shape `(batch,)`): Which answers have ended.
-        ended_with_eos (`Tensor` of shape `(batch,)`): Which of them with an end-of-sequence token.
-    """
 
-    ended: Tensor
-    ended_with_eos: Tensor
-    recorder: AttentionRecorder | None = None
+def prompt_digests(prompt_ids: Tensor, visual_tokens: VisualTokens) -> list[str]:
+    """What tells prompts apart, one for each row of `(batch, prompt_length)`; padding does not count."""
+    rows = zip(prompt_ids.cpu(), visual_tokens.prompt_mask.cpu(), strict=True)
+    return [hashlib.sha256(ids[mask].to(torch.long).numpy().tobytes()).hexdigest()[:32] for ids, mask in rows]
 
-    def __init__(self, eos_token_id: int | list[int] | None, criteria: Iterable[StoppingCriteria]) -> None:
-        self._eos = torch.tensor([] if eos_token_id is None else eos_token_id).reshape(-1)
-        self._criteria = StoppingCriteriaList(criteria)
-        self._lengths: Tensor | None = None  # (batch,)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Which samples end with this token; `(batch,)`."""
-        self._eos = self._eos.to(input_ids.device)  # once: a copy to the device waits for it
-        is_eos = torch.isin(input_ids[:, -1], self._eos)
-        ends = is_eos | self._criteria(input_ids, scores, **kwargs) if self._criteria else is_eos
-        if self._lengths is None:
-            self.ended, self._lengths = torch.zeros_like(ends), torch.zeros_like(ends, dtype=torch.long)
-            self.ended_with_eos = self.ended
-        self._lengths += ~self.ended
-        self.ended_with_eos = self.ended_with_eos | (is_eos & ~self.ended)
-        self.ended = self.ended | ends
-        if self.recorder is not None:
-            self.recorder.finish(self.ended)
-        return ends
+def _named(model: Mapping[str, str | None]) -> str:
+    """One model of a pair in a sentence."""
+    return f"{model.get('type')} ({str(model.get('revision'))[:12]})"
 
-    def mask(self, draft_sequences: Tensor) -> Tensor:
-        """`True` for the tokens that belong to an answer; `(batch, draft_length)`."""
-        position = torch.arange(draft_sequences.shape[1], device=draft_sequences.device)
-        assert self._lengths is not None
-        return position < self._lengths[:, None]
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raises if what is no tensor has another name or type than it should."""
+    for name, value in values.items():
+        kind = _VALUES.get(name)
+        if kind is None or not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"The guidance has a field {name[:40]!r} that cannot be read: make it anew with `guide`.")
+    if not all(isinstance(each, str) for each in values.get("prompts", ())):
+        raise ValueError("The guidance has a field 'prompts' that cannot be read: make it anew with `guide`.")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Raises if a tensor is missing, unknown, of another type, or of a shape that does not fit the others."""
+    missing = [name for name in _ALWAYS if name not in tensors]
+    strange = [name for name in tensors if name not in _TENSORS]
+    if missing or strange:
+        raise ValueError(f"The guidance lacks {missing} or has {strange}, unlike any that `guide` makes.")
+    lengths: dict[str, int] = {_OF_BATCH: len(tensors["exited_early"])} if tensors["exited_early"].dim() else {}
+    if len(values.get("prompts", tensors["exited_early"])) != lengths.get(_OF_BATCH):
+        raise ValueError("The guidance is of another number of prompts than it names.")
+    for name, tensor in tensors.items():
+        axis, dtype = _TENSORS[name]
+        wanted: tuple[int, ...] = (lengths[_OF_BATCH],)
+        if axis != _OF_BATCH:
+            length = tensor.shape[1] if tensor.dim() == 2 else -1
+            wanted = (*wanted, lengths.setdefault(axis, length))
+        if tuple(tensor.shape) != wanted or tensor.dtype != dtype:
+            raise ValueError(
+                f"The guidance's `{name}` has the shape {tuple(tensor.shape)} and the type {tensor.dtype}, which do "
+                "not fit the rest: make it anew with `guide`."
+            )
+
+
+assert {*_TENSORS, *_VALUES} == {field.name for field in fields(Guidance)}

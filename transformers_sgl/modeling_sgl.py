@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -17,15 +18,18 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from transformers_sgl.architectures import check_supported
-from transformers_sgl.arguments import read_arguments
+from transformers_sgl.arguments import read_answer_arguments, read_arguments
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
-from transformers_sgl.generation_sgl import generate
+from transformers_sgl.generation_sgl import Call, answer, generate, guide
+from transformers_sgl.guidance import Guidance, json_settings, prompt_digests
 from transformers_sgl.pair_of_models import PairOfModels, device_map, with_signature_of_large
 from transformers_sgl.pretrained_pair import PretrainedPair
 from transformers_sgl.storage.adapters import unwrapped
 from transformers_sgl.storage.checkpoints import PARTS, Checkpoint
+from transformers_sgl.storage.identity import identity
+from transformers_sgl.storage.models import NO_WEIGHTS, has_weights
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import BOX_INPUTS, importance_transfer
 from transformers_sgl.tokens.vocabulary import Vocabularies, load_tokenizers, vocabulary_sizes
@@ -114,6 +118,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         self.generation_config = SGLGenerationConfig.from_generation_config(large.generation_config)
         self._checkpoints: dict[str, Checkpoint] = {}
         self._known_vocabularies: Vocabularies | None = None
+        self._known_identity: dict[str, dict[str, str | None]] = {}
         self.training = large.training or small.training
         self.post_init()
         placed = device_map(large=large, small=small)
@@ -193,19 +198,121 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         Raises:
             ValueError: If a setting or an input cannot be used, with cause and cure.
         """
-        settings, model_inputs, generate_kwargs = read_arguments(
-            inputs, generation_config, kwargs, self.generation_config
-        )
-        return generate(
-            self.large,
-            self.small,
-            model_inputs,
-            settings,
-            self._vocabularies.given(generate_kwargs.get("tokenizer"), small_tokenizer),
-            importance_processor,
-            vision_processor,
+        self._check_weights(*PARTS)
+        read = read_arguments(inputs, generation_config, kwargs, self.generation_config)
+        return generate(**self._arguments(read, small_tokenizer, importance_processor, vision_processor))
+
+    @torch.no_grad()
+    def guide(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        importance_processor: ImportanceProcessor | ImportanceProcessorList | list[ImportanceProcessor] | None = None,
+        vision_processor: ImportanceProcessor | ImportanceProcessorList | list[ImportanceProcessor] | None = None,
+        small_tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Guidance:
+        """The first half of `generate`: the small model answers, and chooses what the large one is to see.
+
+        Only the small model needs weights: with `large_device_map="meta"` those of the large one are not loaded.
+        `generate(...)` is `answer(..., guidance=guide(...))`.
+
+        Args:
+            inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): As in `generate`.
+            generation_config (`GenerationConfig`, *optional*): As in `generate`.
+            importance_processor ([`ImportanceProcessor`] or several, *optional*): As in `generate`.
+            vision_processor ([`ImportanceProcessor`] or several, *optional*): As in `generate`.
+            small_tokenizer (`PreTrainedTokenizerBase`, *optional*): As in `generate`.
+            **kwargs: As in `generate`. Settings go with the guidance; objects, such as a `logits_processor`, do not.
+                Drafts are scored, unless `score_draft=False`.
+
+        Returns:
+            [`Guidance`]: All that `answer` needs, for `to_bytes` and another process.
+
+        Raises:
+            ValueError: If a setting or an input cannot be used, with cause and cure.
+        """
+        self._check_weights("small")
+        read = read_arguments(inputs, generation_config, kwargs, self.generation_config)
+        if read[0].score_draft is None and read[0].guidance != "prompt":
+            read[0].score_draft = True
+        call = Call.read(**self._arguments(read, small_tokenizer, importance_processor, vision_processor))
+        if call.prompt is None or call.earlier is not None:
+            raise ValueError(
+                "Guidance is made for whole prompts, found by their `input_ids`: pass them, without a cache."
+            )
+        digests = prompt_digests(call.inputs["input_ids"], call.prompt.visual_tokens)
+        return replace(guide(call), settings=json_settings(read[0]), prompts=digests, source=self.identity)
+
+    @torch.no_grad()
+    def answer(
+        self, inputs: Tensor | None = None, *, guidance: Guidance, small_tokenizer: Any = None, **kwargs: Any
+    ) -> SGLGenerateOutput | Tensor:
+        """The second half of `generate`: the large model writes, guided by what the first one has decided.
+
+        Only the large model needs weights: with `small_device_map="meta"` those of the small one are not loaded.
+
+        Args:
+            inputs (`Tensor` of shape `(batch, prompt_length)`, *optional*): The prompts of the guidance.
+            guidance ([`Guidance`]): What `guide` has returned for them.
+            small_tokenizer (`PreTrainedTokenizerBase`, *optional*): As in `generate`.
+            **kwargs: Model inputs, the objects of stock `generate` (`streamer`, `logits_processor`, ...) and
+                `return_dict_in_generate` or `output_*`. All other settings are those of the guidance.
+
+        Returns:
+            `Tensor` or [`SGLGenerateOutput`]: As from `generate`; `timings` has no `guidance_ms`.
+
+        Raises:
+            ValueError: If the guidance is that of another pair or of other prompts, or an argument cannot be used.
+        """
+        self._check_weights("large")
+        guidance.check_source(self.identity)
+        read = read_answer_arguments(inputs, guidance.generation_config(), kwargs)
+        call = Call.read(**self._arguments(read, small_tokenizer))
+        if call.prompt is None or call.earlier is not None:
+            raise ValueError("Guidance was made for whole prompts: pass their `input_ids`, without a cache.")
+        guidance.check_prompts(prompt_digests(call.inputs["input_ids"], call.prompt.visual_tokens))
+        guidance.check_fits(call.prompt.visual_tokens.counts, call.prune_layer, vocabulary_sizes(self.large)[0])
+        if not guidance.is_nothing:
+            call.check()
+        return answer(call, guidance.to(call.inputs["input_ids"].device))
+
+    def _arguments(
+        self,
+        read: tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]],
+        small_tokenizer: Any,
+        importance_processor: Any = None,
+        vision_processor: Any = None,
+    ) -> dict[str, Any]:
+        """The models and what is asked of them, as [`Call.read`] takes it."""
+        settings, model_inputs, generate_kwargs = read
+        return {
+            "large": self.large,
+            "small": self.small,
+            "inputs": model_inputs,
+            "settings": settings,
+            "vocabularies": self._vocabularies.given(generate_kwargs.get("tokenizer"), small_tokenizer),
+            "importance_processor": importance_processor,
+            "vision_processor": vision_processor,
             **generate_kwargs,
-        )
+        }
+
+    def _check_weights(self, *parts: str) -> None:
+        """Raises `ValueError` if one of these models was described only."""
+        for name in parts:
+            if not has_weights(getattr(self, name)):
+                raise ValueError(
+                    f"The {name} model of this pair has no weights here (`{name}_device_map={NO_WEIGHTS!r}`): call "
+                    f"`{'answer' if name == 'small' else 'guide'}`, or load the pair without that."
+                )
+
+    @property
+    def identity(self) -> dict[str, dict[str, str | None]]:
+        """What tells this pair from others: type and revision of both models."""
+        if not self._known_identity:
+            self._known_identity = {name: identity(getattr(self, name), self._checkpoints.get(name)) for name in PARTS}
+        return self._known_identity
 
     @property
     def _vocabularies(self) -> Vocabularies:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -14,13 +14,21 @@ from transformers.utils import logging
 
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.processing_sgl import SGLProcessor
+from transformers_sgl.storage.checkpoints import PARTS
 from transformers_sgl.storage.checks import first_sentence
+from transformers_sgl.storage.models import NO_WEIGHTS
 
 __all__ = ["chat_inputs", "check_device", "find_pair", "naming_pair", "open_pair", "user_turn"]
 
 
 def open_pair(
-    name: str | Path, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, **options: Any
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    only: Literal["large", "small"] | None = None,
+    **options: Any,
 ) -> tuple[SGLForConditionalGeneration, SGLProcessor]:
     """Loads a saved pair and its processor.
 
@@ -29,6 +37,8 @@ def open_pair(
         dtype (`str`, defaults to `"auto"`): The type of the weights; `"auto"` is the type they were saved in.
         device (`str`, defaults to `"auto"`): Such as `"cpu"` or `"cuda:0"`; `"auto"` uses what the machine has.
         revision (`str`, *optional*): The branch, tag or commit of a repository.
+        only (`str`, *optional*): The one model to load, `"large"` for `answer` or `"small"` for `guide`; of the other,
+            no weights are read.
         **options: Further arguments of `from_pretrained` for the models.
 
     Returns:
@@ -43,6 +53,7 @@ def open_pair(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     where = {} if revision is None else {"revision": revision}
+    options |= {f"{part}_device_map": NO_WEIGHTS for part in PARTS if only is not None and part != only}
     source = find_pair(name, **where)
     with naming_pair(source):
         processor = AutoProcessor.from_pretrained(source, **where)

@@ -8,9 +8,11 @@ from inspect import signature
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from transformers_sgl.storage.checkpoints import PARTS, attention_of
+from transformers_sgl.storage.models import has_weights
 
 __all__ = ["PairOfModels", "device_map", "with_signature_of_large"]
 
@@ -72,6 +74,11 @@ class PairOfModels(PreTrainedModel):
     get_adapter_state_dict = _OfLarge()
     load_adapter = _OfLarge()
     set_adapter = _OfLarge()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: to the large model, or to the small one where only that has weights."""
+        return next((model for model in self._models() if has_weights(model)), self.large).device
 
     @property
     def supports_gradient_checkpointing(self) -> bool:

@@ -278,6 +278,12 @@ class PretrainedPair(PreTrainedModel):
         write_remote_code(folder)
         config.save_pretrained(folder)
 
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Where the `"large"` or the `"small"` model was loaded from; raises `ValueError` if it was not."""
+        if name not in self._checkpoints:
+            raise ValueError(f"The {name} model was not loaded from a checkpoint: save the pair, and load it.")
+        return self._checkpoints[name]
+
     def _remember(self, checkpoints: dict[str, Checkpoint], options: dict[str, dict[str, Any]]) -> None:
         """Keeps where the models came from, for their tokenizers and for a recipe."""
         for name, checkpoint in checkpoints.items():

@@ -7,17 +7,20 @@ drops what matters. With an `unsure_threshold` more is kept of such samples.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
+from transformers_sgl.prompt import Prompt
+from transformers_sgl.tokens.importance_process import DROPPED, ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.selection import decoder_processors
 from transformers_sgl.tokens.tile_retention import vision_processors
 from transformers_sgl.tokens.visual_tokens import VisualTokens
+from transformers_sgl.vision_towers import with_tiles
 
-__all__ = ["choosing_processors", "unsure_samples"]
+__all__ = ["choose_tokens", "choosing_processors", "unsure_samples"]
 
 _Own = ImportanceProcessor | Iterable[ImportanceProcessor] | None
 _Lists = tuple[ImportanceProcessorList, ImportanceProcessorList]
@@ -50,6 +53,27 @@ def choosing_processors(
         else:
             processors.append(_PerSample(unsure, of_unsure, of_sure))
     return lists
+
+
+def choose_tokens(
+    prompt: Prompt,
+    importance: Tensor,
+    features: Tensor | None,
+    of_tower: ImportanceProcessorList,
+    of_decoder: ImportanceProcessorList,
+) -> tuple[Tensor, Tensor | None]:
+    """What a decoder keeps of the visual tokens of some prompts, and what the vision tower encodes.
+
+    Importance and both results have the shape `(batch, num_visual_tokens)`, features one axis more. The second is
+    `None` where the tower encodes everything; the first is chosen of what it encodes.
+    """
+    tokens = replace(prompt.visual_tokens, features=features)
+    encoded = None
+    if of_tower:
+        tokens = with_tiles(prompt.config, prompt.inputs, tokens)
+        encoded = of_tower.keep_mask(tokens, importance)
+        importance = importance.masked_fill(~encoded, DROPPED)
+    return of_decoder.keep_mask(tokens, importance), encoded
 
 
 def _of_ratios(settings: SGLGenerationConfig, at_least: float = 0.0) -> _Lists:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-__all__ = ["TESTED", "name_versions", "names_versions", "untested", "warn_if_untested"]
+__all__ = ["TESTED", "is_inside", "name_versions", "names_versions", "untested", "warn_if_untested"]
 
 # Packages whose new releases may break this one. The same ranges stand in `setup.cfg`.
 TESTED = {
@@ -32,7 +32,7 @@ def untested() -> str:
             installed = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-        if not _is_inside(installed, bounds):
+        if not is_inside(installed, bounds):
             outside.append(f"{package} {installed} (tested: {bounds})")
     if not outside:
         return ""
@@ -65,7 +65,7 @@ def names_versions() -> Iterator[None]:
         raise
 
 
-def _is_inside(version: str, bounds: str) -> bool:
+def is_inside(version: str, bounds: str) -> bool:
     """Whether a version satisfies bounds of the forms `>=1.2` and `<1.5`."""
     for bound in bounds.split(","):
         operator, limit = re.match(r"(>=|<)?(.*)", bound.strip()).groups()  # type: ignore[union-attr]

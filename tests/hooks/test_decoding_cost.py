@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from transformers_sgl import AttentionRecorder, DraftVerifier, VisualTokenPruner
-from transformers_sgl.guidance import _EndWatch
+from transformers_sgl.small_answer import _EndWatch
 
 pytestmark = pytest.mark.mechanics
 

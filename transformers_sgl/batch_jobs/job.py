@@ -28,7 +28,7 @@ from transformers_sgl.batch_jobs.workers import Crew, Death, Processes, ThisProc
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig, preset_settings
 from transformers_sgl.opening import check_device, find_pair
 from transformers_sgl.storage.files import check_writable_folder, locked
-from transformers_sgl.storage.records import fingerprint
+from transformers_sgl.storage.identity import fingerprint
 from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = ["BatchReport", "run_batch"]

@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.batch_jobs.questions import Question, open_image, rejection
-from transformers_sgl.batch_jobs.stand_in import Guidance, open_pair
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
-from transformers_sgl.opening import chat_inputs, user_turn
+from transformers_sgl.guidance import Guidance
+from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
 __all__ = ["STAGES", "LargeStage", "Outcome", "PairOptions", "SmallStage", "Stage", "StageName", "Work"]
 __all__ += ["open_both", "open_stage"]

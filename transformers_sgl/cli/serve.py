@@ -78,7 +78,7 @@ def serve(
         image_hosts=tuple(allow_image_urls or ()),
     )
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
-    options = {"revision": revision or None, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"revision": revision or None, "attn_implementation": attn_implementation}
     pair, processor = open_pair(
         name, dtype=dtype, device=device, **{key: value for key, value in options.items() if value is not None}
     )

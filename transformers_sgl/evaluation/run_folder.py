@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -16,12 +15,10 @@ import transformers
 
 from transformers_sgl import __version__
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
-from transformers_sgl.storage.records import fingerprint
+from transformers_sgl.storage.identity import fingerprint, fingerprint_in_memory
 from transformers_sgl.transformers_interface import newest_commit
 
 __all__ = ["measurement_record", "pair_facts"]
-
-_FINGERPRINT_VALUES = 256
 
 
 def measurement_record(seed: int, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -50,7 +47,7 @@ def pair_facts(model: Any, source: str | Path | None, *, without: Sequence[str] 
         setattr(settings, setting, None)
     if source is None:
         name: str = model.name_or_path
-        weights: str | None = _fingerprint_in_memory(model)
+        weights: str | None = fingerprint_in_memory(model)
     elif Path(source).is_dir():
         name, weights = str(Path(source).resolve()), fingerprint(Path(source))
     else:
@@ -62,16 +59,6 @@ def pair_facts(model: Any, source: str | Path | None, *, without: Sequence[str] 
         "generation_config": json.loads(settings.to_json_string(ignore_metadata=True)),
         "transformers_sgl": __version__,
     }
-
-
-def _fingerprint_in_memory(model: Any) -> str:
-    """Identifies a model's weights without reading all of them: names, shapes, and how each tensor begins."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        if not tensor.is_meta:
-            digest.update(tensor.flatten()[:_FINGERPRINT_VALUES].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _processor_name() -> str:

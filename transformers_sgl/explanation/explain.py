@@ -17,11 +17,11 @@ from transformers_sgl.arguments import split_inputs
 from transformers_sgl.explanation.panels import TokenBoxes
 from transformers_sgl.explanation.result import Array, Explanation, GuidedAnswer, Model, Picture
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig, resolve_prune_layer
-from transformers_sgl.guidance import guiding_layers, guiding_queries
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 from transformers_sgl.processing_sgl import SGLProcessor
+from transformers_sgl.small_answer import guiding_layers, guiding_queries
 from transformers_sgl.tokens.boxes import video_token_boxes, visual_token_boxes
 from transformers_sgl.tokens.importance_transfer import split_boxes
 from transformers_sgl.tokens.selection import decoder_processors

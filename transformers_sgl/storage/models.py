@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from transformers_sgl.storage.adapters import check_is_no_adapter
 from transformers_sgl.storage.checkpoints import Checkpoint, pinned, read_config
@@ -24,7 +31,10 @@ from transformers_sgl.storage.checks import (
     read_weights,
 )
 
-__all__ = ["as_recipe", "check_weights_can_be_saved", "checked", "load_model", "recorded"]
+__all__ = ["NO_WEIGHTS", "as_recipe", "check_weights_can_be_saved", "checked", "has_weights", "load_model", "recorded"]
+
+# The `device_map` of a model that is described, but not loaded: the half of a pair that runs elsewhere.
+NO_WEIGHTS = "meta"
 
 # Load options that a recipe records.
 _RECORDED_OPTIONS = ("dtype", "quantization_config", "variant")
@@ -58,12 +68,17 @@ def checked(name: str, checkpoint: Checkpoint, recipe: str | None = None) -> tup
 
 
 def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """One of the two models with transformers' loading info; `options` are the user's."""
+    """One of the two models with transformers' loading info; `options` are the user's.
+
+    With `device_map="meta"` it has no weights, and none are read.
+    """
     if options.get("use_safetensors") is False:
         raise ValueError(_PICKLED.format(name=name, checkpoint=checkpoint))
     check_is_no_adapter(name, checkpoint)
     owner = f"The {name} model {checkpoint}"
     arguments = {**checkpoint.options, **_without_auto_dtype(checkpoint, options)}
+    if arguments.get("device_map") == NO_WEIGHTS:
+        return _described(name, checkpoint, arguments), {}
     limits: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     where = checkpoint.where
     if not options.get("gguf_file"):
@@ -79,6 +94,32 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
         model, info = AutoModelForImageTextToText.from_pretrained(checkpoint.path, **arguments)
     check_loaded(owner, info, allow_mismatched=bool(options.get("ignore_mismatched_sizes")))
     return model, info
+
+
+def has_weights(model: PreTrainedModel) -> bool:
+    """Whether a model can run: those that are offloaded are on no device either, but hooks bring them."""
+    return any(each.device.type != "meta" for each in model.parameters()) or any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    )
+
+
+def _described(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """A model without weights, in the type in which they would be loaded."""
+    owner = f"The {name} model {checkpoint}"
+    config = arguments.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        _, config = checked(name, checkpoint)
+    dtype = arguments.get("dtype", "auto")
+    dtype = getattr(config, "dtype", None) if dtype in (None, "auto") else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wanted = {"dtype": dtype, "attn_implementation": arguments.get("attn_implementation")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    with blaming(owner, "config.json, generation_config.json"), torch.device(NO_WEIGHTS):
+        model = AutoModelForImageTextToText.from_config(config, **wanted)
+    if read_generation_config(owner, checkpoint.path, checkpoint.where) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, **checkpoint.where)
+    model.name_or_path = model.config.name_or_path = checkpoint.path
+    return model.eval()
 
 
 def _checked_files(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Weights:

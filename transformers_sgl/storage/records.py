@@ -6,7 +6,6 @@ records are JSON lines, each written whole or not at all, so that a run goes on 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,10 @@ from typing import Any
 
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["check_claim", "claim", "fingerprint", "not_a_record", "read_lines"]
+__all__ = ["check_claim", "claim", "not_a_record", "read_lines"]
 
 _RECORDS = ("samples.jsonl",)
 _ARGUMENT = "out"
-_FINGERPRINT_BYTES = 2**20
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def claim(
@@ -92,15 +89,3 @@ def not_a_record(file: Path, number: int, error: Exception) -> ValueError:
         f"{str(file)!r}, line {number}: this is no record of a sample ({error}); delete the folder "
         f"{str(file.parent)!r} to run all samples again."
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells a pair's weights from others' without reading all of them: names, sizes, and how each file ends."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _WEIGHT_FILES for path in folder.rglob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ from transformers_sgl.evaluation.methods import Pair
 from transformers_sgl.evaluation.run import alone_in, open_in_process
 from transformers_sgl.evaluation.run_folder import measurement_record, pair_facts
 from transformers_sgl.storage.files import check_writable_folder, locked
-from transformers_sgl.storage.records import fingerprint
+from transformers_sgl.storage.identity import fingerprint
 
 __all__ = ["calibrate"]
 
