@@ -42,7 +42,13 @@ class Killer(threading.Thread):
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def test_killed_workers_lose_nothing(run, tmp_path, out, pair, processor):
+@pytest.fixture
+def at_once(monkeypatch):
+    """Processes that start at once, as copies of this one; `test_ctrl_c` has others."""
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: _CONTEXT)
+
+
+def test_killed_workers_lose_nothing(at_once, run, tmp_path, out, pair, processor):
     file = write_questions(tmp_path, 40)
     killer = Killer(out)
     killer.start()
@@ -52,12 +58,6 @@ def test_killed_workers_lose_nothing(run, tmp_path, out, pair, processor):
     assert (report.num_answered, report.num_new, report.num_worker_deaths) == (40, 40, 2)
     assert answered(out) == generated(pair, processor, file, 2, **SETTINGS)
     assert not multiprocessing.active_children()
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    """Processes that start at once, as copies of this one: what is tested with them has nothing to do with models."""
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: _CONTEXT)
 
 
 def test_a_pair_that_cannot_be_opened_is_told_by_its_worker(at_once, tmp_path):
