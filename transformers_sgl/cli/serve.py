@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +52,16 @@ def serve(
         list[str] | None,
         shared.option("HOST", "A host from which images may be fetched, or host:port; may be repeated.", _LIMITS),
     ] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        shared.option("NAME", "What runs the large model: transformers, or vllm, which answers many at once.", _MODEL),
+    ] = "transformers",
+    engine_options: Annotated[
+        str | None,
+        shared.option(
+            "JSON", "Arguments of vLLM's engine, such as '{\"tensor_parallel_size\": 2}'.", _MODEL, show_default=False
+        ),
+    ] = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
     attn_implementation: Annotated[
@@ -78,9 +89,34 @@ def serve(
         image_hosts=tuple(allow_image_urls or ()),
     )
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
-    options: dict[str, Any] = {"revision": revision or None, "attn_implementation": attn_implementation}
-    pair, processor = open_pair(
-        name, dtype=dtype, device=device, **{key: value for key, value in options.items() if value is not None}
-    )
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision or None}
+    pair: Any
+    if engine == "vllm":
+        from transformers_sgl.engines.vllm import PairEngine
+
+        if attn_implementation is not None:
+            raise ValueError("vLLM chooses its own attention: leave out --attn-implementation.")
+        pair = PairEngine.open(name, **where, **_read_options(engine_options))
+        processor = pair.processor
+    else:
+        if engine_options is not None:
+            raise ValueError("--engine-options are for an engine: add --engine vllm, or leave them out.")
+        more: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        pair, processor = open_pair(name, **where, **more)
     app = serving.PairApp(model, pair, processor, limits, max_queue, api_key)
-    serving.serve(app, host, port, cors_origin or (), log_level)
+    try:
+        serving.serve(app, host, port, cors_origin or (), log_level)
+    finally:
+        if engine == "vllm":
+            pair.close()
+
+
+def _read_options(text: str | None) -> dict[str, Any]:
+    """The arguments of an engine from their JSON text."""
+    try:
+        options = json.loads(text or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"--engine-options is {text!r}: pass a JSON object.")
+    return options

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
-from transformers_sgl.serving.answering import Answer
 from transformers_sgl.serving.requests import Limits, Question, read_chat, read_response
+from transformers_sgl.serving.texts import Answer
 
 __all__ = ["FORMATS", "Format", "error_content", "event"]
 

@@ -22,12 +22,15 @@ import torch
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn import Config, Server
 
+from transformers_sgl.engines.vllm import PairEngine
 from transformers_sgl.modeling_sgl import SGLForConditionalGeneration
 from transformers_sgl.processing_sgl import SGLProcessor
-from transformers_sgl.serving.answering import Answer, Answering
+from transformers_sgl.serving.answering import Answering
+from transformers_sgl.serving.engine_answering import EngineAnswering
 from transformers_sgl.serving.formats import FORMATS, Format, error_content, event
 from transformers_sgl.serving.images import fetch, open_image
 from transformers_sgl.serving.requests import Limits, Question, read_json
+from transformers_sgl.serving.texts import Answer
 
 __all__ = ["PairApp", "serve"]
 
@@ -57,7 +60,8 @@ class PairApp:
 
     Args:
         name (`str`): What clients call the pair.
-        pair ([`SGLForConditionalGeneration`]): The pair.
+        pair ([`SGLForConditionalGeneration`] or [`PairEngine`]): The pair, which answers one question after the other,
+            or in an engine, which answers many at once.
         processor ([`SGLProcessor`]): Its processor.
         limits (`Limits`, *optional*): What one request may ask for.
         max_queue (`int`, defaults to 64): How many requests may wait or be answered at a time.
@@ -78,7 +82,7 @@ class PairApp:
     def __init__(
         self,
         name: str,
-        pair: SGLForConditionalGeneration,
+        pair: SGLForConditionalGeneration | PairEngine,
         processor: SGLProcessor,
         limits: Limits | None = None,
         max_queue: int = 64,
@@ -86,8 +90,13 @@ class PairApp:
     ) -> None:
         self._name = name
         self._limits = limits or Limits()
+        self._answering: Answering | EngineAnswering
+        if isinstance(pair, PairEngine):
+            self._answering = EngineAnswering(pair, self._limits.max_prompt_tokens)
+            pair = pair.pair
+        else:
+            self._answering = Answering(pair, processor, self._limits.max_prompt_tokens)
         self._own_new_tokens = pair.generation_config.max_new_tokens
-        self._answering = Answering(pair, processor, self._limits.max_prompt_tokens)
         self._checking = ThreadPoolExecutor(1, "checking")
         self._places = max_queue
         self._seconds = 1.0  # that the last answer took

@@ -8,6 +8,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tiny_checkpoints import RETENTIONS, Case, Large, questions
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from transformers_sgl import VisualTokenPruner
 from transformers_sgl.engines.vllm import engine_arguments, num_free_positions
 from transformers_sgl.engines.vllm.families import FAMILIES
 from transformers_sgl.prompt import Prompt
@@ -206,3 +208,39 @@ def test_a_bad_request_is_refused_and_the_engine_runs_on(large: Large, llm: LLM,
     ):
         answers(llm, [request])
     check_equal(large, [case], answers(llm, [case.request], logprobs=-1))
+
+
+@pytest.mark.parametrize("model_type", ["internvl", "qwen2_5_vl"])
+def test_a_small_engine_without_a_vision_tower(model_type: str, tmp_path: Path) -> None:
+    """Requests that are put off in the middle of their answers go on where they were."""
+    large = Large.load(model_type, tmp_path)
+    arguments = engine_arguments(large.folder, large.model.config, vision_tower=False)
+    cases = cases_of(large, 24, 0.35)
+    settings = {**SETTINGS, "max_num_batched_tokens": 64, "max_model_len": 512, "disable_log_stats": False}
+    settings |= {"block_size": 32, "num_gpu_blocks_override": 20, "enable_prefix_caching": False}
+    engine = LLM(**arguments, **settings)
+    try:
+        long = answers(engine, [case.request for case in cases], logprobs=-1, max_tokens=40, ignore_eos=True)
+        counts = {each.name: each.value for each in engine.get_metrics() if hasattr(each, "value")}
+        with pytest.raises(VLLMValidationError, match="At most 0 image"):
+            answers(engine, [{"prompt_token_ids": [1], "multi_modal_data": {"image": cases[0].images}}])
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+    assert counts["vllm:num_preemptions"] > 0
+    for case, answer in zip(cases, long, strict=True):
+        tokens = Prompt.of(large.model.config, case.inputs).visual_tokens
+        with torch.no_grad(), VisualTokenPruner(large.model, tokens.prompt_keep_mask(case.keep_mask), prune_layer=0):
+            output = large.model.generate(
+                **case.inputs,
+                max_new_tokens=40,
+                min_new_tokens=40,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        scores = torch.cat(output.logits).float().log_softmax(dim=-1)
+        for step, token in enumerate(answer.token_ids):
+            given = answer.logprobs[step]
+            assert abs(given[token].logprob - float(scores[step, token])) < 2e-3
+            if step + 1 < len(scores) and token != int(output.sequences[0, case.inputs["input_ids"].shape[1] + step]):
+                break  # from here on, the two read other answers

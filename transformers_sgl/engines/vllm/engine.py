@@ -75,6 +75,7 @@ class PairEngine:
     Attributes:
         pair ([`SGLForConditionalGeneration`]): The pair, with the small model and the large one's vision tower.
         processor ([`SGLProcessor`]): The pair's processor.
+        llm (`vllm.v1.engine.async_llm.AsyncLLM`): The engine.
 
     Example:
         ```python
@@ -89,7 +90,7 @@ class PairEngine:
         self, pair: SGLForConditionalGeneration, processor: SGLProcessor, llm: Any, max_guide_batch: int = 16
     ) -> None:
         self.pair, self.processor = pair, processor
-        self._llm = llm
+        self.llm = llm
         self._max_guide_batch = max_guide_batch
         self._waiting: list[_Waiting] = []
         self._guiding: asyncio.Task[None] | None = None
@@ -186,7 +187,7 @@ class PairEngine:
         room = min(max_new_tokens, num_free_positions(self.pair.large.config, request))
         sampling = SamplingParams(**sampling_arguments(settings, room, seed))
         ids, reason = [], None
-        async with aclosing(self._llm.generate(request, sampling, uuid4().hex)) as outputs:
+        async with aclosing(self.llm.generate(request, sampling, uuid4().hex)) as outputs:
             async for output in outputs:  # closing it before its end aborts the request
                 written = list(output.outputs[0].token_ids)
                 if on_tokens is not None and len(written) > len(ids):
@@ -197,7 +198,7 @@ class PairEngine:
     def close(self) -> None:
         """Ends the engine's processes."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        self._llm.shutdown()
+        self.llm.shutdown()
 
     async def _guided(
         self, inputs: dict[str, Any], settings: SGLGenerationConfig

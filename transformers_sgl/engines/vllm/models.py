@@ -15,7 +15,9 @@ that counts in one dimension is handed the first of three equal rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, MultiModalDataItems
@@ -152,10 +155,12 @@ class PrunedProcessor:
 
 
 class PrunedModel:
-    """Mixin for a model with positions in three dimensions that also takes pruned requests."""
+    """Mixin for a model that also takes pruned requests."""
 
     # vLLM's protocol `SupportsMRoPE`, which as a base class of a mixin would hide the model's own `__init__`.
     supports_mrope = True
+    # Whether the stock model knows nothing of positions in three dimensions.
+    counts_in_one_dimension = False
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """What the decoder reads in the places of visual tokens."""
@@ -165,22 +170,12 @@ class PrunedModel:
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """The prompt's positions, `(3, prompt_length)`, and how far the answer's are ahead of its tokens' number."""
         told = [each.data[POSITIONS].data for each in mm_features if POSITIONS in (each.data or {})]
-        if not told and mm_features:
-            return self._stock_positions(input_tokens, mm_features)
-        starts = [each.mm_position.offset for each in mm_features]
+        if not told and not self.counts_in_one_dimension:
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
+        starts = [each.mm_position.offset for each in mm_features] if told else []
         # After a preemption, the prompt may include a part of the answer, which counts on.
         positions = joined_positions(told, starts, len(input_tokens))
         return positions, int(positions.max()) + 1 - len(input_tokens)
-
-    def _stock_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
-
-
-class PrunedModelOfOneDimension(PrunedModel):
-    """The same for a model whose decoder counts positions in one dimension."""
-
-    def _stock_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        return torch.arange(len(input_tokens)).repeat(NUM_ROWS, 1), 0
 
     def forward(
         self,
@@ -190,8 +185,8 @@ class PrunedModelOfOneDimension(PrunedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in the stock model, with the first of three equal rows of positions."""
-        if positions.dim() == 2:
+        """As in the stock model; a decoder of one dimension is given the first of three equal rows of positions."""
+        if self.counts_in_one_dimension and positions.dim() == 2:
             positions = positions[0]
         # vLLM limits a request by the number of its tokens, but its last positions are further: an answer that runs
         # out of the rotary table stays at its end, instead of reading what lies behind it. In place, because a
@@ -199,14 +194,11 @@ class PrunedModelOfOneDimension(PrunedModel):
         positions.clamp_(max=self._last_position)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
-    @property
+    @cached_property
     def _last_position(self) -> int:
-        last: int | None = self.__dict__.get("_last")
-        if last is None:
-            tables = (getattr(each, "cos_sin_cache", None) for each in self.language_model.modules())  # type: ignore[attr-defined]
-            last = min((len(each) for each in tables if each is not None), default=2**31) - 1
-            self.__dict__["_last"] = last
-        return last
+        language_model: Any = self.language_model  # type: ignore[attr-defined]
+        tables = (getattr(each, "cos_sin_cache", None) for each in language_model.modules())
+        return min((len(each) for each in tables if each is not None), default=2**31) - 1
 
 
 class _InternVLInfo(PrunedInfo, InternS1ProcessingInfo):
@@ -220,8 +212,10 @@ class _InternVLProcessor(PrunedProcessor, InternS1MultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(
     _InternVLProcessor, info=_InternVLInfo, dummy_inputs=InternS1DummyInputsBuilder
 )
-class PrunedInternVL(PrunedModelOfOneDimension, InternS1ForConditionalGeneration):
+class PrunedInternVL(PrunedModel, InternS1ForConditionalGeneration):
     """InternVL in transformers' own format."""
+
+    counts_in_one_dimension = True
 
 
 class _LlavaInfo(PrunedInfo, LlavaProcessingInfo):
@@ -233,8 +227,14 @@ class _LlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(_LlavaProcessor, info=_LlavaInfo, dummy_inputs=LlavaDummyInputsBuilder)
-class PrunedLlava(PrunedModelOfOneDimension, LlavaForConditionalGeneration):
+class PrunedLlava(PrunedModel, LlavaForConditionalGeneration):
     """LLaVA with a CLIP or SigLIP tower."""
+
+    counts_in_one_dimension = True
+    # Newer versions of transformers save the tower without this part of its weights' names.
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
+        orig_to_new_regex={re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)"): r"\1vision_model."}
+    )
 
 
 class _Qwen2_5_VLInfo(PrunedInfo, Qwen2_5_VLProcessingInfo):  # noqa: N801
