@@ -34,8 +34,9 @@ from benchmarks.shapes import SHAPES
 from benchmarks.uncomputed import weightless
 from benchmarks.workbench import Workbench, count_visual_tokens, num_parameters
 from transformers_sgl.architectures import decoder
-from transformers_sgl.evaluation.run_folder import claim, measurement_record
+from transformers_sgl.evaluation.run_folder import measurement_record
 from transformers_sgl.storage.files import write_atomically
+from transformers_sgl.storage.records import claim
 
 __all__ = ["PARTS", "run_benchmark"]
 

@@ -25,9 +25,9 @@ from transformers_sgl.evaluation.methods import SGL, Pair, find_method
 from transformers_sgl.evaluation.metrics import metric as find_metric
 from transformers_sgl.evaluation.report import compare_at_equal_cost, summarise
 from transformers_sgl.evaluation.run import Result, RunKey, counted_batches, measure_costs, plan
-from transformers_sgl.evaluation.run_folder import read_lines
 from transformers_sgl.evaluation.statistics import PairedScores
 from transformers_sgl.opening import open_pair
+from transformers_sgl.storage.records import read_lines
 
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.random_models import random_inputs, random_model

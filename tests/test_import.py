@@ -102,6 +102,7 @@ def test_beside_transformers_it_adds_itself_and_its_hooks_only() -> None:
         ["run", "missing.png", "what?", "--preset", "slow"],
         ["run", "missing.png", "what?", "--prune-layer", "middle"],
         ["calibrate", "pair", "--data", "data.jsonl", "--out", "out"],
+        ["batch", "--help"],
         ["publish", "pair", "--repo", "me/pair", "--recipe", "--bundle"],
     ],
 )

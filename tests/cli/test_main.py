@@ -13,7 +13,7 @@ import transformers_sgl
 from transformers_sgl.cli import main
 
 QUESTION = "describe the red triangle."
-COMMANDS = ("run", "visualize", "calibrate", "evaluate", "serve", "publish")
+COMMANDS = ("run", "visualize", "batch", "calibrate", "evaluate", "serve", "publish")
 
 
 def piped(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ def test_a_fault_of_ours_keeps_its_traceback(example, monkeypatch):
     [
         ((), "Missing command (see `transformers-sgl --help`)."),
         (("rnu",), "No such command 'rnu'. Did you mean 'run'? (see `transformers-sgl --help`)."),
-        (("bench",), "No such command 'bench' (see `transformers-sgl --help`)."),
+        (("plot",), "No such command 'plot' (see `transformers-sgl --help`)."),
         (("run",), "Missing argument 'IMAGE' (see `transformers-sgl run --help`)."),
         (("run", "image.png"), "Missing argument 'QUESTION' (see `transformers-sgl run --help`)."),
         (("run", "image.png", "what?", "how?"), "how?"),
@@ -68,6 +68,7 @@ def test_a_fault_of_ours_keeps_its_traceback(example, monkeypatch):
         (("run", "image.png", "what?", "--retention", "some"), "Invalid value for '--retention'"),
         (("run", "image.png", "what?", "--model"), "'--model' requires an argument"),
         (("visualize", "image.png", "what?", "--frames", "few"), "Invalid value for '--frames'"),
+        (("batch", "questions.jsonl"), "Missing option '--output'"),
         (("calibrate", "pair", "--out", "out"), "Missing option '--data'"),
         (("evaluate", "pair", "--data", "scenes"), "Missing option '--out'"),
         (("serve",), "Missing argument 'MODEL'"),
@@ -97,13 +98,14 @@ class TestHelp:
         lines = [
             re.split(r"[─╮]{2,}", line[3:])[0].strip() for line in piped("--help").stdout.splitlines() if "╭" in line
         ]
-        assert lines == ["Options", "Answer one question", "Measure on many questions", "Offer to others"]
+        assert lines == ["Options", "Answer questions", "Measure on many questions", "Offer to others"]
 
     @pytest.mark.parametrize("width", ["80", "2000"])
     def test_names_every_option_whole_and_uncoloured_where_a_program_reads_it(self, width):
         options = {
             "run": "preset retention prune-layer early-exit-threshold model max-new-tokens dtype device show compare",
             "visualize": "out video frames model max-new-tokens dtype device json",
+            "batch": "output small-workers large-workers batch-size ray preset retention prune-layer model dtype json",
             "calibrate": "data out keep-accuracy large-call-budget confidence held-out seed batch-size json",
             "evaluate": "data out calibration columns limit calibration-limit methods retention metric keep-accuracy",
             "publish": "repo recipe bundle revision private dry-run json",

@@ -7,22 +7,17 @@ comes to its end. What is there then is what undisturbed work leaves. `SGL_NUM_K
 from __future__ import annotations
 
 import json
-import os
-import random
 import resource
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import tqdm.auto
 from hub_stub import HubStub
+from killing import NUM_KILLS, Killer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerationConfig
@@ -30,54 +25,6 @@ from transformers_sgl.evaluation import LargeCallBudget, Scenes, calibrate, eval
 from transformers_sgl.hub import publish
 
 pytestmark = pytest.mark.slow
-
-NUM_KILLS = int(os.environ.get("SGL_NUM_KILLS", "3"))
-
-
-class Killer:
-    """Lets copies of this process do some work, and kills them at moments drawn from a seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.kills = 0
-
-    def start(self, work: Callable[[Any], Any], place: Any) -> int:
-        number = os.fork()
-        if number == 0:
-            code = 1
-            try:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 1)
-                os.dup2(nowhere, 2)
-                for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # their own would stay locked in all copies
-                    bar.set_lock(threading.RLock())
-                work(place)
-                code = 0
-            finally:
-                os._exit(code)  # never back into the tests
-        return number
-
-    def seconds(self, work: Callable[[Any], Any], place: Any) -> float:
-        """How long the work takes undisturbed."""
-        start = time.monotonic()
-        assert os.waitpid(self.start(work, place), 0)[1] == 0
-        return time.monotonic() - start
-
-    def until_it_is_done(
-        self, work: Callable[[Any], Any], place: Any, seconds: float, check: Callable[[Any], Any]
-    ) -> None:
-        """Starts the work again and again, each time killed in its first `seconds`; `check` sees what a kill left."""
-        while self.kills < NUM_KILLS:
-            number = self.start(work, place)
-            time.sleep(self.random.uniform(0, seconds))
-            os.kill(number, signal.SIGKILL)
-            code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-            if code == 0:
-                return  # it was faster
-            assert code == -signal.SIGKILL
-            self.kills += 1
-            check(place)
-        self.seconds(work, place)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

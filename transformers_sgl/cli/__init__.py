@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from transformers_sgl import __version__
+from transformers_sgl.cli.batch import batch
 from transformers_sgl.cli.calibrate import calibrate
 from transformers_sgl.cli.evaluate import evaluate
 from transformers_sgl.cli.publish import publish
@@ -85,9 +86,13 @@ def _options(
     """A small vision-language model tells a large one which visual tokens to keep."""
 
 
-_ANSWER, _MEASURE, _OFFER = "Answer one question", "Measure on many questions", "Offer to others"
+_ANSWER, _MEASURE, _OFFER = "Answer questions", "Measure on many questions", "Offer to others"
 _GOES_ON = "A run that was stopped goes on when the same command is given again."
 _DATA = "Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or `answer`."
+_LINES = (
+    "Each line of QUESTIONS is a JSON object with `image` (a path) or `images` (several), `question`, and perhaps "
+    "`id`. One worker of each kind works in this process, more in processes of their own."
+)
 _METHODS = (
     "Methods: large, small, sgp, sgl, sgp-first, sgp-facility, sgp-facility-late, sgp-facility-prompt, sgp-dpp, "
     "sgl-facility, sgp-vision, sgl-vision, confirmed, sgl-confirmed, unsure, random, fastv, oracle, divprune, "
@@ -99,6 +104,7 @@ _LOGIN = "Log in before, with `hf auth login` or the environment variable HF_TOK
 
 app.command(rich_help_panel=_ANSWER)(run)
 app.command(rich_help_panel=_ANSWER)(visualize)
+app.command(rich_help_panel=_ANSWER, epilog=f"{_LINES} {_GOES_ON}")(batch)
 app.command(rich_help_panel=_MEASURE, epilog=f"{_DATA} {_GOES_ON}")(calibrate)
 app.command(rich_help_panel=_MEASURE, epilog=f"{_METHODS} {_GOES_ON}")(evaluate)
 app.command(rich_help_panel=_OFFER)(serve)

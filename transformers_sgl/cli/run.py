@@ -5,41 +5,22 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
-
-import typer
+from typing import Annotated, Any
 
 from transformers_sgl.cli import shared
 
 __all__ = ["run"]
 
 _ROUNDS = 5
-_PANEL = "Settings (default: the pair's own)"
-
-
-def _layer(text: str) -> int | float:
-    try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a layer's index nor a fraction of the depth.") from None
 
 
 def run(
     image: Annotated[Path, shared.argument("IMAGE", "Image file.")],
     question: shared.Question,
-    preset: Annotated[
-        Literal["quality", "balanced", "fast", "confirmed"] | None,
-        shared.option("NAME", "quality, balanced or fast, as in the paper, or confirmed.", _PANEL),
-    ] = None,
-    retention: Annotated[
-        float | None, shared.option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _PANEL)
-    ] = None,
-    prune_layer: Annotated[
-        Any, shared.option("K", "First layer that sees fewer tokens: 9, or 0.25 of the depth.", _PANEL, parser=_layer)
-    ] = None,
-    early_exit_threshold: Annotated[
-        float | None, shared.option("T", "Score from which on the small model's answer is enough.", _PANEL)
-    ] = None,
+    preset: shared.Preset = None,
+    retention: shared.Retention = None,
+    prune_layer: shared.PruneLayer = None,
+    early_exit_threshold: shared.EarlyExitThreshold = None,
     model: shared.Model = None,
     max_new_tokens: shared.MaxNewTokens = 64,
     dtype: shared.Dtype = "auto",
@@ -60,15 +41,9 @@ def run(
 
         suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
         shared.check_writable_file("overlay", show, suffixes, "overlay.png", image)
-    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+    settings = shared.pair_settings(preset, retention, prune_layer, early_exit_threshold, max_new_tokens)
     from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
-    given = {"max_new_tokens": max_new_tokens, "retention_ratio": retention, "prune_layer": prune_layer}
-    given["early_exit_threshold"] = early_exit_threshold
-    settings = {name: value for name, value in given.items() if value is not None}
-    SGLGenerationConfig(**settings)  # refuses what no model can do
-    if preset:
-        settings["preset"] = preset
     pair, processor = open_pair(shared.pair_name(model), dtype=dtype, device=device)
 
     # 2. One generate call; to compare, some more.

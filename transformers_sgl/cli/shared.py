@@ -14,8 +14,9 @@ import typer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["BatchSize", "Device", "Dtype", "Json", "MaxNewTokens", "Model", "Question"]
-__all__ += ["argument", "check_writable_file", "flag", "open_image", "option", "pair_name", "print_result"]
+__all__ = ["BatchSize", "Device", "Dtype", "EarlyExitThreshold", "Json", "MaxNewTokens", "Model", "Preset"]
+__all__ += ["PruneLayer", "Question", "Retention", "argument", "check_writable_file", "flag", "open_image", "option"]
+__all__ += ["pair_name", "pair_settings", "print_result"]
 
 
 def argument(metavar: str, text: str) -> Any:
@@ -43,6 +44,29 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, option("NAME", "Such as cpu or cuda:0, or auto, what the machine has.", _MODEL)]
 Json = Annotated[bool, flag("--json", "Print the result as JSON.")]
+_SETTINGS = "Settings (default: the pair's own)"
+
+
+def _layer(text: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a layer's index nor a fraction of the depth.") from None
+
+
+Preset = Annotated[
+    Literal["quality", "balanced", "fast", "confirmed"] | None,
+    option("NAME", "quality, balanced or fast, as in the paper, or confirmed.", _SETTINGS),
+]
+Retention = Annotated[
+    float | None, option("R", "Fraction of the visual tokens to keep, above 0 and up to 1.", _SETTINGS)
+]
+PruneLayer = Annotated[
+    Any, option("K", "First layer that sees fewer tokens: 9, or 0.25 of the depth.", _SETTINGS, parser=_layer)
+]
+EarlyExitThreshold = Annotated[
+    float | None, option("T", "Score from which on the small model's answer is enough.", _SETTINGS)
+]
 BatchSize = Annotated[int, option("N", "Questions answered at once.")]
 
 
@@ -56,6 +80,23 @@ def pair_name(model: str | None) -> str | Path:
     from transformers_sgl.hub import embedded_pair
 
     return model or embedded_pair()
+
+
+def pair_settings(
+    preset: str | None,
+    retention: float | None,
+    prune_layer: float | None,
+    early_exit_threshold: float | None,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """The arguments of `generate` that a user has given; raises `ValueError` for what no model can do."""
+    from transformers_sgl.generation_config_sgl import SGLGenerationConfig
+
+    given = {"max_new_tokens": max_new_tokens, "retention_ratio": retention, "prune_layer": prune_layer}
+    given["early_exit_threshold"] = early_exit_threshold
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    SGLGenerationConfig(**settings)
+    return settings if preset is None else {**settings, "preset": preset}
 
 
 def open_image(path: Path) -> Image:

@@ -29,8 +29,9 @@ from transformers_sgl.evaluation.run import (
     plan,
     run_methods,
 )
-from transformers_sgl.evaluation.run_folder import check_claim, pair_facts
+from transformers_sgl.evaluation.run_folder import pair_facts
 from transformers_sgl.storage.files import check_writable_folder
+from transformers_sgl.storage.records import check_claim
 
 __all__ = ["Evaluation", "evaluate"]
 

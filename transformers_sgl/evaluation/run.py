@@ -27,8 +27,8 @@ from transformers_sgl.evaluation.cost import Cost, measure_cost
 from transformers_sgl.evaluation.data import Sample
 from transformers_sgl.evaluation.methods import Batch, Method, Pair, Setting
 from transformers_sgl.evaluation.metrics import Metric, exact_match
-from transformers_sgl.evaluation.run_folder import claim, not_a_record, read_lines
 from transformers_sgl.storage.files import append, locked, write_atomically
+from transformers_sgl.storage.records import claim, not_a_record, read_lines
 
 __all__ = [
     "Result",
