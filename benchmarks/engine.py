@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig
 
+from benchmarks.cells import Shown, Table, as_table
 from benchmarks.random_models import random_model
 from benchmarks.timing import spread
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerationConfig
@@ -39,7 +40,7 @@ from transformers_sgl.hub import embedded_pair
 from transformers_sgl.opening import chat_inputs, user_turn
 from transformers_sgl.storage.files import write_atomically
 
-__all__ = ["WAYS", "main"]
+__all__ = ["WAYS", "main", "tables"]
 
 _NEVER, _ALWAYS = 2.0, 0.0  # decision scores from which on a question exits
 _QUESTION = "describe the red triangle."
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         **measurement_record(arguments.seed, "cpu" if on_cpu else "cuda"),
         "num_threads": torch.get_num_threads(),
+        "dtype": "float32" if on_cpu else "bfloat16",
         "arguments": {**vars(arguments), "out": None, "shrink": shrink, "shrink_depth": depth},
     }
     record["versions"]["vllm"] = next(
@@ -139,6 +141,7 @@ async def _measure(engine: PairEngine, arguments: argparse.Namespace, record: di
         record["in_flight"][str(in_flight)] = {
             name: _told(each, loads[_LARGE], number) for name, each in loads.items()
         }
+        record["tables"] = tables(record)
         write_atomically(Path(arguments.out), json.dumps(record, indent=1) + "\n")
         found = record["in_flight"][str(in_flight)]
         print(in_flight, {name: round(each["throughput_over_large"]["median"], 2) for name, each in found.items()})
@@ -164,6 +167,32 @@ def _told(loads: list[_Load], alone: list[_Load], number: int) -> dict[str, Any]
         "first_token_s": spread([median(each.first_token_s) for each in loads]),
         "throughput_over_large": spread(ratios),
         "first_token_speedup": spread(firsts),
+    }
+
+
+def tables(record: dict[str, Any]) -> dict[str, Table]:
+    """What was measured as tables of the documentation: throughput, and the time to the first token."""
+    arguments, found = record["arguments"], record["in_flight"]
+    shown = Shown({**arguments, "dtype": record["dtype"]}, arguments["rounds"])
+    caption = (
+        f"{shown.conditions()} vLLM {record['versions']['vllm']}; {arguments['image_size']} pixels, "
+        f"{arguments['answer_tokens']} answer tokens, no picture twice. The pair's requests count the small model, "
+        "the vision tower and the engine."
+    )
+    columns = ["in flight", *[str(number) for number in found]]
+    rows = {
+        name: [[way, *[shown.spread(each[way][name]) for each in found.values()]] for way in (_LARGE, *WAYS)[1:]]
+        for name in ("throughput_over_large", "first_token_speedup")
+    }
+    return {
+        "engine-throughput": as_table(
+            columns, rows["throughput_over_large"], f"Requests a second, relative to the large model alone. {caption}"
+        ),
+        "engine-first-token": as_table(
+            columns,
+            rows["first_token_speedup"],
+            f"How many times sooner the first token of half of the requests is there. {caption}",
+        ),
     }
 
 
