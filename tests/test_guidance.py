@@ -19,6 +19,8 @@ from transformers import AutoModelForImageTextToText
 from transformers_sgl import Guidance
 from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
+pytestmark = pytest.mark.mechanics
+
 QUESTIONS = ("describe the red triangle.", "is there a blue circle?", "which letter is on the red triangle?")
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -200,6 +202,17 @@ class TestHostileBytes:
             return
         with pytest.raises(ValueError, match="The guidance lacks"):
             Guidance.from_bytes(save(tensors, metadata))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"retention_ratio": "x"}, {"max_new_tokens": [1]}, {"watermarking_config": 1}],
+    )
+    def test_settings_that_mean_nothing_are_refused(self, data: bytes, settings: dict[str, Any]) -> None:
+        values = json.loads(self._metadata(data)["transformers_sgl.guidance"])
+        values["settings"] |= settings
+        changed = save(load(data), {"transformers_sgl.guidance": json.dumps(values)})
+        with pytest.raises(ValueError, match="The guidance has settings that cannot be read"):
+            Guidance.from_bytes(changed)
 
     def test_what_no_large_model_could_do_is_refused(self, pair: Any, inputs: Any, data: bytes) -> None:
         metadata = self._metadata(data)

@@ -297,17 +297,12 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
     prompt, prompts, kwargs = call.read_prompt(), call.inputs["input_ids"], dict(call.kwargs)
     draft, draft_mask, exits = guidance.draft, guidance.draft_mask, guidance.exited_early
 
-    # 6. Where the large model has to confirm drafts only, it reads the chosen tokens; what it would have written
-    # itself is the answer, too.
+    # 6. Where the large model only confirms drafts, it reads the chosen tokens; a confirmed draft is the answer, too.
     settled, confirmed, scores, num_checks = exits, None, None, 0
     pruned: dict[str, Any] = {}
     if call.confirms:
-        checked = guidance.draft_complete & ~exits
-        confirmed, scores, num_checks, pruned = _confirmed(call, guidance, prompt, checked)
+        confirmed, scores, num_checks, pruned = _confirmed(call, guidance, prompt)
         settled = exits | confirmed
-        if "vision_share" in pruned:
-            pruned["vision_share"] += (~settled).cpu()  # which it reads whole
-        call.clock.lap("large_ms")
     early = draft[:, : int((draft_mask.sum(dim=1) * settled).max())]
     whole_batch = WholeBatch(prompts, ~settled, early, rules.pad_token_id)
     streamer = kwargs.get("streamer")
@@ -350,14 +345,11 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
 
     # 8. The whole batch again, with the prompts as they were passed.
     answers = merge_answers(early, late, settled, rules.pad_token_id)
-    prompts = prompts.repeat_interleave(answers.shape[0] // prompts.shape[0], dim=0)
-    sequences = torch.cat([prompts, answers], dim=1)
+    sequences = torch.cat([prompts.repeat_interleave(len(answers) // len(prompts), dim=0), answers], dim=1)
     if not settings.return_dict_in_generate:
         return sequences
-    vocab_size, _ = vocabulary_sizes(large, call.small)
-    stock = passed_on(output, whole_batch, answers.shape[1], settings, vocab_size)
     return output_class(output)(
-        **(stock if call.earlier is None else {**stock, cache_name(): call.earlier}),
+        **_stock_fields(call, output, whole_batch, answers.shape[1]),
         sequences=sequences,
         **guidance.fields(),
         **pruned,
@@ -384,10 +376,9 @@ def _large_alone(call: Call) -> SGLGenerateOutput | Tensor:
     )
 
 
-def _confirmed(
-    call: Call, guidance: Guidance, prompt: Prompt, checked: Tensor
-) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Which drafts of those `checked` the pruned large model confirms, their scores, its passes and what it pruned."""
+def _confirmed(call: Call, guidance: Guidance, prompt: Prompt) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
+    """Which drafts the pruned large model confirms, their scores, its passes and what it pruned."""
+    checked = guidance.draft_complete & ~guidance.exited_early
     confirmed, scores = torch.zeros_like(checked), torch.zeros(len(checked), device=checked.device)
     if not checked.any():
         return confirmed, scores, 0, {}
@@ -406,7 +397,11 @@ def _confirmed(
         None if is_whole else WholeBatch(prompts, checked, guidance.draft, rules.pad_token_id),
         **{name: value for name, value in call.kwargs.items() if name != "generation_config"},
     )
-    return confirmed, scores, num_checks, {} if pruning is None else _fields(guidance, pruning, checked)
+    pruned = {} if pruning is None else _fields(guidance, pruning, checked)
+    if "vision_share" in pruned:
+        pruned["vision_share"] += (~(guidance.exited_early | confirmed)).cpu()  # which it reads whole
+    call.clock.lap("large_ms")
+    return confirmed, scores, num_checks, pruned
 
 
 def _pruning(call: Call, guidance: Guidance, prompt: Prompt, chosen: Tensor) -> Pruning | None:
@@ -434,6 +429,13 @@ def _fields(guidance: Guidance, pruning: Pruning, chosen: Tensor) -> dict[str, A
     share = pruning.vision_share(chosen)
     layers = {"prune_layer": guidance.prune_layer, "vision_prune_layer": guidance.vision_prune_layer}
     return {**fields, **layers, **({} if share is None else {"vision_share": share})}
+
+
+def _stock_fields(call: Call, output: Any, batch: WholeBatch, answer_length: int) -> dict[str, Any]:
+    """The fields of the large model's own output, for the whole batch."""
+    vocab_size, _ = vocabulary_sizes(call.large, call.small)
+    fields = passed_on(output, batch, answer_length, call.settings, vocab_size)
+    return fields if call.earlier is None else {**fields, cache_name(): call.earlier}
 
 
 def _counts(call: Call) -> Tensor:

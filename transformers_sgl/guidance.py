@@ -202,6 +202,7 @@ class Guidance:
             or self.num_visual_tokens.tolist() != num_visual_tokens.tolist()
             or any(each.shape[1] != width for each in masks)
             or (self.vision_keep_mask is not None and self.keep_mask is None)
+            or (self.keep_mask is None) != (self.prune_layer is None)
             or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size)
         ):
             raise ValueError("The guidance does not fit its own prompts and settings: make it anew with `guide`.")
@@ -234,7 +235,12 @@ class Guidance:
             raise ValueError("These bytes are no guidance, or that of another version: make it anew with `guide`.")
         _check_values(values)
         _check_tensors(tensors, values)
-        return cls(**tensors, **values)
+        guidance = cls(**tensors, **values)
+        try:
+            guidance.generation_config()
+        except Exception as error:  # transformers' own checks fail in many ways
+            raise ValueError(f"The guidance has settings that cannot be read: {error}.") from error
+        return guidance
 
     def _tensors(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
