@@ -27,7 +27,7 @@ from transformers_sgl.prompt import Prompt
 
 pytestmark = [pytest.mark.slow]
 
-NUM_PROMPTS, NUM_TOKENS = 50, 6
+NUM_PROMPTS, NUM_TOKENS = int(os.environ.get("SGL_ENGINE_PROMPTS", "20")), 6
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS}
 SETTINGS: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_logprobs": -1, "max_num_seqs": 16}
 

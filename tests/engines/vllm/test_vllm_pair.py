@@ -25,7 +25,7 @@ from transformers_sgl.opening import chat_inputs, user_turn
 
 pytestmark = [pytest.mark.slow]
 
-NUM_QUESTIONS = int(os.environ.get("SGL_ENGINE_QUESTIONS", "100"))
+NUM_QUESTIONS = int(os.environ.get("SGL_ENGINE_QUESTIONS", "32"))
 MOST_DIFFERENT = max(1, NUM_QUESTIONS // 200)  # where two tokens are equally good
 
 

@@ -25,7 +25,7 @@ from transformers_sgl.evaluation import Scenes
 
 pytestmark = [pytest.mark.slow]
 
-NUMBER = int(os.environ.get("SGL_ENGINE_REQUESTS", "200"))
+NUMBER = int(os.environ.get("SGL_ENGINE_REQUESTS", "128"))
 IN_FLIGHT = 64
 MOST_DIFFERENT = NUMBER // 200  # where two tokens are equally good
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"early_exit_threshold": 0.8}, {"retention_ratio": 0.1})
@@ -76,7 +76,7 @@ def server(embedded_pair_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def _asked() -> list[tuple[Any, str, dict[str, Any]]]:
     """Questions of which two are always about one image, and each is asked about two images."""
-    scenes = list(Scenes("test", seed=5, questions_per_scene=2, length=24))
+    scenes = list(Scenes("test", seed=5, questions_per_scene=2, length=12))
     asked = []
     for number, scene in enumerate(scenes):
         other = scenes[(number + 1) % len(scenes)]
