@@ -21,6 +21,7 @@ pytest.importorskip("vllm")
 
 from question_files import SETTINGS, answered, generated, read, write_questions
 
+from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.batch_jobs import on_engine
 from transformers_sgl.batch_jobs.on_engine import OnEngine
 from transformers_sgl.batch_jobs.stages import PairOptions
@@ -102,8 +103,7 @@ def test_answers_bad_lines_and_going_on(run, file, tmp_path, out, pair, processo
 
 def _from_the_first_layer(pair: Any) -> dict[str, Any]:
     own = pair.generation_config.resolved()
-    layers = pair.config.large_config.get_text_config().num_hidden_layers
-    return {"retention_ratio": own.average_retention(layers), "prune_layer": 0}
+    return {"retention_ratio": own.average_retention(len(decoder_layers(pair.large))), "prune_layer": 0}
 
 
 def test_settings_are_refused_before_anything_is_written(run, questions, out, monkeypatch):
