@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib import metadata
 
 import pytest
 from question_files import SETTINGS, answered, generated, read, write_questions
 
-from transformers_sgl.batch_jobs import job, run_batch
+from transformers_sgl.batch_jobs import job, on_engine, run_batch
 from transformers_sgl.batch_jobs.stages import Work
 from transformers_sgl.batch_jobs.workers import ThisProcess
 from transformers_sgl.storage.files import locked
@@ -137,6 +138,13 @@ class TestGoingOn:
             run(questions, **changed)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
+    def test_another_engine_is_refused(self, run, questions, out, monkeypatch):
+        monkeypatch.setattr(on_engine, "check_installed", lambda: None)
+        run(questions)
+        for options, named in (({}, "engine"), ({"quantization": "fp8"}, "engine and engine_options")):
+            with pytest.raises(ValueError, match=f"another run, which differs in {named}: give another `output`"):
+                run(questions, engine="vllm", engine_options={"max_num_seqs": 4, **options})
+
     def test_other_questions_are_refused(self, run, questions, tmp_path):
         run(questions)
         with pytest.raises(ValueError, match="differs in data_sha256"):
@@ -172,6 +180,13 @@ class TestArguments:
             ({"settings": {"preset": "slow"}}, "There is no preset 'slow'"),
             ({"settings": {"prune_layer": 40}}, "prune_layer"),
             ({"device": "gpu"}, "There is no kind of device 'gpu'"),
+            ({"engine": "fast"}, "There is no engine 'fast': choose one of 'transformers', 'vllm'"),
+            ({"engine_options": {"max_num_seqs": 4}}, "`engine_options` are for vLLM"),
+            ({"engine": "vllm", "small_workers": 2}, "vLLM itself spreads the large model over GPUs"),
+            ({"engine": "vllm", "large_workers": 2}, "vLLM itself spreads the large model over GPUs"),
+            ({"engine": "vllm", "ray": "local"}, "vLLM itself spreads the large model over GPUs"),
+            ({"engine": "vllm", "engine_options": {"dtype": "float16"}}, "have 'dtype', which the pair and"),
+            ({"engine": "vllm", "engine_options": {"seed": {1}}}, "options cannot be written down"),
         ],
     )
     def test_what_cannot_be_is_refused_and_claims_no_folder(self, run, questions, out, options, sentence):
@@ -183,6 +198,19 @@ class TestArguments:
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(OSError, match=r"pip install 'transformers_sgl\[ray\]'"):
             run(questions, ray="local")
+        assert not out.exists()
+
+    def test_vllm_that_is_not_installed(self, run, questions, out, monkeypatch):
+        version = metadata.version
+
+        def without_vllm(name: str) -> str:
+            if name.startswith("vllm"):
+                raise metadata.PackageNotFoundError(name)
+            return version(name)
+
+        monkeypatch.setattr(metadata, "version", without_vllm)
+        with pytest.raises(OSError, match=r'vLLM is missing: pip install "transformers_sgl\[vllm\]"'):
+            run(questions, engine="vllm")
         assert not out.exists()
 
     def test_files_that_are_not_there(self, run, questions, tmp_path, out, embedded_pair_path):

@@ -68,6 +68,11 @@ def test_settings_reach_the_pair(capsys, questions, tmp_path):
         (("--prune-layer", "40"), "prune_layer"),
         (("--model", "missing/pair/folder"), "There is no folder"),
         (("--device", "gpu"), "There is no kind of device 'gpu'"),
+        (("--engine", "vllm", "--large-workers", "2"), "vLLM itself spreads the large model over GPUs"),
+        (("--engine", "vllm", "--ray", "local"), "vLLM itself spreads the large model over GPUs"),
+        (("--engine-options", "{}"), "--engine-options are for an engine: add --engine vllm"),
+        (("--engine", "vllm", "--engine-options", "[1]"), "--engine-options is '[1]': pass a JSON object."),
+        (("--engine", "vllm", "--engine-options", '{"model": "other"}'), "have 'model', which the pair and"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(capsys, questions, tmp_path, options, sentence):

@@ -105,7 +105,8 @@ class TestHelp:
         options = {
             "run": "preset retention prune-layer early-exit-threshold model max-new-tokens dtype device show compare",
             "visualize": "out video frames model max-new-tokens dtype device json",
-            "batch": "output small-workers large-workers batch-size ray preset retention prune-layer model dtype json",
+            "batch": "output small-workers large-workers batch-size ray engine engine-options "
+            "preset retention prune-layer model dtype json",
             "calibrate": "data out keep-accuracy large-call-budget confidence held-out seed batch-size json",
             "evaluate": "data out calibration columns limit calibration-limit methods retention metric keep-accuracy",
             "publish": "repo recipe bundle revision private dry-run json",

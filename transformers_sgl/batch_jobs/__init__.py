@@ -1,4 +1,4 @@
-"""Answers a whole data set: two pools of workers, one for each model of a pair, that scale apart."""
+"""Answers a whole data set: two pools of workers, one for each model of a pair, that scale apart, or an engine."""
 
 from __future__ import annotations
 

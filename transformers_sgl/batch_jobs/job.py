@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from transformers_sgl import __version__
+from transformers_sgl.batch_jobs.on_engine import OnEngine, check_engine, engine_facts
 from transformers_sgl.batch_jobs.on_ray import OnRay, check_ray
 from transformers_sgl.batch_jobs.questions import read_questions, rejection
 from transformers_sgl.batch_jobs.results import Results
@@ -91,6 +92,8 @@ def run_batch(
     dtype: str = "auto",
     device: str = "auto",
     ray: str | None = None,
+    engine: str = "transformers",
+    engine_options: Mapping[str, Any] | None = None,
 ) -> BatchReport:
     """Answers all questions of a file.
 
@@ -111,6 +114,13 @@ def run_batch(
         ray (`str`, *optional*): The address of a Ray cluster on which the workers run, as `"host:port"`; `"auto"` for
             the one that this machine is in, `"local"` to start one. The package, the pair and the images have to be
             found on all its machines under the same names.
+        engine (`str`, defaults to `"transformers"`): What runs the large model, `"transformers"` or `"vllm"`. vLLM
+            takes the place of all workers and answers many batches at once; it prunes from the first layer on, with
+            the same average retention, and questions are guided together as they come, so the last digits of a score
+            may differ from call to call.
+        engine_options (`Mapping[str, Any]`, *optional*): Arguments of `vllm.AsyncEngineArgs` that JSON can write, such
+            as `tensor_parallel_size`, and `max_guide_batch`, the most questions that are guided together. A job may go
+            on with others that only change its speed.
 
     Returns:
         [`BatchReport`]: What was done.
@@ -122,7 +132,9 @@ def run_batch(
     # 1. What can be wrong is checked before a model is loaded.
     start = time.perf_counter()
     output, file, settings = Path(output), Path(questions), dict(settings or {})
+    engine_options = dict(engine_options or {})
     _check_arguments(settings, small_workers=small_workers, large_workers=large_workers, batch_size=batch_size)
+    check_engine(engine, engine_options, small_workers=small_workers, large_workers=large_workers, ray=ray)
     check_writable_folder(output)
     data = _read(file)
     usable, bad = read_questions(data, file.parent.absolute())
@@ -136,6 +148,7 @@ def run_batch(
     source = find_pair(pair)
     options = PairOptions(source, dtype, device, settings)
     facts = {**_pair_facts(options), "batch_size": batch_size, "data_sha256": hashlib.sha256(data).hexdigest()}
+    facts |= engine_facts(engine, engine_options)
 
     # 2. What has no record yet is done. Whole batches are, so that every question is asked in the same company.
     busy = f"Another process is writing into {str(output)!r}: wait until it is done, or give another `output`."
@@ -149,7 +162,7 @@ def run_batch(
                 "small": min(small_workers, len(works)),
                 "large": min(large_workers, len(works)),
             }
-            with closing(_crew(options, numbers, ray)) as crew:
+            with closing(_crew(options, numbers, ray, engine, engine_options)) as crew:
                 flow.run(works, crew, numbers["large"])
         flow.reject_lines()
         results.finish()
@@ -269,8 +282,16 @@ class _Flow:
         return all(self._results.has(each.index) for each in work.questions)
 
 
-def _crew(options: PairOptions, numbers: Mapping[StageName, int], ray: str | None) -> Crew:
+def _crew(
+    options: PairOptions,
+    numbers: Mapping[StageName, int],
+    ray: str | None,
+    engine: str,
+    engine_options: Mapping[str, Any],
+) -> Crew:
     """Who does the work."""
+    if engine == "vllm":
+        return OnEngine(options, engine_options)
     if ray is not None:
         return OnRay(options, numbers, ray)
     if all(number == 1 for number in numbers.values()):

@@ -24,12 +24,14 @@ from transformers_sgl.guidance import Guidance
 from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
 __all__ = ["STAGES", "LargeStage", "Outcome", "PairOptions", "SmallStage", "Stage", "StageName", "Work"]
-__all__ += ["open_both", "open_stage"]
+__all__ += ["REFUSALS", "images_of", "open_both", "open_stage", "record", "refusal"]
 
 StageName = Literal["small", "large"]
 STAGES: tuple[StageName, ...] = ("small", "large")
 
 _OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+# What a question is rejected for; any other error is the worker's.
+REFUSALS = (ValueError, *_OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,10 @@ class Stage:
             questions, images = _with_images(work.questions, outcome)
             if questions:
                 self._do(replace(work, questions=questions), images, outcome)
-        except (ValueError, *_OUT_OF_MEMORY) as error:
+        except REFUSALS as error:
             if len(work.questions) > 1:
                 return Outcome(again=work.one_by_one())
-            reason = f"There is not enough memory for this question ({error})."
-            reason = reason if isinstance(error, _OUT_OF_MEMORY) else str(error)
-            return Outcome(rejected=[rejection(work.questions[0], reason)])
+            return Outcome(rejected=[refusal(work.questions[0], error)])
         return outcome
 
     def _do(self, work: Work, images: list[list[Any]], outcome: Outcome) -> None:
@@ -117,7 +117,7 @@ class Stage:
         chats = [user_turn(each.question, of_it) for each, of_it in zip(questions, images, strict=True)]
         try:
             return chat_inputs(self.pair, self.processor, chats)
-        except (ValueError, *_OUT_OF_MEMORY):
+        except REFUSALS:
             raise
         except Exception as error:  # templates and processors fail in many ways at what they do not expect
             raise ValueError(
@@ -143,7 +143,7 @@ class SmallStage(Stage):
         scores = [None] * len(questions) if guidance.decision_score is None else guidance.decision_score.tolist()
         tokens = [draft[mask] for draft, mask in zip(guidance.draft, guidance.draft_mask, strict=True)]
         return [
-            _record(
+            record(
                 question,
                 str(self.processor.decode(draft, skip_special_tokens=True)),
                 len(draft),
@@ -174,7 +174,7 @@ class LargeStage(Stage):
         scores = [None] * len(totals) if output.decision_score is None else output.decision_score.tolist()
         retentions = output.average_retention(self.num_layers).tolist()
         outcome.answers += [
-            _record(
+            record(
                 question,
                 text,
                 length,
@@ -210,18 +210,24 @@ def open_both(options: PairOptions) -> dict[StageName, Callable[[Work], Outcome]
 
 def _with_images(questions: Sequence[Question], outcome: Outcome) -> tuple[tuple[Question, ...], list[list[Any]]]:
     """The questions whose images can be read, and these; the others are rejected."""
-    found = [(question, _images_of(question)) for question in questions]
+    found = [(question, images_of(question)) for question in questions]
     outcome.rejected += [rejection(question, each) for question, each in found if isinstance(each, str)]
     readable = [(question, each) for question, each in found if not isinstance(each, str)]
     return tuple(question for question, _ in readable), [images for _, images in readable]
 
 
-def _images_of(question: Question) -> list[Any] | str:
+def images_of(question: Question) -> list[Any] | str:
     """A question's images, or why they cannot be read."""
     try:
         return [open_image(path) for path in question.images]
     except OSError as error:
         return str(error)
+
+
+def refusal(question: Question, error: BaseException) -> dict[str, Any]:
+    """The record of a question that was refused with one of `REFUSALS`."""
+    reason = f"There is not enough memory for this question ({error})."
+    return rejection(question, reason if isinstance(error, _OUT_OF_MEMORY) else str(error))
 
 
 def _lengths(answers: Tensor, settings: GenerationConfig) -> list[int]:
@@ -237,7 +243,7 @@ def _lengths(answers: Tensor, settings: GenerationConfig) -> list[int]:
     return lengths
 
 
-def _record(
+def record(
     question: Question,
     text: str,
     num_tokens: int,

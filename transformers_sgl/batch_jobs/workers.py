@@ -204,7 +204,7 @@ def open_on_device(stage: StageName, options: PairOptions, number: int) -> Calla
     return open_stage(stage, options)
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error that nobody has foreseen, as a reason."""
     return f"{type(error).__name__}: {error}"
 

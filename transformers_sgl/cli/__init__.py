@@ -91,7 +91,8 @@ _GOES_ON = "A run that was stopped goes on when the same command is given again.
 _DATA = "Each line of the data is a JSON object with `image` (a path), `question`, and `answers` (a list) or `answer`."
 _LINES = (
     "Each line of QUESTIONS is a JSON object with `image` (a path) or `images` (several), `question`, and perhaps "
-    "`id`. One worker of each kind works in this process, more in processes of their own."
+    "`id`. One worker of each kind works in this process, more in processes of their own. With `--engine vllm`, one "
+    "engine does all, and spreads the large model over GPUs itself."
 )
 _METHODS = (
     "Methods: large, small, sgp, sgl, sgp-first, sgp-facility, sgp-facility-late, sgp-facility-prompt, sgp-dpp, "

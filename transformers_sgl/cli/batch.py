@@ -31,6 +31,8 @@ def batch(
     early_exit_threshold: shared.EarlyExitThreshold = None,
     model: shared.Model = None,
     max_new_tokens: shared.MaxNewTokens = 64,
+    engine: shared.Engine = "transformers",
+    engine_options: shared.EngineOptions = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
     as_json: shared.Json = False,
@@ -39,6 +41,7 @@ def batch(
 
     The small model's workers guide and answer what they are sure of, the large model's workers the rest.
     """
+    options = shared.read_engine_options(engine, engine_options)
     from transformers_sgl.batch_jobs import run_batch
 
     report = run_batch(
@@ -52,6 +55,8 @@ def batch(
         dtype=dtype,
         device=device,
         ray=ray,
+        engine=engine,
+        engine_options=options,
     )
     shared.print_result(report.to_dict(), _as_text(report), as_json)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,16 +51,8 @@ def serve(
         list[str] | None,
         shared.option("HOST", "A host from which images may be fetched, or host:port; may be repeated.", _LIMITS),
     ] = None,
-    engine: Annotated[
-        Literal["transformers", "vllm"],
-        shared.option("NAME", "What runs the large model: transformers, or vllm, which answers many at once.", _MODEL),
-    ] = "transformers",
-    engine_options: Annotated[
-        str | None,
-        shared.option(
-            "JSON", "Arguments of vLLM's engine, such as '{\"tensor_parallel_size\": 2}'.", _MODEL, show_default=False
-        ),
-    ] = None,
+    engine: shared.Engine = "transformers",
+    engine_options: shared.EngineOptions = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
     attn_implementation: Annotated[
@@ -90,17 +81,17 @@ def serve(
     )
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     where: dict[str, Any] = {"dtype": dtype, "device": device, "revision": revision or None}
+    options = shared.read_engine_options(engine, engine_options)
     pair: Any
     if engine == "vllm":
-        from transformers_sgl.engines.vllm import PairEngine
+        from transformers_sgl.engines.vllm import PairEngine, check_options
 
+        check_options(options)
         if attn_implementation is not None:
             raise ValueError("vLLM chooses its own attention: leave out --attn-implementation.")
-        pair = PairEngine.open(name, **where, **_read_options(engine_options))
+        pair = PairEngine.open(name, **where, **options)
         processor = pair.processor
     else:
-        if engine_options is not None:
-            raise ValueError("--engine-options are for an engine: add --engine vllm, or leave them out.")
         more: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         pair, processor = open_pair(name, **where, **more)
     app = serving.PairApp(model, pair, processor, limits, max_queue, api_key)
@@ -109,14 +100,3 @@ def serve(
     finally:
         if engine == "vllm":
             pair.close()
-
-
-def _read_options(text: str | None) -> dict[str, Any]:
-    """The arguments of an engine from their JSON text."""
-    try:
-        options = json.loads(text or "{}")
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise ValueError(f"--engine-options is {text!r}: pass a JSON object.")
-    return options

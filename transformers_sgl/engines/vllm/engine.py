@@ -121,8 +121,8 @@ class PairEngine:
             **engine_options: Arguments of `vllm.AsyncEngineArgs`, such as `tensor_parallel_size`.
 
         Raises:
-            OSError: If there is no such pair, or vLLM is not installed in a tested version.
-            ValueError: If vLLM cannot run pruned prompts of its large model.
+            OSError: If there is no such pair, vLLM is not installed in a tested version, or cannot start.
+            ValueError: If vLLM cannot run pruned prompts of its large model, or has no such option.
         """
         check_installed()
         described, _ = open_pair(name, dtype=dtype, device=device, revision=revision, only="small")
@@ -148,7 +148,15 @@ class PairEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return cls(pair, processor, AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)), max_guide_batch)
+        try:
+            given = AsyncEngineArgs(**arguments)
+        except TypeError as error:
+            raise ValueError(f"vLLM does not take these options ({error}): see its `AsyncEngineArgs`.") from error
+        try:
+            llm = AsyncLLM.from_engine_args(given)
+        except RuntimeError as error:
+            raise OSError(f"vLLM cannot start ({error}): what it has printed before says why.") from error
+        return cls(pair, processor, llm, max_guide_batch)
 
     def check(self, settings: SGLGenerationConfig) -> None:
         """Raises `ValueError` if an answer cannot be written under these settings."""
@@ -183,16 +191,20 @@ class PairEngine:
             return EngineAnswer(ids, len(ids) >= max_new_tokens, guidance, 0)
 
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         room = min(max_new_tokens, num_free_positions(self.pair.large.config, request))
         sampling = SamplingParams(**sampling_arguments(settings, room, seed))
         ids, reason = [], None
-        async with aclosing(self.llm.generate(request, sampling, uuid4().hex)) as outputs:
-            async for output in outputs:  # closing it before its end aborts the request
-                written = list(output.outputs[0].token_ids)
-                if on_tokens is not None and len(written) > len(ids):
-                    on_tokens(written[len(ids) :])
-                ids, reason = written, output.outputs[0].finish_reason
+        try:
+            async with aclosing(self.llm.generate(request, sampling, uuid4().hex)) as outputs:
+                async for output in outputs:  # closing it before its end aborts the request
+                    written = list(output.outputs[0].token_ids)
+                    if on_tokens is not None and len(written) > len(ids):
+                        on_tokens(written[len(ids) :])
+                    ids, reason = written, output.outputs[0].finish_reason
+        except VLLMClientError as error:
+            raise ValueError(f"vLLM refuses this prompt: {error}") from error
         return EngineAnswer(ids, reason == "length", guidance, len(request["prompt_token_ids"]))
 
     def close(self) -> None:
