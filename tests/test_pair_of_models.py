@@ -36,8 +36,8 @@ OF_LARGE = words("""
 """)
 # The pair's own: they call what they stand for on both models, or are the pair's.
 OWN = words("""
-    base_model_prefix config_class cuda dequantize float from_pretrained generate generation_config_class half
-    init_weights input_modalities main_input_name register_for_auto_class save_pretrained set_attn_implementation
+    base_model_prefix config_class cuda dequantize device float from_pretrained generate generation_config_class
+    half init_weights input_modalities main_input_name register_for_auto_class save_pretrained set_attn_implementation
     supports_gradient_checkpointing to
 """)
 # As inherited: they walk over all parameters and modules, and so concern both models.
@@ -50,7 +50,7 @@ BOTH = words("""
 """)
 # As inherited: about the pair as a whole, or about its first parameters, which are the large model's.
 WHOLE = words("""
-    add_model_tags can_generate compute_transition_scores device dtype dummy_inputs get_compiled_call
+    add_model_tags can_generate compute_transition_scores dtype dummy_inputs get_compiled_call
     get_experts_implementation heal_tokens is_backend_compatible is_custom_code is_remote_code load_custom_generate
     model_tags output_modalities post_init push_to_hub supports_context_parallel supports_pp_plan supports_tp_plan
 """)
