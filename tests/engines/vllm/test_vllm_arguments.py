@@ -14,8 +14,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from transformers_sgl.architectures import ARCHITECTURES
 from transformers_sgl.engines.vllm import arguments, check_installed, engine_arguments
+from transformers_sgl.engines.vllm.arguments import checkpoint_for_engine
 from transformers_sgl.engines.vllm.families import FAMILIES
 from transformers_sgl.engines.vllm.plugin import register
+from transformers_sgl.storage.checkpoints import Checkpoint
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -99,3 +101,16 @@ def test_the_plugin_adds_our_names_and_changes_no_others() -> None:
         assert model.__name__ == family.model_class
         assert model.supports_mrope
         assert model.supports_multimodal
+
+
+def test_where_vllm_finds_a_checkpoint(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--org--pair" / "snapshots" / commit
+    (snapshot / "large").mkdir(parents=True)
+    (snapshot / "large" / "config.json").write_text("{}")
+    of_bundle = Checkpoint("org/pair", {"subfolder": "large", "revision": commit, "cache_dir": tmp_path / "hub"})
+    assert checkpoint_for_engine(of_bundle) == (str(snapshot / "large"), {})
+    of_recipe = Checkpoint("org/large", {"revision": commit})
+    assert checkpoint_for_engine(of_recipe) == ("org/large", {"revision": commit})
+    assert checkpoint_for_engine(Checkpoint(str(snapshot), {"subfolder": "large"})) == (str(snapshot / "large"), {})
+    assert checkpoint_for_engine(Checkpoint(str(snapshot / "large"))) == (str(snapshot / "large"), {})

