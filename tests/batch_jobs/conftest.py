@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from question_files import SETTINGS, write_questions
 
+from batch_jobs.question_files import SETTINGS, write_questions
 from transformers_sgl.batch_jobs import BatchReport, run_batch
 
 

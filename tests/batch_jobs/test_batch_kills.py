@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from killing import NUM_KILLS, Killer
-from question_files import SETTINGS, read, write_questions
 
+from batch_jobs.question_files import SETTINGS, read, write_questions
 from transformers_sgl.batch_jobs import run_batch
 
 pytestmark = pytest.mark.slow

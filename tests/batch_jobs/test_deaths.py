@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from question_files import SETTINGS, answered, generated, read, write_questions
 
+from batch_jobs.question_files import SETTINGS, answered, generated, read, write_questions
 from transformers_sgl.batch_jobs import job
 from transformers_sgl.batch_jobs.stages import Outcome, Work
 from transformers_sgl.batch_jobs.workers import Death, ThisProcess

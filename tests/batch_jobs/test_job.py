@@ -6,8 +6,8 @@ import sys
 from importlib import metadata
 
 import pytest
-from question_files import SETTINGS, answered, generated, read, write_questions
 
+from batch_jobs.question_files import SETTINGS, answered, generated, read, write_questions
 from transformers_sgl.batch_jobs import job, on_engine, run_batch
 from transformers_sgl.batch_jobs.stages import Work
 from transformers_sgl.batch_jobs.workers import ThisProcess

@@ -19,8 +19,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from question_files import SETTINGS, answered, generated, read, write_questions
-
+from batch_jobs.question_files import SETTINGS, answered, generated, read, write_questions
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.batch_jobs import on_engine
 from transformers_sgl.batch_jobs.on_engine import OnEngine

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from question_files import SETTINGS, answered, generated, read, write_questions
 
+from batch_jobs.question_files import SETTINGS, answered, generated, read, write_questions
 from transformers_sgl.batch_jobs import workers
 from transformers_sgl.batch_jobs.stages import PairOptions
 

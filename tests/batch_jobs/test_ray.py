@@ -8,7 +8,8 @@ import threading
 from collections import Counter
 
 import pytest
-from question_files import SETTINGS, answered, generated, write_questions
+
+from batch_jobs.question_files import SETTINGS, answered, generated, write_questions
 
 ray = pytest.importorskip("ray")
 
