@@ -97,9 +97,9 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
 
 
 def has_weights(model: PreTrainedModel) -> bool:
-    """Whether a model can run: those that are offloaded are on no device either, but hooks bring them."""
-    return any(each.device.type != "meta" for each in model.parameters()) or any(
-        hasattr(module, "_hf_hook") for module in model.modules()
+    """Whether a model can run: one that is offloaded is on no device either, but was placed by accelerate."""
+    return bool(getattr(model, "hf_device_map", None)) or any(
+        each.device.type != "meta" for each in model.parameters()
     )
 
 
