@@ -35,6 +35,7 @@ __all__ = ["NO_WEIGHTS", "as_recipe", "check_weights_can_be_saved", "checked", "
 
 # The `device_map` of a model that is described, but not loaded: the half of a pair that runs elsewhere.
 NO_WEIGHTS = "meta"
+_IS_DESCRIBED = "is_described_only"  # an attribute of such a model
 
 # Load options that a recipe records.
 _RECORDED_OPTIONS = ("dtype", "quantization_config", "variant")
@@ -97,10 +98,8 @@ def load_model(name: str, checkpoint: Checkpoint, options: dict[str, Any]) -> tu
 
 
 def has_weights(model: PreTrainedModel) -> bool:
-    """Whether a model can run: one that is offloaded is on no device either, but was placed by accelerate."""
-    return bool(getattr(model, "hf_device_map", None)) or any(
-        each.device.type != "meta" for each in model.parameters()
-    )
+    """Whether a model can run. One that is offloaded has its parameters on no device either, so that tells nothing."""
+    return not getattr(model, _IS_DESCRIBED, False)
 
 
 def _described(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> PreTrainedModel:
@@ -119,6 +118,7 @@ def _described(name: str, checkpoint: Checkpoint, arguments: Mapping[str, Any]) 
     if read_generation_config(owner, checkpoint.path, checkpoint.where) is not None:
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path, **checkpoint.where)
     model.name_or_path = model.config.name_or_path = checkpoint.path
+    setattr(model, _IS_DESCRIBED, True)
     return model.eval()
 
 
