@@ -131,7 +131,7 @@ async def _measure(engine: PairEngine, arguments: argparse.Namespace, record: di
     }
     for way in ways.values():
         await _load(way, images, 2, 2)
-    record["in_flight"] = {}
+    record["in_flight"] = _measured_before(Path(arguments.out), record)
     for in_flight in map(int, arguments.in_flight.split(",")):
         loads: dict[str, list[_Load]] = {name: [] for name in ways}
         for _ in range(arguments.rounds):
@@ -145,6 +145,20 @@ async def _measure(engine: PairEngine, arguments: argparse.Namespace, record: di
         write_atomically(Path(arguments.out), json.dumps(record, indent=1) + "\n")
         found = record["in_flight"][str(in_flight)]
         print(in_flight, {name: round(each["throughput_over_large"]["median"], 2) for name, each in found.items()})
+
+
+def _measured_before(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What the file has of an earlier run of the same kind: other numbers of requests in flight are added to it."""
+    if not out.exists():
+        return {}
+    before = json.loads(out.read_text(encoding="utf-8"))
+    return dict(before["in_flight"]) if _kind_of_run(before) == _kind_of_run(record) else {}
+
+
+def _kind_of_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs share whose figures may stand in one table."""
+    names = ("machine", "versions", "seed", "num_threads", "dtype")
+    return {**{name: record[name] for name in names}, "arguments": {**record["arguments"], "in_flight": None}}
 
 
 def _picture(pixels: Tensor, number: int) -> Image.Image:

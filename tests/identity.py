@@ -1,11 +1,12 @@
 """Random calls of random pairs, and what must be true of each answer.
 
 A case is a number: it draws an architecture, prompts, a small model and settings, so that whatever fails can be run
-again. Three promises take turns:
+again. Four promises take turns:
 
 - *stock*: where nothing is pruned, a sample's answer is the stock large model's, or, where it exits early, the stock
   small model's, under the same settings;
 - *draft*: verified drafts do not change what a pruned large model writes;
+- *rounds*: nor do the drafts that the small model writes after them, in longer answers, pruned or not;
 - *batch*: a sample of a pruned, padded batch is answered as it is alone.
 """
 
@@ -27,7 +28,7 @@ from transformers_sgl import SGLForConditionalGeneration
 from transformers_sgl.architectures import check_supported, key_sources
 from transformers_sgl.generation_config_sgl import resolve_prune_layer
 
-PROMISES = ("stock", "draft", "batch")
+PROMISES = ("stock", "draft", "batch", "rounds")
 # Reading several tokens at once, or beside padding, rounds differently: what is closer than that may turn.
 TIE = "a tie"
 ROUNDING = 2e-3
@@ -80,7 +81,7 @@ def draw(number: int) -> Case:
     names = supported_names()
     name = names[number // len(PROMISES) % len(names)]
     tiny = TINY[name]
-    num_samples = chance.choice((1, 2, 2, 3)) if tiny.batches_alike else 1
+    num_samples = chance.choice((1, 2, 3, 4) if promise == "rounds" else (1, 2, 2, 3)) if tiny.batches_alike else 1
     images = tuple(chance.choice((0, 1, 1, 2)) for _ in range(num_samples))
     text = tuple(chance.randint(1, 9) for _ in range(num_samples))
     video = tiny.videos is not None and chance.random() < 0.2
@@ -120,7 +121,7 @@ def failure_of(case: Case) -> str | None:
         early = _stock_rows(case, small, tiny_batch(case.name, case.samples))
         exits = [False] * len(late) if output.exited_early is None else output.exited_early.tolist()
         wanted = [early[row] if exits[row] else late[row] for row in range(len(late))]
-    elif case.promise == "draft":
+    elif case.promise in ("draft", "rounds"):
         wanted = _rows(_run(pair, batch, case, **{**case.guided, "verify_draft": False}), batch)
     else:
         alone = [_run(pair, sample, case, **case.guided) for sample in case.samples]
@@ -171,7 +172,14 @@ def _guided(chance: random.Random, promise: str) -> dict[str, Any]:
         settings["retention_ratio"] = chance.choice((0.05, 0.2, 0.5, 0.9))
         settings["min_tokens_per_image"] = chance.choice((0, 1, 1, 2))
         settings["guidance_queries"] = chance.choice(("prompt", "last", "generated", "both", "both"))
-    if promise != "draft":
+    if promise == "rounds":
+        settings["retention_ratio"] = chance.choice((0.2, 0.5, 1.0))
+        settings["verify_draft"] = "rounds"
+        settings["num_draft_tokens"] = chance.choice((None, 1, 2, 3, 8))
+        settings["draft_retention_ratio"] = chance.choice((0.1, 0.5, 1.0, 1.0))
+    elif promise == "draft":
+        settings["verify_draft"] = "once"
+    else:
         settings["verify_draft"] = chance.choice((None, True, True, False))
     if chance.random() < 0.4:
         settings["early_exit_threshold"] = chance.choice((0.0, 0.2, 0.5, 1.0))
@@ -182,7 +190,7 @@ def _guided(chance: random.Random, promise: str) -> dict[str, Any]:
 
 def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
     width = max(each["input_ids"].shape[1] for each in case.samples)
-    limit = chance.randint(1, 8)
+    limit = chance.randint(2, 24) if promise == "rounds" else chance.randint(1, 8)
     settings: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False}
     if promise == "stock" and chance.random() < 0.15:
         settings = {"max_length": width + limit, "do_sample": False}
@@ -209,6 +217,7 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
         "use_cache": True,
         "logits_processor": [chance.choice((Banned(), AtMost(chance.randint(1, 5))))],
         "max_time": 1000.0,
+        "stop_strings": [_TOKENIZER.decode(some[:1]), _TOKENIZER.decode(some[1:3])],
         "prefix_allowed_tokens_fn": _OwnTokens(),
     }
     if promise != "batch" or single:  # what counts or sums a whole row sees its padding
@@ -228,6 +237,8 @@ def _stock(chance: random.Random, promise: str, case: Case) -> dict[str, Any]:
         settings[chance.choice(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"))] = None
     if promise == "stock" and "early_exit_threshold" not in case.guided and chance.random() < 0.15:
         settings |= chance.choice(({"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}))
+    if promise == "rounds" and "early_exit_threshold" not in case.guided and chance.random() < 0.2:
+        settings |= {"do_sample": True, "temperature": chance.choice((0.3, 1.0))}  # from the same seed
     return settings
 
 
@@ -279,7 +290,8 @@ def _run(pair: SGLForConditionalGeneration, inputs: Inputs, case: Case, **guided
 
 def _stock_rows(case: Case, model: PreTrainedModel, batch: Inputs) -> list[_Row]:
     torch.manual_seed(0)
-    output = model.generate(**batch, **deepcopy(case.stock), return_dict_in_generate=True, output_scores=True)
+    own = {"tokenizer": _TOKENIZER} if "stop_strings" in case.stock else {}
+    output = model.generate(**batch, **deepcopy(case.stock), **own, return_dict_in_generate=True, output_scores=True)
     return _rows(output, batch)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from transformers_sgl.batching import pad_rows
-from transformers_sgl.generation_config_sgl import CompleteSettings, SGLGenerationConfig
+from transformers_sgl.generation_config_sgl import VERIFICATIONS, CompleteSettings, SGLGenerationConfig
 from transformers_sgl.generation_settings import carried_settings, is_set, unmet
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
@@ -79,12 +79,25 @@ class AnswerRules:
         return threshold is not None and threshold <= 1
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether a single answer is written, of the most probable tokens."""
+    def is_one_answer(self) -> bool:
+        """Whether each prompt has a single answer, written token by token."""
+        return self.settings.num_beams in (None, 1) and self.settings.num_return_sequences in (None, 1)
+
+    @property
+    def drafts_in_rounds(self) -> bool:
+        """Whether the small model goes on where the large one has left its draft."""
         settings = self.settings
         return (
-            not settings.do_sample and settings.num_beams in (None, 1) and settings.num_return_sequences in (None, 1)
+            settings.verify_draft in (None, True, "rounds")
+            and settings.guidance != "prompt"
+            and self.is_one_answer
+            and self.vocabularies.shared is not None
         )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether a single answer is written, of the most probable tokens."""
+        return not self.settings.do_sample and self.is_one_answer
 
     @property
     def scores_draft(self) -> bool:
@@ -108,8 +121,8 @@ class AnswerRules:
     def can_use_draft(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the small model runs even for its draft alone, and the large one can use it."""
         return (
-            self.settings.verify_draft is True
-            and self.is_greedy
+            self.settings.verify_draft in (True, *VERIFICATIONS)
+            and self.is_one_answer
             and inputs.get("input_ids") is not None
             and cache_of(inputs) is None
             and self.settings.cache_implementation in _DYNAMIC_CACHES
@@ -122,6 +135,11 @@ class AnswerRules:
     def check_guidable(self, inputs: Mapping[str, Any]) -> None:
         """Raises `ValueError` if the small model cannot guide as it should, with cause and cure."""
         self._check_needs_no_draft()
+        if self.settings.verify_draft == "rounds" and not self.is_one_answer:
+            raise ValueError(
+                '`verify_draft="rounds"` drafts one answer to each prompt, but beams or several were asked for: '
+                "set num_beams=1 and num_return_sequences=1, or leave out `verify_draft`."
+            )
         cache = cache_of(inputs)
         if is_set("token_healing", self.settings.token_healing):
             raise ValueError(
@@ -153,7 +171,8 @@ class AnswerRules:
             "guidance_queries": settings.guidance_queries in ("generated", "both"),
             "guidance_max_new_tokens": settings.guidance_max_new_tokens is not None,
             "score_draft": settings.score_draft is True,
-            "verify_draft": settings.verify_draft is True,
+            "verify_draft": settings.verify_draft in (True, *VERIFICATIONS),
+            "num_draft_tokens": settings.num_draft_tokens is not None,
         }
         names = [name for name, is_set in needs.items() if is_set]
         if names:

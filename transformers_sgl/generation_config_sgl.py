@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PAPER_PRESETS",
     "PRESETS",
+    "VERIFICATIONS",
     "CompleteSettings",
     "SGLGenerationConfig",
     "average_retention",
@@ -58,6 +59,7 @@ _FRACTIONS = {
     "vision_retention_ratio": "visual tokens that the vision tower encodes",
     "guidance_layers": "the small model's layers that rank the visual tokens",
     "unsure_retention_ratio": "visual tokens that are kept where the small model is unsure",
+    "draft_retention_ratio": "visual tokens that the small model keeps for drafts",
 }
 _CHOICES = {
     "selection": ("top_k", "dpp", "facility_location"),
@@ -65,6 +67,7 @@ _CHOICES = {
     "guidance_queries": ("prompt", "last", "generated", "both"),
     "consistency_reduction": ("product", "geometric_mean"),
 }
+VERIFICATIONS = ("once", "rounds")
 # What only sampling reads.
 _SAMPLING = ("epsilon_cutoff", "eta_cutoff", "min_p", "temperature", "top_h", "top_k", "top_p", "typical_p")
 
@@ -173,9 +176,15 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
         score_draft (`bool`, *optional*): Whether to score the small model's answer, which takes one more pass of it.
             By default where an early exit depends on it and with `return_dict_in_generate`; with `False` only for an
             early exit.
-        verify_draft (`bool`, *optional*): Whether the large model checks the small model's answer in its prefill and
-            continues after the part it agrees with. The output stays the same. By default wherever the small model has
-            answered; with `True` the small model answers for this even where nothing is pruned; with `False` never.
+        verify_draft (`bool` or `str`, *optional*, defaults to `"rounds"`): How the large model is spared steps by the
+            small one, which changes nothing about what it writes. With `"once"` it checks the small model's answer in
+            its prefill and continues after the part it agrees with; with `"rounds"` the small model then goes on
+            from there, and drafts a few tokens again and again; with `False` neither. With `True`, or a word, the
+            small model answers for this even where nothing is pruned.
+        num_draft_tokens (`int`, *optional*): How many tokens the small model drafts in each later round. By default
+            as many as pay, by what earlier ones were worth and how long the models take, and none where none do.
+        draft_retention_ratio (`float`, *optional*, defaults to 1.0): The fraction of visual tokens, in `(0, 1]`, that
+            the small model keeps in its cache for the later rounds: those that it found the most important.
         confirmation_threshold (`float`, *optional*): With a number from 0 to 1 the pruned large model only confirms
             the small model's answer: where it would have written the same, with at least this probability, that is
             the answer; where not, it reads the prompt again with every visual token. By default its own pruned answer
@@ -259,6 +268,8 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "consistency_reduction": "product",
             "score_draft": None,
             "verify_draft": None,
+            "num_draft_tokens": None,
+            "draft_retention_ratio": 1.0,
             "confirmation_threshold": None,
             "unsure_threshold": None,
             "unsure_retention_ratio": 1.0,
@@ -341,10 +352,16 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
                 f"`confirmation_threshold` is {confirmation!r}, but it is compared with the probability of an answer: "
                 "pass a number from 0 to 1, or None to let the pruned answer stand."
             )
-        for name in ("score_draft", "verify_draft"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, bool):
-                raise ValueError(f"`{name}` is {value!r}: pass True, False or None.")
+        if self.score_draft is not None and not isinstance(self.score_draft, bool):
+            raise ValueError(f"`score_draft` is {self.score_draft!r}: pass True, False or None.")
+        verification = self.verify_draft
+        if not (verification is None or isinstance(verification, bool) or verification in VERIFICATIONS):
+            raise ValueError(f"`verify_draft` is {verification!r}: pass 'rounds', 'once', True, False or None.")
+        if self.num_draft_tokens is not None and not _is_count(self.num_draft_tokens):
+            raise ValueError(
+                f"`num_draft_tokens` is {self.num_draft_tokens!r}: pass a whole number of 1 or more, or None for as "
+                "many as pay."
+            )
         if self.min_tokens_per_image is not None and not _is_count(self.min_tokens_per_image, at_least=0):
             raise ValueError(
                 f"`min_tokens_per_image` is {self.min_tokens_per_image!r}: pass a whole number of 1 or more, or 0 to "

@@ -58,8 +58,10 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
         confirmation_score (`Tensor` of shape `(batch,)`, *optional*): With a `confirmation_threshold`, which it is
             compared to: how probable the pruned large model finds the small model's answer, and 0 where it would have
             written another.
-        num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): The tokens of each draft that the large
-            model confirmed.
+        num_draft_rounds (`Tensor` of shape `(batch,)`, *optional*): How many drafts the small model wrote, its own
+            answer included.
+        num_draft_tokens (`Tensor` of shape `(batch,)`, *optional*): The tokens of these drafts.
+        num_draft_tokens_accepted (`Tensor` of shape `(batch,)`, *optional*): Those that the large model confirmed.
         num_large_forward_passes (`int`, *optional*): How often the large model ran, its prefill included.
         timings (`dict`, *optional*): Wall-clock milliseconds: `guidance_ms` (the small model's answer and its scores,
             or with `guidance="prompt"` its one pass), `large_ms` (0 where that model did not run) and `total_ms`.
@@ -88,6 +90,8 @@ class SGLGenerateOutput(CacheUnderBothNames, GenerateDecoderOnlyOutput):
     decision_score: Tensor | None = None
     draft_confirmed: Tensor | None = None
     confirmation_score: Tensor | None = None
+    num_draft_rounds: Tensor | None = None
+    num_draft_tokens: Tensor | None = None
     num_draft_tokens_accepted: Tensor | None = None
     num_large_forward_passes: int | None = None
     timings: dict[str, float] | None = None

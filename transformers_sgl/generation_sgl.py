@@ -31,10 +31,12 @@ from transformers_sgl.guidance import Guidance
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
+from transformers_sgl.hooks.drafter import InOtherTokens
 from transformers_sgl.hooks.pruning import Pruning
 from transformers_sgl.prompt import Prompt
 from transformers_sgl.small_answer import SmallAnswer, ask
 from transformers_sgl.token_choice import choose_tokens, choosing_processors, unsure_samples
+from transformers_sgl.tokens.draft_length import DraftLength
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
@@ -224,6 +226,7 @@ def guide(call: Call) -> Guidance:
             ranks=call.prunes,
             features=call.of_decoder.needs_features or call.of_tower.needs_features,
             scores=rules.scores_draft or (call.prunes and settings.unsure_threshold is not None),
+            max_answer_tokens=rules.max_new_tokens if rules.drafts_in_rounds else None,
             **draft_settings,
         ).to(prompts.device)
 
@@ -251,6 +254,7 @@ def guide(call: Call) -> Guidance:
         confidence=told.confidence,
         consistency=told.consistency,
         guidance_ms=call.clock.timings["guidance_ms"],
+        drafter=told.drafter,
     )
 
 
@@ -311,7 +315,7 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
 
     # 7. The other samples go on as a smaller batch. The large model reads the prompt and the draft, keeps what matters
     # (or everything, where it has not confirmed the draft), and writes.
-    rest, output, late, num_accepted = ~settled, None, None, None
+    rest, output, late = ~settled, None, None
     verifier = DraftVerifier(large)
     if rest.any():
         if settled.any():
@@ -323,6 +327,8 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
             draft[rest] if verifies else None,
             draft_mask[rest] if verifies else None,
             batch=None if prompt.inputs["input_ids"] is prompts else whole_batch,
+            drafter=_drafter(call, guidance, rest) if verifies else None,
+            lengths=DraftLength(settings.num_draft_tokens),
         )
         with ExitStack() as stack:
             stack.enter_context(one_at_a_time(large))
@@ -338,10 +344,15 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
         call.clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
+    counts: dict[str, Any] = {}
     if verifier.num_accepted is not None or num_checks:
-        num_accepted = draft_mask.sum(dim=1).masked_fill(~settled | exits, 0)
-        if verifier.num_accepted is not None:
-            num_accepted[rest] = verifier.num_accepted.to(rest.device)
+        checked = draft_mask.sum(dim=1).masked_fill(~settled | exits, 0)  # confirmed, as far as they are not written
+        counts = {"num_draft_tokens_accepted": checked, "num_draft_tokens": checked.clone()}
+        counts["num_draft_rounds"] = (checked > 0).long()
+        found = (verifier.num_accepted, verifier.num_drafted, verifier.num_rounds)
+        for count, of_rest in zip(counts.values(), found, strict=True):
+            if of_rest is not None:
+                count[rest] = of_rest.to(rest.device)
 
     # 8. The whole batch again, with the prompts as they were passed.
     answers = merge_answers(early, late, settled, rules.pad_token_id)
@@ -353,7 +364,7 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
         sequences=sequences,
         **guidance.fields(),
         **pruned,
-        num_draft_tokens_accepted=num_accepted,
+        **counts,
         draft_confirmed=confirmed,
         confirmation_score=scores,
         num_large_forward_passes=verifier.num_forward_passes + num_checks,
@@ -418,6 +429,14 @@ def _pruning(call: Call, guidance: Guidance, prompt: Prompt, chosen: Tensor) -> 
         None if encoded is None else encoded[chosen][:, :width],
         guidance.vision_prune_layer,
     )
+
+
+def _drafter(call: Call, guidance: Guidance, chosen: Tensor) -> Any:
+    """What drafts anew for the `chosen` samples, in the large model's tokens; `None` where nothing can."""
+    if guidance.drafter is None or not call.rules.drafts_in_rounds:
+        return None
+    drafter = guidance.drafter.select(chosen)
+    return drafter if call.rules.vocabularies.shared else InOtherTokens(drafter, call.rules.vocabularies)
 
 
 def _fields(guidance: Guidance, pruning: Pruning, chosen: Tensor) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class Guidance:
         prompts (`list[str]`, *optional*): A digest of each prompt.
         source (`dict`, *optional*): The two models, by type and revision.
         guidance_ms (`float`): How long it took, in milliseconds of wall-clock time.
+        drafter (*optional*): The small model, ready to draft on. Only within `generate`: it is not written down.
 
     Example:
         ```python
@@ -119,6 +120,7 @@ class Guidance:
     prompts: list[str] | None = None
     source: dict[str, Any] | None = None
     guidance_ms: float = 0.0
+    drafter: Any = None
 
     @classmethod
     def nothing(cls, num_visual_tokens: Tensor) -> Guidance:
@@ -297,4 +299,4 @@ def _check_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> 
             )
 
 
-assert {*_TENSORS, *_VALUES} == {field.name for field in fields(Guidance)}
+assert {*_TENSORS, *_VALUES, "drafter"} == {field.name for field in fields(Guidance)}

@@ -243,7 +243,8 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
                 "Guidance is made for whole prompts, found by their `input_ids`: pass them, without a cache."
             )
         digests = prompt_digests(call.inputs["input_ids"], call.prompt.visual_tokens)
-        return replace(guide(call), settings=json_settings(read[0]), prompts=digests, source=self.identity)
+        found = replace(guide(call), drafter=None)  # whose cache would live as long as the guidance
+        return replace(found, settings=json_settings(read[0]), prompts=digests, source=self.identity)
 
     @torch.no_grad()
     def answer(

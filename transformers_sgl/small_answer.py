@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -28,11 +29,12 @@ from transformers_sgl.batching import append_tokens, without_placeholders
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hooks.attention_recorder import AttentionRecorder
 from transformers_sgl.hooks.context import HookContext
+from transformers_sgl.hooks.drafter import Drafter
 from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.tokens import early_exit
 from transformers_sgl.tokens.importance_process import ImportanceProcessorList, RetentionRatioProcessor
 from transformers_sgl.tokens.visual_tokens import VisualTokens
-from transformers_sgl.transformers_interface import cache_name, extended_inputs
+from transformers_sgl.transformers_interface import cache_name, cache_of, extended_inputs, view_of
 
 __all__ = ["SmallAnswer", "ask", "guiding_layers", "guiding_queries"]
 
@@ -57,6 +59,7 @@ class SmallAnswer:
         consistency (`Tensor` of shape `(batch,)`, *optional*): How probable its answer stays with few visual tokens.
         features (`Tensor` of shape `(batch, num_visual_tokens, width)`, *optional*): What its decoder was given for
             each visual token; 0 in padding.
+        drafter (`Drafter`, *optional*): The small model, ready to go on from any point of its answers.
     """
 
     draft_sequences: Tensor
@@ -67,6 +70,7 @@ class SmallAnswer:
     confidence: Tensor | None = None
     consistency: Tensor | None = None
     features: Tensor | None = None
+    drafter: Drafter | None = None
 
     @property
     def has_draft(self) -> bool:
@@ -83,7 +87,8 @@ class SmallAnswer:
     def to(self, device: torch.device) -> SmallAnswer:
         """The same on another device."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        moved: dict[str, Any] = {name: each.to(device) for name, each in values.items() if isinstance(each, Tensor)}
+        return replace(self, **moved)
 
 
 def ask(
@@ -94,6 +99,7 @@ def ask(
     ranks: bool = True,
     scores: bool = False,
     features: bool = False,
+    max_answer_tokens: int | None = None,
     logits_processor: Iterable[LogitsProcessor] = (),
     stopping_criteria: Iterable[StoppingCriteria] = (),
     **settings: Any,
@@ -102,7 +108,8 @@ def ask(
 
     `inputs` are the arguments of its `generate`, with `input_ids` of shape `(batch, small_prompt_length)`; they win
     over `settings`. `ranks` asks for the importance, together with `features` also for those of the visual tokens, and
-    `scores` for confidence and consistency; `logits_processor` and `stopping_criteria` also hold for the draft. The
+    `scores` for confidence and consistency. With `max_answer_tokens` it is kept ready to draft for answers of up to so
+    many; `logits_processor` and `stopping_criteria` also hold for the draft. The
     result is on the small model's device.
 
     Raises:
@@ -119,8 +126,9 @@ def ask(
         draft = stack.enter_context(_DraftRecorder(small)) if scores else None
         watch = _EndWatch(settings.get("eos_token_id", small.generation_config.eos_token_id), stopping_criteria)
         watch.recorder = recorder
+        loop = _LoopRecorder() if max_answer_tokens else None
         sequences = type(small).generate(
-            small,
+            small if loop is None else view_of(small, loop),
             **settings,
             logits_processor=LogitsProcessorList([*logits_processor, *([draft] if draft else ())]),
             stopping_criteria=StoppingCriteriaList([watch]),
@@ -129,9 +137,17 @@ def ask(
     draft_mask = watch.mask(draft_sequences)
 
     found = SmallAnswer(draft_sequences, draft_mask, watch.ended, watch.ended_with_eos)
-    if recorder is None:
+    importance = None if recorder is None else _of_queries(recorder, guiding_queries(generation_config))
+    if loop is not None and max_answer_tokens is not None:
+        drafter = loop.drafter(
+            small, draft_sequences, {id(each) for each in (*logits_processor, draft)}, watch, max_answer_tokens
+        )
+        if drafter is not None and importance is not None:
+            keep_mask = _most_important(visual_tokens, importance, generation_config.draft_retention_ratio)
+            drafter = drafter.pruned(keep_mask)
+        found = replace(found, drafter=drafter)
+    if recorder is None or importance is None:
         return found
-    importance = _of_queries(recorder, guiding_queries(generation_config))
     if ranks:
         _check_ranked(visual_tokens, importance, "the small model wrote a single token", "allow a longer answer")
         found = replace(found, importance=importance, features=recorder.features)
@@ -237,18 +253,52 @@ def _log_probs_when_pruned(
 
     Only the most important visual tokens are seen (paper, section 3.3).
     """
-    keep_mask = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)]).keep_mask(
-        visual_tokens, importance
-    )
+    keep_mask = _most_important(visual_tokens, importance, retention_ratio)
     length = draft_sequences.shape[1]
     token_type = check_supported(small.config).answer_token_type
     to_read = without_placeholders(draft_sequences, visual_token_ids(small.config))
     inputs = append_tokens(draft.prompt_inputs, to_read, partial(extended_inputs, small), token_type)
-    with draft.features, VisualTokenPruner(small, visual_tokens.prompt_keep_mask(keep_mask), prune_layer=0):
+    with draft.features, VisualTokenPruner(small, keep_mask, prune_layer=0):
         logits = small(**{**inputs, cache_name(): None, "use_cache": False, "logits_to_keep": length + 1}).logits
     return early_exit.token_log_probs(logits[:, -length - 1 : -1], draft_sequences.to(logits.device)).to(
         draft_sequences.device
     )
+
+
+def _most_important(visual_tokens: VisualTokens, importance: Tensor, retention_ratio: float) -> Tensor:
+    """The prompts' tokens without the visual tokens that matter less; `(batch, prompt_length)`."""
+    process = ImportanceProcessorList([RetentionRatioProcessor(retention_ratio)])
+    return visual_tokens.prompt_keep_mask(process.keep_mask(visual_tokens, importance))
+
+
+class _LoopRecorder:
+    """Keeps what drafting on needs of the small model's decoding loop, and changes nothing; see [`view_of`]."""
+
+    def __init__(self) -> None:
+        self._prompt_inputs: dict[str, Any] | None = None
+        self._cache: Cache | None = None
+        self._processors = LogitsProcessorList()
+
+    def run_loop(
+        self, view: Any, loop: Callable[..., Any], input_ids: Tensor, stopping_criteria: Any, **kwargs: Any
+    ) -> Any:
+        """Runs the loop, with a look at its cache and its processors."""
+        self._cache, self._processors = cache_of(kwargs), kwargs["logits_processor"]
+        return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
+
+    def run_pass(self, forward: Callable[..., Any], extend: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Runs the model, with a look at the inputs of its first pass."""
+        self._prompt_inputs = self._prompt_inputs or dict(inputs)
+        return forward(**inputs)
+
+    def drafter(
+        self, small: PreTrainedModel, written: Tensor, own: set[int], watch: _EndWatch, max_answer_tokens: int
+    ) -> Drafter | None:
+        """The small model after what it has written; `own` are processors that are not the loop's, by identity."""
+        if self._prompt_inputs is None or written.shape[1] == 0:
+            return None
+        rules = LogitsProcessorList(each for each in self._processors if id(each) not in own)
+        return Drafter.after(small, self._prompt_inputs, self._cache, written, rules, watch.end_ids, max_answer_tokens)
 
 
 class _FeatureMemo(HookContext):
@@ -358,6 +408,11 @@ class _EndWatch(StoppingCriteria):
         if self.recorder is not None:
             self.recorder.finish(self.ended)
         return ends
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The end-of-sequence tokens."""
+        return [int(each) for each in self._eos.tolist()]
 
     def mask(self, draft_sequences: Tensor) -> Tensor:
         """`True` for the tokens that belong to an answer; `(batch, draft_length)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,14 @@ def test_the_saved_pair_of_random_models_reads_tiles_of_the_published_size(tmp_p
     assert inputs["pixel_values"].shape == (3, 3, 448, 448)
     output = pair.generate(**inputs, max_new_tokens=2, min_new_tokens=2, return_dict_in_generate=True)
     assert output.num_visual_tokens.tolist() == [768]
+
+
+def test_other_numbers_in_flight_are_added_to_a_run_of_the_same_kind(tmp_path: Path) -> None:
+    kind = {"machine": "a machine", "seed": 0, "num_threads": 2}
+    before, now, other = ({**record(rounds), **kind} for rounds in (3, 3, 1))
+    now["arguments"] = {**now["arguments"], "in_flight": "128"}
+    file = tmp_path / "engine.json"
+    assert engine._measured_before(file, now) == {}
+    file.write_text(json.dumps(before), encoding="utf-8")
+    assert engine._measured_before(file, now) == before["in_flight"]
+    assert engine._measured_before(file, other) == {}

@@ -12,10 +12,10 @@ often the model runs, and not the output.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -26,8 +26,10 @@ from transformers import (
 )
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
-from transformers_sgl.batching import append_tokens, without_placeholders
-from transformers_sgl.transformers_interface import cache_of, can_be_cut_back, next_token_output, view_of
+from transformers_sgl.batching import append_tokens
+from transformers_sgl.hooks.answer_run import AnswerRun, GoesOn
+from transformers_sgl.tokens.draft_length import DraftLength
+from transformers_sgl.transformers_interface import cache_of, can_be_cut_back, view_of
 from transformers_sgl.whole_batch import WholeBatch
 
 __all__ = ["DraftVerifier"]
@@ -36,7 +38,7 @@ __all__ = ["DraftVerifier"]
 class DraftVerifier:
     """Lets a model check a draft in its prefill and continue after the part that it agrees with.
 
-    Greedy search only: with sampling, beams, a static cache, `inputs_embeds`, classifier-free guidance, or where
+    Not with beams, several answers to a prompt, a static cache, `inputs_embeds`, classifier-free guidance, or where
     attentions or hidden states are asked for, the model writes as if there were no draft. A batch advances together,
     up to the first token at which an unfinished sample leaves its draft; where scores or logits are returned, which
     tell of ended samples too, any sample.
@@ -56,6 +58,8 @@ class DraftVerifier:
         num_forward_passes (`int`): How often the model has run.
         num_accepted (`Tensor` of shape `(batch,)`, *optional*): How many tokens of each draft were confirmed; `None`
             where the draft was not used.
+        num_drafted (`Tensor` of shape `(batch,)`, *optional*): How many tokens were drafted.
+        num_rounds (`Tensor` of shape `(batch,)`, *optional*): How many drafts there were.
 
     Example:
         ```python
@@ -81,6 +85,8 @@ class DraftVerifier:
         draft: Tensor | None = None,
         draft_mask: Tensor | None = None,
         batch: WholeBatch | None = None,
+        drafter: GoesOn | None = None,
+        lengths: DraftLength | None = None,
     ) -> None:
         if (draft is None) != (draft_mask is None) or (
             draft is not None and draft_mask is not None and (draft.dim() != 2 or draft.shape != draft_mask.shape)
@@ -92,12 +98,15 @@ class DraftVerifier:
             )
         self.num_forward_passes = 0
         self.num_accepted: Tensor | None = None
+        self.num_drafted: Tensor | None = None
+        self.num_rounds: Tensor | None = None
         self._model = model
         self._draft = draft
         self._draft_mask = draft_mask
         self._batch = batch
+        self._drafter, self._lengths = drafter, lengths
         self._own: list[Any] = []
-        self._run: _Run | None = None
+        self._run: AnswerRun | None = None
 
     def generate(self, **kwargs: Any) -> Any:
         """Stock `generate` of the model, with the draft; arguments and result are the model's own."""
@@ -132,7 +141,7 @@ class DraftVerifier:
         if self._draft is None or self._draft_mask is None or not _can_verify(self._draft, input_ids, **kwargs):
             return loop(view, input_ids=input_ids, stopping_criteria=stopping_criteria, **kwargs)
         eos = [criterion.eos_token_id for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
-        run = _Run(
+        run = AnswerRun(
             self._draft,
             self._draft_mask,
             past,
@@ -141,13 +150,15 @@ class DraftVerifier:
             ends=[int(token) for ids in eos for token in ids.reshape(-1)],
             pad_token_id=config.pad_token_id,
             follows_ended=bool(config.output_scores or config.output_logits),
+            drafter=self._drafter,
+            lengths=self._lengths,
         )
         self._run = run
         try:
             criteria = _WatchedCriteria(stopping_criteria, run.note)
             output = loop(view, input_ids=input_ids, stopping_criteria=criteria, **kwargs)
             run.cut_back(run.num_chosen - 1)
-            self.num_accepted = run.num_accepted
+            self.num_accepted, self.num_drafted, self.num_rounds = run.num_accepted, run.num_drafted, run.num_rounds
         finally:
             self._run = None
         return output
@@ -175,7 +186,8 @@ class DraftVerifier:
                 token_type = check_supported(self._model.config).answer_token_type
                 inputs = append_tokens(inputs, draft, extend, token_type)
                 inputs["logits_to_keep"] = draft.shape[1] + 1
-            run.learn(forward(**inputs).logits, draft.shape[1])
+            start = time.perf_counter()
+            run.learn(forward(**inputs).logits, draft.shape[1], start)
         return run.next_output()
 
 
@@ -183,8 +195,7 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
     """Whether a decoding loop with these arguments needs nothing that only a pass of its own can give."""
     past = cache_of(kwargs)
     return (
-        not generation_config.do_sample
-        and draft.shape[0] == input_ids.shape[0]
+        draft.shape[0] == input_ids.shape[0]
         and isinstance(past, DynamicCache)
         and past.get_seq_length() == 0
         and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
@@ -195,104 +206,6 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         and generation_config.prefill_chunk_size is None
         and not kwargs.get("synced_gpus")  # several processes have to run their passes in step
     )
-
-
-class _Run:
-    """One batch of answers, written along its drafts.
-
-    Step `k` chooses the answers' token `k`. A pass that reads the answers up to their token `k - 1`, and the drafts
-    after that, knows the logits of step `k` and of the steps after it, for as long as the answers follow the drafts.
-    """
-
-    def __init__(
-        self,
-        draft: Tensor,
-        draft_mask: Tensor,
-        past: DynamicCache,
-        max_new_tokens: int,
-        placeholders: list[int],
-        ends: list[int],
-        pad_token_id: int | None,
-        follows_ended: bool,
-    ) -> None:
-        self.num_chosen = 0  # tokens of the answers
-        self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
-        self._past = past
-        # The bookkeeping of single tokens stays on the CPU, where `generate` reads each of them anyway.
-        self._draft, self._draft_mask = draft.cpu(), draft_mask.cpu()
-        # What ended answers go on with is padding, where there are ends; its logits count where they are returned.
-        self._pad_token_id = [*ends, 0][0] if pad_token_id is None else pad_token_id
-        self._pads = bool(ends)
-        self._follows_ended = follows_ended or not ends
-        self._to_read = without_placeholders(
-            self._draft.masked_fill(~self._draft_mask, self._pad_token_id), placeholders
-        )
-        # Nothing follows an end of sequence.
-        is_read = self._draft_mask & ~torch.isin(self._draft, torch.tensor([*placeholders, *ends]))
-        # How far each draft is worth reading; an answer's last token is never read.
-        last = (is_read * torch.arange(1, draft.shape[1] + 1)).amax(dim=1) if draft.shape[1] else is_read.sum(dim=1)
-        self._readable = last.clamp(max=max(max_new_tokens - 1, 0))  # (batch,)
-        self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
-        self._follows = True  # whether every sample's newest token is the one read in its place
-        self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
-        self._first_step = 0
-        self._num_read = 0  # the answers' columns in the cache, right or wrong
-
-    def note(self, tokens: Tensor, finished: Tensor) -> None:
-        """Notes the tokens chosen for every sample, `(batch,)`, and which samples finish with them, `(batch,)`."""
-        step = self.num_chosen
-        self.num_chosen += 1
-        if step >= self._draft.shape[1]:  # nothing is left to compare with, so there is no need to wait for the device
-            self._follows = False
-            return
-        tokens = tokens.cpu()
-        # Once the drafts are no longer read along, an equal token is a coincidence that saves nothing.
-        if step == 0 or self._knew_more():
-            agrees = (tokens == self._draft[:, step]) & self._draft_mask[:, step]
-            self.num_accepted += agrees & self._unfinished
-        self._unfinished = self._unfinished & ~finished.cpu()
-        follows = tokens == self._to_read[:, step]
-        self._follows = bool((follows if self._follows_ended else follows | ~self._unfinished).all())
-
-    def knows_next(self) -> bool:
-        """Whether the logits of the next step are known already."""
-        known = 0 if self._logits is None else self._logits.shape[1]
-        return self._follows and self.num_chosen - self._first_step < known
-
-    def next_output(self) -> Any:
-        """The logits of the next step."""
-        assert self._logits is not None
-        step = self.num_chosen - self._first_step
-        return next_token_output(self._logits[:, step : step + 1], self._past)
-
-    def rest(self) -> Tensor:
-        """The part of the drafts that the next pass reads; `(batch, columns)`.
-
-        A pass that saved no step shows that a draft does not fit here. Then nothing is read along until every
-        unfinished sample has come to a token of its draft again.
-        """
-        fits = self._follows or self.num_chosen - self._first_step > 1
-        end = int(self._readable[self._unfinished].max()) if fits else 0
-        if self._pads:
-            self._to_read[~self._unfinished, self.num_chosen :] = self._pad_token_id
-        return self._to_read[:, self.num_chosen : end]
-
-    def learn(self, logits: Tensor, num_draft_tokens: int) -> None:
-        """Keeps a pass's logits, of shape `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
-        self._logits = logits[:, -1 - num_draft_tokens :]
-        self._first_step = self.num_chosen
-        self._num_read = self.num_chosen + num_draft_tokens
-
-    def cut_back(self, length: int) -> None:
-        """Removes from the cache everything after the answers' first `length` tokens."""
-        excess = self._num_read - max(length, 0)
-        if excess > 0:
-            self._past.crop(-excess)
-            self._num_read -= excess
-
-    def _knew_more(self) -> bool:
-        """Whether the last pass read more than the answers."""
-        return self._logits is not None and self._logits.shape[1] > 1
 
 
 class _WatchedCriteria(StoppingCriteriaList):

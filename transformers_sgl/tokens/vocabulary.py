@@ -84,9 +84,35 @@ class Vocabularies:
         rows = [row[mask] for row, mask in zip(draft.cpu(), draft_mask.cpu(), strict=True)]
         assert self.tokenizers is not None  # only tokenizers tell that vocabularies differ
         large, small = self.tokenizers
-        texts = [small.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+        texts = [_text(small, row) for row in rows]
         end = [] if eos_token_id is None else [eos_token_id]
         return [
             large.encode(text, add_special_tokens=False) + (end if has_ended else [])
             for text, has_ended in zip(texts, ended.tolist(), strict=True)
         ]
+
+    def in_small(self, answer: list[int]) -> list[int]:
+        """The beginning of an answer, of the large model's tokens, in the small model's."""
+        assert self.tokenizers is not None
+        large, small = self.tokenizers
+        return list(small.encode(_text(large, answer), add_special_tokens=False))
+
+    def go_on(self, answer: list[int], small_answer: list[int], small_draft: list[int]) -> list[int]:
+        """What a draft, of the small model's tokens, adds to an answer of the large model's.
+
+        The text as a whole is encoded, so that it splits as the large model would split it. Where that would split
+        the answer itself in another way than it is written, the added text is encoded alone.
+        """
+        assert self.tokenizers is not None
+        large, small = self.tokenizers
+        before, after = _text(small, small_answer), _text(small, small_answer + small_draft)
+        added = after[len(before) :] if after.startswith(before) else _text(small, small_draft)
+        whole = list(large.encode(_text(large, answer) + added, add_special_tokens=False))
+        if whole[: len(answer)] == answer:
+            return whole[len(answer) :]
+        return list(large.encode(added, add_special_tokens=False))
+
+
+def _text(tokenizer: Any, ids: list[int] | Tensor) -> str:
+    """The text of an answer's tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

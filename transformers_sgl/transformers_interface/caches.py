@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from transformers_sgl.transformers_interface.lookup import changed, from_module
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ __all__ = [
     "can_be_cut_back",
     "held_keys",
     "held_keys_and_values",
+    "is_plain_layer",
+    "keep_columns",
     "next_token_output",
     "with_installed_cache_name",
 ]
@@ -106,6 +110,35 @@ def can_be_cut_back(layer: Any, max_length: int) -> bool:
     from transformers import DynamicLayer
 
     return isinstance(layer, DynamicLayer) and (not layer.is_sliding or max_length < layer.get_max_length())
+
+
+def is_plain_layer(layer: Any, max_length: int) -> bool:
+    """Whether a cache's layer holds nothing but keys and values, and those of every token up to `max_length`.
+
+    Assumes that only a `DynamicLayer` does, or a `DynamicSlidingWindowLayer` until its window, `get_max_length()`, is
+    full. Without it, a small model would draft from a wrong cache.
+    """
+    from transformers import DynamicLayer
+
+    plain = DynamicLayer, from_module("cache_utils", "DynamicSlidingWindowLayer")
+    return type(layer) in plain and can_be_cut_back(layer, max_length)
+
+
+def keep_columns(cache: Cache, columns: Tensor, prompt_length: int) -> None:
+    """Leaves in a cache of plain layers only some `columns`, `(batch, num_kept)`, of the first `prompt_length`.
+
+    Assumes `cache.layers[...].keys` and `.values` of shape `(batch, heads, length, head_dim)`, and that sliding layers
+    count their tokens in `cumulative_length`. Without it, a small model drafts with its whole cache.
+    """
+    for layer in cache.layers:
+        if not getattr(layer, "is_initialized", True):
+            continue
+        for name in ("keys", "values"):
+            whole = getattr(layer, name)
+            index = columns.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])
+            setattr(layer, name, torch.cat([whole.gather(2, index), whole[:, :, prompt_length:]], dim=2))
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = layer.keys.shape[2]
 
 
 def held_keys(cache: Cache | None, index: int) -> Tensor | None:
