@@ -39,6 +39,8 @@ SGL_FIELDS = (
     "confirmation_threshold",
     "unsure_threshold",
     "unsure_retention_ratio",
+    "num_draft_tokens",
+    "draft_retention_ratio",
 )
 
 
@@ -315,7 +317,9 @@ BAD_VALUES = [
     *(("consistency_retention_ratio", value, RATIO) for value in (0, 1.5, True, "0.05")),
     *(("consistency_reduction", value, REDUCTION) for value in ("mean", "", 1)),
     *(("score_draft", value, SWITCH) for value in (0, 1, "yes")),
-    *(("verify_draft", value, SWITCH) for value in (0, 1, "yes")),
+    *(("verify_draft", value, "pass 'rounds', 'once', True, False or None") for value in (0, 1, "yes", ["once"])),
+    *(("num_draft_tokens", value, COUNT) for value in (0, -1, 1.5, True, "8")),
+    *(("draft_retention_ratio", value, "above 0 and up to 1") for value in (0, -0.1, 1.5, True, "0.2", math.nan)),
 ]
 
 

@@ -447,7 +447,9 @@ def test_verify_draft_alone_is_the_unpruned_large_model_in_fewer_passes() -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_beams": 2}, {"do_sample": True}, {"cache_implementation": "static"}], ids=str
+    "options",
+    [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"cache_implementation": "static"}],
+    ids=str,
 )
 def test_verify_draft_alone_leaves_the_small_model_out_where_it_is_no_use(
     pair: SGLForConditionalGeneration, monkeypatch: pytest.MonkeyPatch, options: dict

@@ -142,6 +142,39 @@ def can_be_cut_back() -> None:
 
 
 @check
+def is_plain_layer() -> None:
+    keys = torch.randn(1, 2, 6, 4)
+    text = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 8}
+    cache = DynamicCache(config=Qwen2Config(layer_types=["full_attention", "sliding_attention"], **text))
+    for index in range(2):
+        cache.update(keys, keys, index)
+    assert all(interface.is_plain_layer(layer, 7) for layer in cache.layers), "a plain layer counts as another"
+    assert [interface.is_plain_layer(layer, 8) for layer in cache.layers] == [True, False]
+
+    class Other(type(cache.layers[0])):  # type: ignore[misc]
+        pass
+
+    assert not interface.is_plain_layer(Other(), 7), "a layer that may hold anything counts as plain"
+
+
+@check
+def keep_columns() -> None:
+    keys, values = torch.randn(2, 2, 3, 6, 4)  # two samples, three heads, six tokens
+    text = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 8}
+    cache = DynamicCache(config=Qwen2Config(layer_types=["full_attention", "sliding_attention"], **text))
+    for index in range(2):
+        cache.update(keys, values, index)
+    interface.keep_columns(cache, torch.tensor([[0, 2], [1, 3]]), 5)
+    for index, layer in enumerate(cache.layers):
+        for kept, whole in ((layer.keys, keys), (layer.values, values)):
+            assert torch.equal(kept[0], whole[0][:, [0, 2, 5]]), "other columns than were asked for"
+            assert torch.equal(kept[1], whole[1][:, [1, 3, 5]]), "a sample has another's columns"
+        assert cache.get_seq_length(index) == 3
+        cache.update(keys[:, :, :2], values[:, :, :2], index)
+        assert cache.get_seq_length(index) == 5, "a shortened cache does not grow"
+
+
+@check
 def held_keys() -> None:
     model, seen = tiny_internvl(num_layers=2), []
     cache = DynamicCache()
@@ -605,6 +638,7 @@ PRIVATE = {
     "_update_model_kwargs_for_generation",
 }
 UNDOCUMENTED = {
+    "cache_utils.DynamicSlidingWindowLayer",
     "generation.GenerateDecoderOnlyOutput",
     "image_processing_utils.select_best_resolution",
     "image_utils.get_image_size",

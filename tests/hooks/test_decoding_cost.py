@@ -6,6 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from transformers_sgl import AttentionRecorder, DraftVerifier, VisualTokenPruner
-from transformers_sgl.small_answer import _EndWatch
+from transformers_sgl import AttentionRecorder, DraftVerifier, SGLGenerationConfig, VisualTokenPruner
+from transformers_sgl.small_answer import _EndWatch, ask
+from transformers_sgl.tokens.draft_length import DraftLength
 
 pytestmark = pytest.mark.mechanics
 
@@ -173,3 +176,62 @@ def test_the_ids_that_end_an_answer_are_moved_to_the_device_once() -> None:
     watch(ids, None)
     assert moved.device.type == "meta"
     assert watch._eos is moved
+
+
+class InsideAndOutside(CountedOperations):
+    """Counts operations apart: of each model's decoding passes, and what happens around them."""
+
+    def __init__(self, **models: PreTrainedModel) -> None:
+        super().__init__()
+        self.passes: dict[str, list[int]] = {name: [] for name in models}  # operations of each
+        self.outside = 0
+        self._running: str | None = None
+        for name, model in models.items():
+            model.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            model.register_forward_hook(lambda *_: self._enter(None))
+
+    def _enter(self, name: str | None) -> None:
+        self._running = name
+        if name is not None:
+            self.passes[name].append(0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        launches = not function.is_view
+        if self._running is None:
+            self.outside += launches
+        else:
+            self.passes[self._running][-1] += launches
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inputs", [ONE, BATCH], ids=["one", "batch"])
+def test_rounds_of_drafts_launch_what_the_two_models_launch_and_a_constant(inputs: dict[str, Tensor]) -> None:
+    num_tokens, around, of_a_pass = 40, [], {}
+    for num_layers in (2, 4, 8):
+        large, small = tiny_internvl(num_layers), tiny_internvl(2)
+        for model in (large, small):
+            model.generation_config.eos_token_id = None
+            model.generate(**inputs, max_new_tokens=2)
+        config = SGLGenerationConfig().resolved()
+        asked = ask(small, inputs, find_visual_tokens(inputs), config, max_answer_tokens=num_tokens, max_new_tokens=4)
+        assert asked.drafter is not None
+        verifier = DraftVerifier(
+            large,
+            asked.draft_sequences,
+            asked.draft_mask,
+            drafter=replace(asked.drafter, confidence_threshold=1e-9),
+            lengths=DraftLength(3),
+        )
+        counter = InsideAndOutside(large=large, small=small)
+        with counter:
+            verifier.generate(**inputs, do_sample=False, max_new_tokens=num_tokens)
+        of_large, of_small = counter.passes["large"][1:], counter.passes["small"]
+        assert len(of_small) > len(of_large) > 8
+        around.append(counter.outside / (num_tokens + len(of_large) + len(of_small)))
+        of_a_pass[num_layers] = median(of_large)
+        assert max(of_small) < 200  # two layers, whatever the large model's depth
+    # The passes are as they would be alone: each layer adds the same.
+    assert of_a_pass[8] - of_a_pass[4] == 2 * (of_a_pass[4] - of_a_pass[2])
+    # What happens around them does not grow with the models.
+    assert max(around) <= 1.2 * min(around), around
+    assert max(around) <= 60, around

@@ -132,9 +132,10 @@ def test_the_consistency_pass_runs_once_and_without_the_vision_encoder() -> None
 
     model.small.model.vision_tower.register_forward_pre_hook(count("vision"))
     model.small.get_decoder().register_forward_pre_hook(count("decoder"))
-    model.generate(**batch, max_new_tokens=4, min_new_tokens=4)
+    given = {"max_new_tokens": 4, "min_new_tokens": 4, "verify_draft": "once"}
+    model.generate(**batch, **given)
     assert calls == {"vision": 1, "decoder": 4}  # nobody reads a score: none is computed
-    model.generate(**batch, max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+    model.generate(**batch, **given, return_dict_in_generate=True)
     assert calls == {"vision": 2, "decoder": 4 + 4 + 1}
 
 

@@ -65,7 +65,6 @@ class AnswerRun:
         self._pads = bool(ends)
         self._follows_ended = follows_ended or not ends
         self._drafter, self._lengths = drafter, lengths or DraftLength()
-        self._unfinished = torch.ones(draft.shape[0], dtype=torch.bool)
         self._chosen: list[Tensor] = []  # (batch,) for each step, where a drafter wants them
         self._finished: Tensor | None = None  # (batch,), of steps for which nothing was compared
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
@@ -105,7 +104,7 @@ class AnswerRun:
         if self._drafter is not None:
             self._chosen.append(tokens)
         if column >= self._draft.shape[1]:  # nothing to compare with, so there is no need to wait for the device
-            self._follow = torch.zeros_like(self._follow)
+            self._follow = self._nobody
             if self._drafter is not None:
                 self._finished = finished if self._finished is None else self._finished | finished
             return
@@ -139,12 +138,15 @@ class AnswerRun:
         Without a drafter, a pass that saved no step shows that a draft does not fit here. Then nothing is read along
         until every unfinished sample has come to a token of its draft again.
         """
-        fits = self._follows or self.num_chosen - self._first_step > 1
+        fits = True
         if self._drafter is not None and self.num_chosen > 0:
             self._redraft(self._drafter)
-            fits = True
-        end = int(self._readable[self._unfinished].max()) if fits and self._unfinished.any() else 0
         start = self.num_chosen - self._first_column
+        if start >= self._to_read.shape[1]:
+            return self._to_read[:, :0]
+        if self._drafter is None:
+            fits = self.num_chosen - self._first_step > 1 or self._follows
+        end = int(self._readable[self._unfinished].max()) if fits and self._unfinished.any() else 0
         if self._pads:
             self._to_read[~self._unfinished, start:] = self._pad_token_id
         return self._to_read[:, start:end]
@@ -154,7 +156,7 @@ class AnswerRun:
         self._logits = logits[:, -1 - num_draft_tokens :]
         self._first_step = self.num_chosen
         self._num_read = self.num_chosen + num_draft_tokens
-        self._follow = torch.ones_like(self._follow)
+        self._follow = self._everyone
         self._pass_start = start if num_draft_tokens and self.num_chosen else None  # the prefill tells nothing
 
     def cut_back(self, length: int) -> None:

@@ -10,8 +10,9 @@ __all__ = ["DraftLength"]
 MOST = 16  # tokens of a round: behind so many, one more is hardly ever worth its step
 _LEAST_GAIN = 1.05  # below this, what is not measured eats up what is gained
 _FORGETTING = 0.9  # of what earlier rounds have shown, for each later one
-_FIRST_PAUSE = 8  # tokens
-_PROBE = 2  # tokens, to find out whether drafting pays again
+_FIRST_PAUSE = 16  # tokens
+_PROBE = 1  # token, to find out whether drafting pays again
+_UNMEASURED = 3  # tokens of a round at most, until both models were timed
 
 
 class DraftLength:
@@ -70,7 +71,7 @@ class DraftLength:
         self._right, self._wrong = self._right * _FORGETTING, self._wrong * _FORGETTING
         if best and self._gain(best) >= _LEAST_GAIN:
             self._pause, self._is_paused = _FIRST_PAUSE, False
-            return best
+            return best if self._large_s else min(best, _UNMEASURED)
         if self._is_paused:
             self._is_paused = False
             return _PROBE

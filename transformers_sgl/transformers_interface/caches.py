@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from transformers_sgl.transformers_interface.lookup import changed, from_module
 
 if TYPE_CHECKING:
@@ -130,13 +128,15 @@ def keep_columns(cache: Cache, columns: Tensor, prompt_length: int) -> None:
     Assumes `cache.layers[...].keys` and `.values` of shape `(batch, heads, length, head_dim)`, and that sliding layers
     count their tokens in `cumulative_length`. Without it, a small model drafts with its whole cache.
     """
+    from torch import cat
+
     for layer in cache.layers:
         if not getattr(layer, "is_initialized", True):
             continue
         for name in ("keys", "values"):
             whole = getattr(layer, name)
             index = columns.to(whole.device)[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])
-            setattr(layer, name, torch.cat([whole.gather(2, index), whole[:, :, prompt_length:]], dim=2))
+            setattr(layer, name, cat([whole.gather(2, index), whole[:, :, prompt_length:]], dim=2))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = layer.keys.shape[2]
 
