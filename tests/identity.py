@@ -105,7 +105,7 @@ def draw(number: int) -> Case:
 
 def failure_of(case: Case) -> str | None:
     """What is wrong with the case's answers; `None` if nothing is, `TIE` if only roundings differ."""
-    large, small = _models(case.name, case.attention, case.small)
+    large, small = _models(case.name, case.attention, case.small, wide=case.promise == "rounds")
     pair = SGLForConditionalGeneration(large=large, small=small)
     batch = tiny_batch(case.name, case.samples, case.padding_side)
     if "batch" in {check_supported(large.config).inputs.get(name) for name in batch}:
@@ -268,9 +268,16 @@ class _OwnTokens:
 
 
 @lru_cache(maxsize=256)
-def _models(name: str, attention: str, noise: float | None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    large = tiny_model(name, NUM_LAYERS, attention)
-    return large, tiny_model(name, NUM_LAYERS, attention, seed=1) if noise is None else near_copy(large, noise)
+def _models(
+    name: str, attention: str, noise: float | None, wide: bool = False
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The models of a pair; with `wide` sliding windows, which answers do not fill."""
+    window = getattr(TINY[name].config(NUM_LAYERS).get_text_config(decoder=True), "sliding_window", None)
+    changes = {"sliding_window": 256} if wide and isinstance(window, int) else {}
+    large = tiny_model(name, NUM_LAYERS, attention, **changes)
+    if noise is not None:
+        return large, near_copy(large, noise)
+    return large, tiny_model(name, NUM_LAYERS, attention, seed=1, **changes)
 
 
 def _run(pair: SGLForConditionalGeneration, inputs: Inputs, case: Case, **guided: Any) -> Any:

@@ -60,7 +60,7 @@ def drafted(shape: dict, layout: list, seed: int, noise: float, **pruning) -> tu
             **pruning,
             **draft_length,
             do_sample=False,
-            verify_draft=verify,
+            verify_draft="once" if verify else False,
             early_exit_threshold=None,
             return_dict_in_generate=True,
         )

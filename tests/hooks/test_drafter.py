@@ -140,6 +140,21 @@ def test_some_samples_go_on_alone() -> None:
     assert some.go_on([[1, 2], [3]], 2) == [continued(inputs, 0, [1, 2], 1), continued(inputs, 2, [3], 2)]
 
 
+def test_rules_that_know_each_sample_hold_for_some_of_them() -> None:
+    inputs = prompts()
+    config = SGLGenerationConfig().resolved()
+    given = {"max_answer_tokens": MOST, "max_new_tokens": 8, "encoder_no_repeat_ngram_size": 1}
+    drafts = []
+    for chosen in ([True, True, True], [False, False, True]):
+        asked = ask(SMALL, inputs, find_visual_tokens(inputs), config, **given)
+        assert asked.drafter is not None
+        drafter = replace(asked.drafter, confidence_threshold=0.0).select(torch.tensor(chosen))
+        answers = [[number] for number, wanted in enumerate((1, 2, 3)) if chosen[wanted - 1]]
+        drafts.append(drafter.go_on(answers, 6)[-1])
+    assert drafts[0] == drafts[1]
+    assert not set(drafts[0]) & set(inputs["input_ids"][2].tolist())
+
+
 def test_what_cannot_be_cut_back_does_not_draft() -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     for window, is_ready in ((20, False), (200, True)):

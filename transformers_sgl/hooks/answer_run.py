@@ -71,9 +71,10 @@ class AnswerRun:
         self._first_step = 0
         self._num_read = 0  # the answers' columns in the cache, right or wrong
         self._pass_start: float | None = None  # of a pass that is timed
-        self._follow = torch.ones(
-            draft.shape[0], dtype=torch.bool
-        )  # whose newest tokens are those read in their place
+        self._everyone = torch.ones(draft.shape[0], dtype=torch.bool)
+        self._nobody = ~self._everyone
+        self._unfinished = self._everyone
+        self._follow = self._everyone  # whose answers are what was read, (batch,)
         self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
         self.num_drafted = draft_mask.sum(dim=1).cpu()
         self.num_rounds = (self.num_drafted > 0).long()

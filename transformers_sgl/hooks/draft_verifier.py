@@ -185,7 +185,8 @@ class DraftVerifier:
             if draft.shape[1]:
                 token_type = check_supported(self._model.config).answer_token_type
                 inputs = append_tokens(inputs, draft, extend, token_type)
-                inputs["logits_to_keep"] = draft.shape[1] + 1
+                if "logits_to_keep" in inputs:
+                    inputs["logits_to_keep"] = draft.shape[1] + 1
             start = time.perf_counter()
             run.learn(forward(**inputs).logits, draft.shape[1], start)
         return run.next_output()
@@ -199,7 +200,7 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         and isinstance(past, DynamicCache)
         and past.get_seq_length() == 0
         and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
-        and kwargs.get("logits_to_keep") == 1
+        and kwargs.get("logits_to_keep") in (None, 1)  # None where a model always gives all
         and kwargs.get("inputs_embeds") is None  # to which tokens cannot be appended
         and not (generation_config.output_attentions or generation_config.output_hidden_states)
         and generation_config.guidance_scale in (None, 1)

@@ -21,6 +21,7 @@ from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.kept_tokens import KeptTokens
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_name, is_plain_layer, keep_columns
+from transformers_sgl.whole_batch import WholeBatch
 
 __all__ = ["Drafter", "InOtherTokens"]
 
@@ -113,11 +114,15 @@ class Drafter:
         if bool(chosen.all()):
             return self
         rows = chosen.to(self.prompts.device).nonzero()[:, 0]
+        # Rules may know something of each sample, by its number in the batch that they were made for.
+        whole = WholeBatch(self.prompts, chosen.to(self.prompts.device), self.prompts[:, :0], 0)
+        shown = [whole.processor(each, self.prompts.shape[1]) for each in self.processors]
         self.cache.batch_select_indices(rows)
         return replace(
             self,
             prompts=self.prompts[rows],
             read=self.read[chosen.cpu()],
+            processors=LogitsProcessorList(shown),
             positions=None if self.positions is None else self.positions[..., rows, :],
             mask=None if self.mask is None else self.mask[rows],
         )

@@ -103,10 +103,12 @@ def can_be_cut_back(layer: Any, max_length: int) -> bool:
     """Whether a cache's layer keeps everything that lies before the tokens to be removed, up to `max_length` tokens.
 
     Assumes that only a `DynamicLayer` grows and shrinks freely; a sliding one until its window, `get_max_length()`, is
-    full. Without it, a draft could leave a wrong cache behind.
+    full; and that a `DummyLayer` holds nothing. Without it, a draft could leave a wrong cache behind.
     """
     from transformers import DynamicLayer
 
+    if _is_dummy(layer):
+        return True
     return isinstance(layer, DynamicLayer) and (not layer.is_sliding or max_length < layer.get_max_length())
 
 
@@ -119,7 +121,12 @@ def is_plain_layer(layer: Any, max_length: int) -> bool:
     from transformers import DynamicLayer
 
     plain = DynamicLayer, from_module("cache_utils", "DynamicSlidingWindowLayer")
-    return type(layer) in plain and can_be_cut_back(layer, max_length)
+    return _is_dummy(layer) or (type(layer) in plain and can_be_cut_back(layer, max_length))
+
+
+def _is_dummy(layer: Any) -> bool:
+    """Whether it stands for a layer that keeps nothing, such as one that uses another's keys; not in every version."""
+    return type(layer).__name__ == "DummyLayer"
 
 
 def keep_columns(cache: Cache, columns: Tensor, prompt_length: int) -> None:
@@ -131,7 +138,7 @@ def keep_columns(cache: Cache, columns: Tensor, prompt_length: int) -> None:
     from torch import cat
 
     for layer in cache.layers:
-        if not getattr(layer, "is_initialized", True):
+        if _is_dummy(layer) or not layer.is_initialized:
             continue
         for name in ("keys", "values"):
             whole = getattr(layer, name)
