@@ -69,11 +69,12 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 # The fields of a generation config that a client may set, and between what bounds; `None` is the limit of new tokens.
 # A bound that `SGLGenerationConfig` itself checks, with a better sentence, is wide here.
-_SETTINGS: dict[str, tuple[type, float, float | None]] = {
+_SETTINGS: dict[str, tuple[Any, float, float | None]] = {
     "confirmation_threshold": (float, -inf, inf),
     "consistency_reduction": (str, 0, 0),
     "consistency_retention_ratio": (float, -inf, inf),
     "do_sample": (bool, 0, 0),
+    "draft_retention_ratio": (float, -inf, inf),
     "early_exit_threshold": (float, -inf, inf),
     "guidance": (str, 0, 0),
     "guidance_layers": (float, -inf, inf),
@@ -84,6 +85,7 @@ _SETTINGS: dict[str, tuple[type, float, float | None]] = {
     "min_p": (float, 0, 1),
     "min_tokens_per_image": (int, 0, 1e6),
     "no_repeat_ngram_size": (int, 0, 64),
+    "num_draft_tokens": (int, -inf, None),
     "prune_layer": (float, -inf, inf),
     "repetition_penalty": (float, 0.1, 10),
     "retention_ratio": (float, -inf, inf),
@@ -94,11 +96,17 @@ _SETTINGS: dict[str, tuple[type, float, float | None]] = {
     "top_p": (float, 0.01, 1),
     "unsure_retention_ratio": (float, -inf, inf),
     "unsure_threshold": (float, -inf, inf),
-    "verify_draft": (bool, 0, 0),
+    "verify_draft": (bool | str, 0, 0),
     "vision_prune_layer": (float, -inf, inf),
     "vision_retention_ratio": (float, -inf, inf),
 }
-_KINDS = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    bool | str: "true, false or a text",
+    float: "a number",
+    int: "a whole number",
+    str: "a text",
+}
 
 
 @dataclass(frozen=True)
@@ -384,7 +392,7 @@ def _check_number(name: str, value: Any, kind: type, low: float, high: float) ->
         raise ValueError(f"`{name}` is {_shortened(value)}: pass {wanted} {bounds}.")
 
 
-def _check_kind(name: str, value: Any, kind: type) -> None:
+def _check_kind(name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` is {_shortened(value)}: pass {_KINDS[kind]}.")
 

@@ -80,7 +80,7 @@ def _check(settings: SGLGenerationConfig) -> None:
         )
     if settings.verify_draft:
         raise ValueError(
-            "`verify_draft` is True, but vLLM takes no draft with a request: leave it out, or use the engine "
+            f"`verify_draft` is {settings.verify_draft!r}, but vLLM takes no draft with a request: leave it out, or use the engine "
             "transformers."
         )
     if any(len(ids) > 1 for ids, _ in _pairs(settings.sequence_bias or {})):
