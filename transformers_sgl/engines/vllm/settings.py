@@ -80,8 +80,8 @@ def _check(settings: SGLGenerationConfig) -> None:
         )
     if settings.verify_draft:
         raise ValueError(
-            f"`verify_draft` is {settings.verify_draft!r}, but vLLM takes no draft with a request: leave it out, or use the engine "
-            "transformers."
+            f"`verify_draft` is {settings.verify_draft!r}, but vLLM takes no draft with a request: leave it out, or "
+            "use the engine transformers."
         )
     if any(len(ids) > 1 for ids, _ in _pairs(settings.sequence_bias or {})):
         raise ValueError("`sequence_bias` has a sequence of several tokens, which vLLM cannot obey: name single ones.")
