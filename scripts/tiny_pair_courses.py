@@ -221,8 +221,8 @@ _DESCRIBING = {
     "small": Schedule(
         phases=(
             Phase(150, {**_OLD, "few": 0.6, "many": 0.2}, hints=1.0),
-            Phase(1750, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
-            Phase(1100, {**_OLD, "many": 0.8}),
+            Phase(550, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
+            Phase(400, {**_OLD, "many": 0.8}),
         ),
         batch={"shape": 24, "mini": 24, "scene": 10, "few": 32, "many": 10},
         questions={"shape": 12, "mini": 14, "scene": 18, "few": 1, "many": 1},
