@@ -1,14 +1,18 @@
-"""Measures how well the embedded pairs' models read.
+"""Measures how well the embedded pairs' models answer.
 
     python scripts/evaluate_tiny_pair.py
     python scripts/evaluate_tiny_pair.py --model model_cards/sgl-tiny-reading
+    python scripts/evaluate_tiny_pair.py --model model_cards/sgl-tiny-describing --limit 500
 
 Accuracy of both models, unpruned: of the first pair on the whole easy-VQA test split and on held-out scenes, of the
-pair that reads on held-out pages. Beside them stands the question-only prior: the answer that each question has most
+pair that reads on held-out pages, of the pair that describes on held-out scenes to be described and on a part of the
+first pair's data. For the first two, the question-only prior stands beside it: the answer that each question has most
 often in training, given without looking. What pruning costs is measured by `evaluate_methods.py`.
 
-An answer counts if it is the expected one to the letter; for pages, ANLS and relaxed accuracy are there, too. The
-result goes to `benchmarks/results/`, from which `scripts/render_tables.py` fills the README and the cards.
+An answer counts if it is the expected one to the letter; for pages, ANLS and relaxed accuracy are there, too. For
+descriptions these are the share of facts that are right, the length of answers, and how many tokens the two models'
+answers share before they first differ, which is what a draft can save. The result goes to `benchmarks/results/`, from
+which `scripts/render_tables.py` fills the README and the cards.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ from tqdm import tqdm
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import Sample, Scenes, load_samples
 from transformers_sgl.evaluation.data import Pages
-from transformers_sgl.evaluation.metrics import anls, exact_match, relaxed_accuracy
+from transformers_sgl.evaluation.metrics import anls, described_facts, exact_match, relaxed_accuracy
+
+# Longer than any description: the longest right one has 119 tokens with its end.
+MAX_DESCRIPTION_TOKENS = 160
 
 
 def main() -> None:
@@ -32,9 +39,17 @@ def main() -> None:
     if arguments.output.is_dir():
         arguments.output /= f"{name.replace('-', '_')}.json"
 
-    evaluate = open_evaluation(arguments)
+    describes = name.endswith("-describing")
+    evaluate = open_evaluation(arguments, **({"max_new_tokens": MAX_DESCRIPTION_TOKENS} if describes else {}))
     both = {"large": evaluate.large_alone, "small": evaluate.small_alone}
-    if name.endswith("-reading"):
+    tables = {f"{name}-models": models_table(evaluate.model)}
+    if describes:
+        whole = load_samples("descriptions", limit=arguments.limit)
+        answers = evaluate.answers(whole, both, "unpruned")
+        accuracy = description_table(whole, answers, evaluate.processor.large_processor.tokenizer)
+        known = [sample for data in ("easy-vqa", "scenes") for sample in load_samples(data, limit=arguments.limit)]
+        tables[f"{name}-before"] = known_table(known, evaluate(known, both, "what it knew before"))
+    elif name.endswith("-reading"):
         whole = load_samples("reading", limit=arguments.limit)
         answers = evaluate.answers(whole, both, "unpruned")
         accuracy = reading_table(whole, answers, guess(page_samples("train", 2000), whole))
@@ -46,7 +61,7 @@ def main() -> None:
         train = [*load_samples("easy-vqa:train"), *scene_samples("train", 2000, questions_per_scene=9)]
         accuracy = accuracy_table(whole, right, guess(train, whole))
 
-    write_record(arguments, {f"{name}-models": models_table(evaluate.model), f"{name}-accuracy": accuracy})
+    write_record(arguments, {**tables, f"{name}-accuracy": accuracy})
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -119,6 +134,51 @@ def reading_table(samples: Sequence[Sample], answers: dict[str, list[str]], prio
         "rows": rows,
         "caption": "In percent, unpruned, greedy, on held-out pages; the prior is exact match.",
     }
+
+
+def description_table(samples: Sequence[Sample], answers: dict[str, list[str]], tokenizer: Any) -> dict[str, Any]:
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text).input_ids)
+
+    tokens = {name: [ids(answer) for answer in given] for name, given in answers.items()}
+    tokens["right"] = [ids(sample.answers[0]) for sample in samples]
+    shared = [shared_start(*pair) for pair in zip(tokens["large"], tokens["small"], strict=True)]
+    rows = []
+    for kind in ["all", *sorted({sample.kind for sample in samples}, key=lambda kind: int(kind.partition(" ")[0]))]:
+        chosen = [i for i, sample in enumerate(samples) if kind in ("all", sample.kind)]
+        scores = [
+            percent([metric(answers[model][i], samples[i].answers) for i in chosen])
+            for metric in (described_facts, exact_match)
+            for model in ("large", "small")
+        ]
+        lengths = [mean([len(tokens[name][i]) for i in chosen]) for name in ("right", "large", "small")]
+        rows.append([kind, len(chosen), *scores, *lengths, mean([shared[i] for i in chosen])])
+    names = [f"{metric}, {model}" for metric in ("facts", "exact") for model in ("large", "small")]
+    names += [f"tokens, {name}" for name in ("right answer", "large", "small")]
+    return {
+        "columns": ["objects", "number", *names, "tokens alike"],
+        "rows": rows,
+        "caption": "Facts and exact match in percent, unpruned, greedy, on held-out descriptions; tokens are means.",
+    }
+
+
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens of two answers are the same from the beginning."""
+    differ = (place for place, (mine, yours) in enumerate(zip(one, other, strict=False)) if mine != yours)
+    return next(differ, min(len(one), len(other)))
+
+
+def mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 1)
+
+
+def known_table(samples: Sequence[Sample], right: dict[str, list[bool]]) -> dict[str, Any]:
+    rows = []
+    for data in dict.fromkeys(map(data_of, samples)):
+        chosen = [i for i, sample in enumerate(samples) if data_of(sample) == data]
+        rows.append([data, len(chosen), *(percent([right[name][i] for i in chosen]) for name in ("large", "small"))])
+    caption = "Exact match in percent, unpruned, greedy, on questions drawn from the test splits."
+    return {"columns": ["data", "number", "large", "small"], "rows": rows, "caption": caption}
 
 
 def models_table(model: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import tiny_pair_data as shapes
+import tiny_pair_descriptions as descriptions
 import tiny_pair_pages as pages
 import torch
 from tiny_pair_data import PLACE_KINDS, SCENE_KINDS
@@ -97,6 +98,9 @@ class Course:
         example: `(source, seed, index, num_questions, negation, kinds) -> example`.
         held_out: `(seed) -> examples by source` for the progress checks.
         schedules: How each stage trains.
+        starts_from: A pair to take the tokenizer, the processor and the first weights from, instead of starting from
+            nothing. Then there is no stage for the tower alone.
+        max_new_tokens: The length limit of an answer that the models say by themselves.
     """
 
     output: str
@@ -108,6 +112,8 @@ class Course:
     example: Callable[..., Any]
     held_out: Callable[[int], dict[str, Sequence[Any]]]
     schedules: dict[str, Schedule]
+    starts_from: str | None = None
+    max_new_tokens: int = 48
 
 
 def _held_out_shapes(seed: int) -> dict[str, Sequence[Any]]:
@@ -122,6 +128,14 @@ def _held_out_pages(seed: int) -> dict[str, Sequence[Any]]:
     return {
         "card": [pages.example("card", seed, index, 6) for index in range(48)],
         "page": pages.page_examples("test", seed, 64),
+    }
+
+
+def _held_out_descriptions(seed: int) -> dict[str, Sequence[Any]]:
+    return {
+        "mini": [shapes.example("mini", seed, index, 9) for index in range(24)],
+        "scene": shapes.scene_examples("test", seed, 24),
+        "many": descriptions.description_examples("test", seed, 32),
     }
 
 
@@ -202,6 +216,38 @@ _READING = {
     ),
 }
 
+_OLD = {"shape": 0.04, "mini": 0.06, "scene": 0.1}  # what the pair knew before
+_DESCRIBING = {
+    "small": Schedule(
+        phases=(
+            Phase(150, {**_OLD, "few": 0.6, "many": 0.2}, hints=1.0),
+            Phase(550, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
+            Phase(400, {**_OLD, "many": 0.8}),
+        ),
+        batch={"shape": 24, "mini": 24, "scene": 10, "few": 32, "many": 10},
+        questions={"shape": 12, "mini": 14, "scene": 18, "few": 1, "many": 1},
+        matrix_lr=0.008,
+        other_lr=2e-3,
+        tower_rate=0.3,
+        hinted_layer=2,
+        decay=0.5,
+    ),
+    "large": Schedule(
+        phases=(
+            Phase(100, {**_OLD, "few": 0.6, "many": 0.2}, hints=1.0),
+            Phase(1300, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
+            Phase(800, {**_OLD, "many": 0.8}),
+        ),
+        batch={"shape": 16, "mini": 16, "scene": 6, "few": 24, "many": 6},
+        questions={"shape": 12, "mini": 14, "scene": 18, "few": 1, "many": 1},
+        matrix_lr=0.006,
+        other_lr=1.5e-3,
+        tower_rate=0.3,
+        hinted_layer=4,
+        decay=0.5,
+    ),
+}
+
 COURSES = {
     "shapes": Course(
         output="model_cards/sgl-tiny",
@@ -224,5 +270,18 @@ COURSES = {
         example=pages.example,
         held_out=_held_out_pages,
         schedules=_READING,
+    ),
+    "describing": Course(
+        output="model_cards/sgl-tiny-describing",
+        dense=shapes.DENSE,
+        vocab_size=504,
+        vision_layers=3,
+        corpus=shapes.corpus,
+        tile_example=shapes.tile_example,
+        example=descriptions.example,
+        held_out=_held_out_descriptions,
+        schedules=_DESCRIBING,
+        starts_from="model_cards/sgl-tiny",
+        max_new_tokens=160,
     ),
 }

@@ -34,9 +34,10 @@ def argument_parser(doc: str, output: str, limit: int | None = None) -> argparse
     return parser
 
 
-def open_evaluation(arguments: argparse.Namespace) -> Evaluation:
+def open_evaluation(arguments: argparse.Namespace, max_new_tokens: int = MAX_NEW_TOKENS) -> Evaluation:
     """The pair that the arguments name, ready to be asked."""
-    return Evaluation(*open_pair(arguments.model, device=arguments.device), arguments.batch_size)
+    pair = open_pair(arguments.model, device=arguments.device)
+    return Evaluation(*pair, arguments.batch_size, max_new_tokens)
 
 
 def write_record(arguments: argparse.Namespace, tables: dict[str, Any], indent: int | None = 2, **more: Any) -> None:
@@ -48,7 +49,8 @@ def write_record(arguments: argparse.Namespace, tables: dict[str, Any], indent: 
 
 def data_of(sample: Sample) -> str:
     """The data set a sample belongs to, as the tables call it."""
-    return {"easy-vqa": "easy-VQA", "scenes": "scenes", "reading": "reading"}[sample.image_id.partition("/")[0]]
+    source = sample.image_id.partition("/")[0]
+    return {"easy-vqa": "easy-VQA"}.get(source, source)
 
 
 def is_right(answer: str, sample: Sample) -> bool:
@@ -59,10 +61,11 @@ def is_right(answer: str, sample: Sample) -> bool:
 class Evaluation:
     """Runs methods over samples; all methods see the same inputs."""
 
-    def __init__(self, model: Any, processor: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, processor: Any, batch_size: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
 
     def __call__(self, samples: Sequence[Sample], methods: dict[str, Method], title: str) -> dict[str, list[bool]]:
         """Whether each answer is right, by method, in the order of the samples."""
@@ -82,11 +85,11 @@ class Evaluation:
 
     def large_alone(self, inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
         """The large model, unpruned and as it is in transformers."""
-        return self.model.large.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
+        return self.model.large.generate(**inputs, max_new_tokens=self.max_new_tokens)
 
     def small_alone(self, inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
         """The small model, likewise."""
-        return self.model.small.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
+        return self.model.small.generate(**inputs, max_new_tokens=self.max_new_tokens)
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[range]:
         """Neighbouring samples; a batch does not mix data sets, whose images differ in size."""

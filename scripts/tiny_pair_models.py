@@ -104,13 +104,16 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> InternVLProcessor:
     )
 
 
-def build_model(name: str, tokenizer: Qwen2Tokenizer, vision_layers: int = 3) -> InternVLForConditionalGeneration:
+def build_model(
+    name: str, tokenizer: Qwen2Tokenizer, vision_layers: int = 3, max_new_tokens: int = 48
+) -> InternVLForConditionalGeneration:
     """Builds one untrained model.
 
     Args:
         name: `"small"` or `"large"`.
         tokenizer: The tokenizer of both models.
         vision_layers: Layers of the vision tower.
+        max_new_tokens: The length limit of an answer, if the caller names none.
 
     Returns:
         The model, with random weights from torch's global seed.
@@ -137,7 +140,10 @@ def build_model(name: str, tokenizer: Qwen2Tokenizer, vision_layers: int = 3) ->
     )
     model = InternVLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=48, do_sample=False
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
     )
     with torch.no_grad():
         depth = config.text_config.num_hidden_layers

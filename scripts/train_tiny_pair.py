@@ -1,11 +1,14 @@
-"""Trains the tiny pair from nothing: two InternVL checkpoints of which the small one guides the large one.
+"""Trains a tiny pair: two InternVL checkpoints of which the small one guides the large one.
 
     python scripts/train_tiny_pair.py shapes
     python scripts/train_tiny_pair.py reading
+    python scripts/train_tiny_pair.py describing
 
-The course (see `tiny_pair_courses.py`) says what is learnt: coloured shapes with letters, or pages of text. It uses no
-pretrained weights and no downloaded data: pictures, questions and answers are drawn from a seed (see
-`tiny_pair_data.py` and `tiny_pair_pages.py`). There are three stages, each of which can be stopped and resumed:
+The course (see `tiny_pair_courses.py`) says what is learnt: coloured shapes with letters, pages of text, or whole
+descriptions of coloured shapes. It uses no weights of others and no downloaded data: pictures, questions and answers
+are drawn from a seed (see `tiny_pair_data.py`, `tiny_pair_pages.py` and `tiny_pair_descriptions.py`). The first two
+start from nothing; the third goes on with the models of the first, and leaves out the first stage. There are three
+stages, each of which can be stopped and resumed:
 
 1. `tower`: one vision tower learns, with dense labels only, what every visual token shows: colour x shape and letter,
    or characters and word. Linear heads read it off each projected token. Learning to see this way takes minutes; from
@@ -192,16 +195,7 @@ def train_model(
 ) -> None:
     """Stage 2: one model, with the trained tower, learns to answer."""
     torch.manual_seed(seed + 1)
-    model = build_model(name, processor.tokenizer, course.vision_layers)
-    heads = DenseHeads(model.config.text_config.hidden_size, course.dense, places=True)
-    tower = torch.load(work_dir / "tower.pt", weights_only=True)["modules"]
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tower.items() if key.startswith(prefix)}
-
-    model.model.vision_tower.load_state_dict(part("tower."))
-    model.model.multi_modal_projector.load_state_dict(part(f"projector_{name}."))
-    heads.load_state_dict(part(f"heads_{name}."), strict=False)
+    model, heads = start(name, course, processor, work_dir)
     modules = nn.ModuleDict({"model": model, "heads": heads}).to(device)
     modules.train()
     model.set_attn_implementation({"text_config": "hinted"})
@@ -232,6 +226,29 @@ def train_model(
     trainer.run(loss_of, check)
 
 
+def start(
+    name: str, course: Course, processor: InternVLProcessor, work_dir: Path
+) -> tuple[InternVLForConditionalGeneration, DenseHeads]:
+    """A model as its stage finds it: that of the pair the course starts from, or a new one with the trained tower."""
+    model = build_model(name, processor.tokenizer, course.vision_layers, course.max_new_tokens)
+    heads = DenseHeads(model.config.text_config.hidden_size, course.dense, places=True)
+    if course.starts_from is not None:
+        trained = InternVLForConditionalGeneration.from_pretrained(ROOT / course.starts_from / name)
+        model.load_state_dict(trained.state_dict())
+        for parameter in heads.parameters():  # new heads must not push what is trained around
+            nn.init.zeros_(parameter)
+        return model, heads
+    tower = torch.load(work_dir / "tower.pt", weights_only=True)["modules"]
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tower.items() if key.startswith(prefix)}
+
+    model.model.vision_tower.load_state_dict(part("tower."))
+    model.model.multi_modal_projector.load_state_dict(part(f"projector_{name}."))
+    heads.load_state_dict(part(f"heads_{name}."), strict=False)
+    return model, heads
+
+
 # Writing
 
 
@@ -258,7 +275,7 @@ def export(name: str, output: Path, work_dir: Path, seed: int, device: torch.dev
         "command": f"python scripts/train_tiny_pair.py {name}",
         "note": note,
         "schedules": {stage: asdict(schedule) for stage, schedule in course.schedules.items()},
-        "stages": {stage: read_log(work_dir, stage) for stage in STAGES if stage != "export"},
+        "stages": {stage: read_log(work_dir, stage) for stage in course.schedules},
     }
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -271,7 +288,7 @@ def trained_model(
     weights = {
         key.removeprefix("model."): value for key, value in saved["modules"].items() if key.startswith("model.")
     }
-    model = build_model(name, processor.tokenizer, course.vision_layers)
+    model = build_model(name, processor.tokenizer, course.vision_layers, course.max_new_tokens)
     model.load_state_dict(weights)
     return model
 
@@ -294,12 +311,13 @@ def read_log(work_dir: Path, stage: str) -> dict[str, object]:
     }
 
 
+ROOT = Path(__file__).parents[1]
 STAGES = ("tower", "small", "large", "export")
 
 
 def main() -> None:
     """Runs the stages asked for."""
-    parser = argparse.ArgumentParser(description="Train a tiny pair from nothing.")
+    parser = argparse.ArgumentParser(description="Train a tiny pair.")
     parser.add_argument("course", choices=tuple(COURSES), help="what it learns")
     parser.add_argument("--output", type=Path, help="folder for large/, small/ and training.json")
     parser.add_argument("--work-dir", type=Path, help="checkpoints and logs")
@@ -314,6 +332,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     course = COURSES[arguments.course]
+    if arguments.stage not in (*course.schedules, "export", "all"):
+        parser.error(f"the course {arguments.course} has no stage {arguments.stage}")
     work_dir = arguments.work_dir or Path(f"tiny-pair-{arguments.course}")
     output = arguments.output or Path(course.output)
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -321,14 +341,15 @@ def main() -> None:
 
     processor_dir = work_dir / "processor"
     if not processor_dir.exists():
-        if arguments.processor:
-            tokenizer = AutoProcessor.from_pretrained(arguments.processor).tokenizer
+        own = ROOT / course.starts_from / "small" if course.starts_from else None
+        if arguments.processor or own:
+            tokenizer = AutoProcessor.from_pretrained(arguments.processor or own).tokenizer
         else:
             tokenizer = build_tokenizer(course.corpus(arguments.seed), course.vocab_size)
         build_processor(tokenizer).save_pretrained(processor_dir)
     processor = AutoProcessor.from_pretrained(processor_dir)
 
-    stages = STAGES if arguments.stage == "all" else (arguments.stage,)
+    stages = (*course.schedules, "export") if arguments.stage == "all" else (arguments.stage,)
     for stage in stages:
         if stage == "tower":
             train_tower(course, processor, work_dir, arguments.seed, device)

@@ -20,7 +20,7 @@ from train_tiny_pair import Trainer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 STEPS = 3
-_NUMBER = {"shapes": "num_scenes", "reading": "num_pages"}
+_NUMBER = {"shapes": "num_scenes", "reading": "num_pages", "describing": "num_scenes"}
 
 
 @pytest.fixture
@@ -72,25 +72,27 @@ def weights(work_dir: Path, stage: str) -> dict[str, torch.Tensor]:
 def test_all_stages_write_a_pair_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, course: str) -> None:
     train(course, tmp_path, monkeypatch)
     record = json.loads((tmp_path / "pair" / "training.json").read_text())
-    assert {stage: log["steps"] for stage, log in record["stages"].items()} == dict.fromkeys(
-        ("tower", "small", "large"), STEPS
-    )
+    stages = ("small", "large") if course == "describing" else ("tower", "small", "large")
+    assert {stage: log["steps"] for stage, log in record["stages"].items()} == dict.fromkeys(stages, STEPS)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "pair")
     processor = AutoProcessor.from_pretrained(tmp_path / "pair")
     trained = weights(tmp_path, "large")["model.lm_head.weight"]
     assert torch.equal(model.large.lm_head.weight, trained)
     inputs = processor(text="is there a red circle?", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    assert model.large.generation_config.max_new_tokens == COURSES[course].max_new_tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("course", "stage"), [("shapes", "tower"), ("reading", "tower"), ("shapes", "small")])
+@pytest.mark.parametrize(
+    ("course", "stage"), [("shapes", "tower"), ("reading", "tower"), ("shapes", "small"), ("describing", "small")]
+)
 @pytest.mark.usefixtures("short_schedules")
 def test_a_run_that_was_cut_off_goes_on_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, course: str, stage: str
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    if stage != "tower":
+    if stage != "tower" and course != "describing":
         train(course, whole, monkeypatch, "tower")
         shutil.copytree(whole, cut)
     train(course, whole, monkeypatch, stage)
@@ -109,6 +111,26 @@ def test_a_run_that_was_cut_off_goes_on_exactly(
     resumed = weights(cut, stage)
     for name, value in weights(whole, stage).items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_course_starts_from_the_weights_and_the_tokenizer_of_another_pair(embedded_pair_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(embedded_pair_path / "small")
+    for name in ("small", "large"):
+        model, heads = train_tiny_pair.start(name, COURSES["describing"], processor, Path("nowhere"))
+        before = AutoModelForImageTextToText.from_pretrained(embedded_pair_path / name).state_dict()
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        assert all((parameter == 0).all() for parameter in heads.parameters())
+        assert model.generation_config.max_new_tokens == 160
+
+
+@pytest.mark.usefixtures("short_schedules")
+def test_a_course_without_a_tower_has_no_such_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train("describing", tmp_path / "pair", monkeypatch, "tower")
+    assert "the course describing has no stage tower" in capsys.readouterr().err
+    assert not (tmp_path / "pair").exists()
 
 
 def test_dense_labels_and_hints_of_a_page_are_where_its_text_is() -> None:

@@ -13,6 +13,8 @@ from transformers_sgl.evaluation.metrics import (
     METRICS,
     anls,
     choice_accuracy,
+    described,
+    described_facts,
     exact_match,
     metric,
     relaxed_accuracy,
@@ -277,6 +279,46 @@ def test_choices_must_hold_the_right_answer() -> None:
         choice_accuracy("A", ["A"], ["x"] * 27)
     with pytest.raises(ValueError, match=r"\['C'\] are not all among the choices \['x', 'y'\]: give the letter"):
         choice_accuracy("A", ["C"], ["x", "y"])
+
+
+TWO = "in the top left there are a red circle labelled A and a blue circle labelled B."
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (TWO, 1),
+        (TWO.upper().replace(" ", "  "), 1),
+        # The order and the wording around the objects do not matter.
+        ("there is a blue circle labelled B in the top left. there is a red circle labelled A in the top left.", 1),
+        ("a blue circle labelled B in the top left, a red circle labelled A in the top left", 1),
+        # One of colour, shape, label and place is wrong.
+        (TWO.replace("red", "gray"), 0.5),
+        (TWO.replace("red circle", "red triangle"), 0.5),
+        (TWO.replace("A", "C"), 0.5),
+        (TWO.replace("top left", "bottom left"), 0),
+        # Too few, too many, the same twice, cut off within the second, without a place, and none at all.
+        ("in the top left there are a red circle labelled A.", 0.5),
+        (TWO + " there is a red circle labelled C in the top right.", 2 / 3),
+        (TWO + " " + TWO, 0.5),
+        (TWO[: TWO.index(" B")], 0.5),
+        ("there are a red circle labelled A and a blue circle labelled B.", 0),
+        ("a place of the next sentence. in the top left there are a red circle and a blue circle.", 0),
+        ("", 0),
+    ],
+)
+def test_described_facts_by_hand(answer: str, score: float) -> None:
+    assert described_facts(answer, [TWO]) == pytest.approx(score)
+    assert described_facts(answer, ["a dog", TWO]) == pytest.approx(score)
+
+
+def test_places_hold_for_their_sentence_only() -> None:
+    text = "in the top left there are a red circle labelled A. a blue circle labelled B. a gray circle labelled C in"
+    assert described(text) == {
+        ("red", "circle", "a", "top left"): 1,
+        ("blue", "circle", "b", ""): 1,
+        ("gray", "circle", "c", ""): 1,
+    }
 
 
 def test_a_metric_is_found_by_its_name() -> None:

@@ -30,6 +30,7 @@ CARDS = Path(__file__).parents[2] / "model_cards"
 COMMITTED = {path.name for path in CARDS.iterdir() if path.is_dir() and path.name != "__pycache__"}
 LOADABLE = [pair for pair in PAIRS if MODELS[pair.large].original is None]
 TO_CONVERT = [pair for pair in PAIRS if MODELS[pair.large].original is not None]
+WRITTEN = ("sgl-tiny", "sgl-tiny-reading", "sgl-tiny-describing", "sgl-generate")
 FOUR_BIT = [pair for pair in PAIRS if pair.four_bit]
 
 # What decides into which visual tokens an image is cut, wherever a configuration names it.
@@ -72,12 +73,12 @@ def hub(tmp_path, embedded_pair_path):
 class TestFolders:
     def test_the_committed_ones_are_what_the_tables_say(self, capsys):
         assert build_model_cards.main(["--check"]) == 0, capsys.readouterr().out
-        assert {*build_model_cards.EXAMPLES, "sgl-tiny", "sgl-tiny-reading", "sgl-generate"} == COMMITTED
+        assert {*build_model_cards.EXAMPLES, *WRITTEN} == COMMITTED
 
     def test_all_of_them_are_built(self, recipes):
         assert {path.name for path in recipes.iterdir()} == {pair.folder for pair in PAIRS}
 
-    @pytest.mark.parametrize("name", ["sgl-tiny", "sgl-tiny-reading", "sgl-generate"])
+    @pytest.mark.parametrize("name", WRITTEN)
     def test_nothing_keeps_the_written_ones_from_being_published(self, name):
         assert [str(finding) for finding in validate(CARDS / name) if finding.stops] == []
 

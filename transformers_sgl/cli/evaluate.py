@@ -17,7 +17,9 @@ def evaluate(
     data: Annotated[
         str,
         shared.option(
-            "DATA", "easy-vqa, scenes, reading, a file of JSON lines, or a data set: org/name:split.", _DATA
+            "DATA",
+            "easy-vqa, scenes, reading, descriptions, a file of JSON lines, or a data set: org/name:split.",
+            _DATA,
         ),
     ],
     out: Annotated[Path, shared.option("DIR", "Folder for records, tables and figure.")],
@@ -34,7 +36,10 @@ def evaluate(
     methods: Annotated[str | None, shared.option("M,...", "Some of those listed below (default: all).", _HOW)] = None,
     retention: Annotated[str, shared.option("R,...", "Average retentions, as fractions.", _HOW)] = "0.64,0.35,0.09",
     metric: Annotated[
-        str, shared.option("NAME", "exact_match, vqa_accuracy, anls, relaxed_accuracy or choice_accuracy.", _HOW)
+        str,
+        shared.option(
+            "NAME", "exact_match, vqa_accuracy, anls, relaxed_accuracy, choice_accuracy or described_facts.", _HOW
+        ),
     ] = "exact_match",
     keep_accuracy: Annotated[
         float,

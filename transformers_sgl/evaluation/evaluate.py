@@ -42,6 +42,7 @@ _OTHER_SPLITS = {
     "easy-vqa:test": "easy-vqa:train",
     "scenes": "scenes:calibration",
     "reading": "reading:calibration",
+    "descriptions": "descriptions:calibration",
 }
 
 

@@ -8,6 +8,7 @@ benchmark reports is the mean over its questions. [`METRICS`] holds them by name
 - `anls`: DocVQA, InfographicVQA, ST-VQA.
 - `relaxed_accuracy`: ChartQA.
 - `choice_accuracy`: multiple choice.
+- `described_facts`: descriptions, where each object that is named rightly is a fact.
 
 An answer is taken as the model wrote it. Answers are not extracted from a longer text: ask for a short answer.
 """
@@ -16,10 +17,22 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from string import ascii_uppercase, punctuation
 
-__all__ = ["METRICS", "Metric", "anls", "choice_accuracy", "exact_match", "metric", "relaxed_accuracy", "vqa_accuracy"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "anls",
+    "choice_accuracy",
+    "described",
+    "described_facts",
+    "exact_match",
+    "metric",
+    "relaxed_accuracy",
+    "vqa_accuracy",
+]
 
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 
@@ -256,10 +269,59 @@ def _leading(answer: str, texts: Sequence[str], *patterns: re.Pattern[str]) -> i
     return None
 
 
+def described_facts(answer: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Which share of the objects a description tells rightly: colour, shape, label and place, all four.
+
+    These are the facts that the answer and the right one share, divided by the number of facts of the longer of the
+    two, so what is left out and what is made up both count. The order does not matter, nor does the wording around
+    the objects; see [`described`]. A right answer without such facts has to match as in [`exact_match`].
+
+    Example:
+        ```python
+        >>> from transformers_sgl.evaluation.metrics import described_facts
+
+        >>> right = "in the top left there are a red circle labelled A and a blue circle labelled B."
+        >>> described_facts("there is a red circle labelled A in the top left.", [right])
+        0.5
+
+        ```
+    """
+    given = described(answer)
+    shares = [exact_match(answer, answers)]
+    for right in answers:
+        facts = described(right)
+        shares.append((given & facts).total() / max(given.total(), facts.total(), 1))
+    return max(shares)
+
+
+_PLACE = r" in the (top|bottom) (left|right)\b"
+_DESCRIBED = re.compile(rf"\ba (\w+) (\w+) labelled (\w+)(?:{_PLACE})?")
+_PLACE_FIRST = re.compile(rf"^{_PLACE}")
+
+Fact = tuple[str, str, str, str]
+
+
+def described(text: str) -> Counter[Fact]:
+    """The objects that a description names: colour, shape, label and place of each, in lower case.
+
+    The place is named right behind the object, or else at the beginning of the sentence for all that follow; where
+    there is none, the fact's place is empty.
+    """
+    facts: Counter[Fact] = Counter()
+    for sentence in " ".join(text.lower().split()).split("."):
+        first = _PLACE_FIRST.match(f" {sentence.strip()}")
+        for found in _DESCRIBED.finditer(sentence):
+            color, shape, label, *own = found.groups()
+            place = own if own[0] else first.groups() if first else ()
+            facts[color, shape, label, " ".join(place)] += 1
+    return facts
+
+
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
     "vqa_accuracy": vqa_accuracy,
     "anls": anls,
     "relaxed_accuracy": relaxed_accuracy,
     "choice_accuracy": choice_accuracy,
+    "described_facts": described_facts,
 }

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from transformers_sgl.evaluation.data.data_sets import load_data_set
+from transformers_sgl.evaluation.data.descriptions import Descriptions
 from transformers_sgl.evaluation.data.easy_vqa import load_easy_vqa
 from transformers_sgl.evaluation.data.json_lines import read_samples
 from transformers_sgl.evaluation.data.pages import Pages
@@ -29,10 +30,10 @@ def load_samples(
     Args:
         name (`str`): `"easy-vqa"` (its test split) or `"easy-vqa:train"`; `"scenes"` (2,000 scenes that no training
             has seen, with one question each), `"scenes:calibration"` (as many others) or `"scenes:train"`;
-            `"reading"`, pages of text, with the same splits; a file whose name ends in `.jsonl`, as for
-            [`read_samples`]; `"org/dataset:split"` or `"org/dataset/config:split"` on the Hugging Face Hub; or
-            `"path:split"` for a local folder or `.parquet` file that `datasets` can load, without the split if there
-            is but one.
+            `"reading"`, pages of text, and `"descriptions"`, scenes to be described in full, with the same splits; a
+            file whose name ends in `.jsonl`, as for [`read_samples`]; `"org/dataset:split"` or
+            `"org/dataset/config:split"` on the Hugging Face Hub; or `"path:split"` for a local folder or `.parquet`
+            file that `datasets` can load, without the split if there is but one.
         columns (`Mapping[str, str]`, *optional*): How a data set calls its columns, by our names: `image`, `question`,
             `answers`, `choices` and `kind`. By default they are called so, or `answer` and `options`.
         limit (`int`, *optional*): The greatest number of samples, drawn at random and kept in their order; `None` for
@@ -90,9 +91,10 @@ def _known_split(source: str, split: str, known: Sequence[str]) -> str:
 
 # One question a picture, so that the samples are independent. A few scenes allow no question of some kind, so a spare
 # one is drawn.
-_DRAWN: dict[str, Callable[[str], Scenes | Pages]] = {
+_DRAWN: dict[str, Callable[[str], Scenes | Pages | Descriptions]] = {
     "scenes": lambda split: Scenes(split, questions_per_scene=2, length=_NUM_DRAWN),
     "reading": lambda split: Pages(split, questions_per_page=1, length=_NUM_DRAWN),
+    "descriptions": lambda split: Descriptions(split, length=_NUM_DRAWN),
 }
 
 
