@@ -21,6 +21,16 @@ def test_random_calls(promise: int) -> None:
         assert identity.failure_of(case) in (None, identity.TIE), f"case {number}: {case}"
 
 
+def test_the_last_long_run_of_drafts_in_rounds_found_nothing_wrong() -> None:
+    record = json.loads(_LAST_LONG_RUN.with_name("identity_rounds.json").read_text(encoding="utf-8"))
+    ((promise, equal, ties, wrong),) = record["tables"]["identity-rounds"]["rows"]
+    assert "rounds" in promise
+    assert equal + ties == record["cases"] >= 1000
+    assert wrong == 0
+    assert record["wrong"] == []
+    assert ties < 0.01 * record["cases"]
+
+
 def test_the_last_long_run_found_nothing_wrong() -> None:
     record = json.loads(_LAST_LONG_RUN.read_text(encoding="utf-8"))
     assert record["cases"] >= 10_000

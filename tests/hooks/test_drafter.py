@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from transformers_sgl import SGLGenerationConfig
+from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.drafter import Drafter, InOtherTokens
 from transformers_sgl.small_answer import ask
 from transformers_sgl.tokens.vocabulary import Vocabularies
@@ -153,6 +155,25 @@ def test_rules_that_know_each_sample_hold_for_some_of_them() -> None:
         drafts.append(drafter.go_on(answers, 6)[-1])
     assert drafts[0] == drafts[1]
     assert not set(drafts[0]) & set(inputs["input_ids"][2].tolist())
+
+
+def test_a_small_model_that_is_busy_elsewhere_drafts_nothing_and_keeps_nobody_waiting() -> None:
+    inputs = prompts()
+    drafter, _ = drafter_of(inputs)
+    taken, done = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with one_at_a_time(SMALL):
+            taken.set()
+            done.wait(timeout=60)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    taken.wait(timeout=60)
+    assert drafter.go_on([[1], [2], [3]], 4) == [[], [], []]
+    done.set()
+    thread.join()
+    assert drafter.go_on([[1], [2], [3]], 4)[0] == continued(inputs, 0, [1], 4)
 
 
 def test_what_cannot_be_cut_back_does_not_draft() -> None:

@@ -184,7 +184,8 @@ class AnswerRun:
             ]
             start = time.perf_counter()
             drafts = drafter.go_on(answers, length)
-            self._lengths.time_small(time.perf_counter() - start, max(map(len, drafts)))
+            if any(drafts):
+                self._lengths.time_small(time.perf_counter() - start, max(map(len, drafts)))
         drafts = [
             self._readable_by_large(draft)[: max(room - len(known), 0)]
             for draft, known in zip(drafts, ahead, strict=True)

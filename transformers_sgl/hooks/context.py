@@ -9,8 +9,8 @@ context, as those of `asyncio.to_thread` do.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import Lock, RLock
 from types import TracebackType
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from transformers_sgl.versions import name_versions
 
-__all__ = ["HookContext", "one_at_a_time"]
+__all__ = ["HookContext", "at_once", "one_at_a_time"]
 
 _Context = TypeVar("_Context", bound="HookContext")
 
@@ -40,6 +40,18 @@ def one_at_a_time(model: PreTrainedModel) -> AbstractContextManager[Any]:
     with _LOCKS_LOCK:
         lock: AbstractContextManager[Any] = _LOCKS.setdefault(model, RLock())
         return lock
+
+
+@contextmanager
+def at_once(model: PreTrainedModel) -> Iterator[bool]:
+    """Holds that lock if no other thread does, and tells whether it does; it never waits."""
+    lock: Any = one_at_a_time(model)
+    is_free = lock.acquire(blocking=False)
+    try:
+        yield is_free
+    finally:
+        if is_free:
+            lock.release()
 
 
 class HookContext(ABC):

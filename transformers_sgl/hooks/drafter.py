@@ -17,7 +17,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.batching import without_placeholders
-from transformers_sgl.hooks.context import one_at_a_time
+from transformers_sgl.hooks.context import at_once
 from transformers_sgl.hooks.kept_tokens import KeptTokens
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_name, is_plain_layer, keep_columns
@@ -132,6 +132,7 @@ class Drafter:
 
         Samples go on together, up to `length` tokens behind the shortest answer, so a longer one gets fewer. An
         answer's own tokens count, whatever the small model would have written. A draft ends with an end of sequence.
+        While another thread uses the small model, there are no drafts.
         """
         running = [each for each in answers if each is not None]
         shortest = min(map(len, running), default=0)
@@ -145,7 +146,9 @@ class Drafter:
             lengths[row] = len(answer)
         given = given[:, : shortest + length]
         is_running = torch.tensor([each is not None for each in answers])
-        with one_at_a_time(self.small):
+        with at_once(self.small) as is_free:
+            if not is_free:  # the large model had better go on alone than wait for another call's guidance
+                return [[] for _ in answers]
             written = self._write(given, lengths.clamp(max=given.shape[1]), is_running, shortest)
         drafts = [
             [] if answer is None else row[len(answer) :] for answer, row in zip(answers, written.tolist(), strict=True)
