@@ -27,7 +27,7 @@ from benchmarks.parts.guidance import measure_guidance
 from benchmarks.parts.methods import VISION_SETTINGS, count_operations, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.prefill import measure_prefill
-from benchmarks.parts.rounds import measure_passes, measure_rounds, measure_wrong_drafts
+from benchmarks.parts.rounds import measure_passes, measure_rounds
 from benchmarks.parts.selection import measure_selection
 from benchmarks.parts.startup import measure_startup
 from benchmarks.settings import PART_NAMES, BenchmarkSettings
@@ -138,13 +138,8 @@ def _rounds_long(bench: Workbench) -> dict[str, Any]:
 def _rounds_of(bench: Workbench, pairing: Pairing) -> dict[str, Any]:
     settings = bench.settings
     lengths = [length for length in settings.round_answers if bench.takes(pairing.inputs, length)]
-    return measure_rounds(pairing, lengths, settings.round_acceptances, settings.sweep_rounds, settings.seed)
-
-
-def _rounds_wrong(bench: Workbench) -> dict[str, Any]:
-    settings, pairing = bench.settings, bench.pairing()
-    lengths = [length for length in settings.wrong_answers if bench.takes(pairing.inputs, length)]
-    return measure_wrong_drafts(pairing, lengths, settings.sweep_rounds, settings.seed)
+    acceptances = settings.round_acceptances, settings.round_acceptances_once
+    return measure_rounds(pairing, lengths, *acceptances, settings.sweep_rounds, settings.seed)
 
 
 def _rounds_passes(bench: Workbench) -> dict[str, Any]:
@@ -272,7 +267,6 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "drafts": _drafts,
     "rounds": _rounds,
     "rounds-long": _rounds_long,
-    "rounds-wrong": _rounds_wrong,
     "rounds-passes": _rounds_passes,
     "end-to-end": _end_to_end,
     "methods": _methods,

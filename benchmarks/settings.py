@@ -17,7 +17,6 @@ PART_NAMES = (
     "drafts",
     "rounds",
     "rounds-long",
-    "rounds-wrong",
     "rounds-passes",
     "end-to-end",
     "methods",
@@ -56,8 +55,8 @@ class BenchmarkSettings:
         acceptances: Probabilities that a draft's token is right.
         round_answers: Lengths of answers with drafts in rounds.
         round_acceptances: Probabilities that a token is right which is drafted in a round.
+        round_acceptances_once: The same for one draft, the small model's answer.
         round_tokens: Visual tokens of the long prompt, for the same.
-        wrong_answers: Lengths of answers whose drafts are all wrong.
         draft_retention_ratios: Fractions of visual tokens in the small model's cache, for the time of its passes.
         sweep_image_sizes: Pictures, for the break-even.
         sweep_answers: Lengths of answers, for the break-even.
@@ -87,9 +86,9 @@ class BenchmarkSettings:
     draft_lengths: tuple[int, ...] = (32,)
     acceptances: tuple[float, ...] = (0.0, 0.5, 1.0)
     round_answers: tuple[int, ...] = (32, 128, 512)
-    round_acceptances: tuple[float, ...] = (0.6, 0.8, 0.9)
+    round_acceptances: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
+    round_acceptances_once: tuple[float, ...] = (0.8,)
     round_tokens: int = 8192
-    wrong_answers: tuple[int, ...] = (32, 128)
     draft_retention_ratios: tuple[float, ...] = (1.0, 0.35, 0.1)
     sweep_image_sizes: tuple[tuple[int, int], ...] = ((448, 448), (896, 1344), (1344, 1792))
     sweep_answers: tuple[int, ...] = (1, 128)

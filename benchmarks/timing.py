@@ -18,7 +18,7 @@ import torch
 
 from transformers_sgl.clock import now_ms
 
-__all__ = ["Timing", "ratio", "spread", "take_turns"]
+__all__ = ["Timing", "ratio", "spread", "take_turns", "uncollected"]
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -82,7 +82,7 @@ def take_turns(
     device = torch.device(device)
     samples: dict[Name, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
-        with _uncollected():
+        with uncollected():
             for name, run in contenders.items():
                 start = now_ms(device) + left_out()
                 run()
@@ -113,7 +113,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Collects garbage first, then disables the collector for the block."""
     gc.collect(1)  # what is young: nothing else can have become garbage since
     was_enabled = gc.isenabled()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,19 +14,79 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.parts.answers import first_draft, prescribed, random_draft
-from benchmarks.parts.drafting import counted_calls, drafter_behind, guided_answer, one_tile_encoded, told
+from benchmarks.parts.drafting import Drafts, counted_calls, drafter_behind, one_tile_encoded, told
+from benchmarks.parts.first_pass import FirstPass, VerifierWithFirstPass, remembered_features
 from benchmarks.parts.pairing import Pairing, presets_of, random_keep_mask, sizes
-from benchmarks.timing import Timing, ratio, take_turns
+from benchmarks.timing import Timing, ratio, uncollected
 from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.clock import now_ms
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.drafter import Drafter
 from transformers_sgl.tokens.draft_length import DraftLength
 
-__all__ = ["measure_passes", "measure_rounds", "measure_wrong_drafts"]
+__all__ = ["measure_passes", "measure_rounds"]
 
-_ALONE = "none", 0.0
+_Way = tuple[Drafts, float]
+
+# Without drafts.
+_ALONE: _Way = ("none", 0.0)
 _DRAFTED = 4  # tokens, where passes are measured
+_PARTS = ("decoding", "answer", "whole")
+
+
+def measure_rounds(
+    pairing: Pairing,
+    answer_lengths: Sequence[int],
+    acceptances: Sequence[float],
+    acceptances_once: Sequence[float] = (),
+    rounds: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures the large model, pruned at the preset "balanced", with drafts in rounds, with one draft and with none.
+
+    A round of the measurement draws an answer and drafts, and runs in turn: guidance, with the small model kept ready
+    to go on and without; the large model's first pass, with the small model's answer to read along and without; and
+    for each way the tokens after the first, for which the first pass is not repeated.
+
+    Args:
+        pairing ([`Pairing`]): The models and the prompt.
+        answer_lengths (sequence of `int`): How many tokens are written, each 2 or more.
+        acceptances (sequence of `float`): The probability that a token which the small model drafts is right.
+        acceptances_once (sequence of `float`, defaults to none): The same for one draft, the small model's answer.
+        rounds (`int`, defaults to 5): How often each is timed.
+        seed (`int`, defaults to 0): What answers and drafts are drawn from.
+
+    Returns:
+        `dict`: Under `rows`, for each length and way: the `drafts` (`"none"`, `"once"` or in `"rounds"`), the
+        `acceptance`, the medians of `large_passes`, and of `small_passes` without those of guidance, and the times,
+        with their `speed_up` over no drafts, of `decoding` from the first token to the last, of the `answer`, which
+        the first pass belongs to, and of the `whole` with guidance.
+    """
+    if not answer_lengths:
+        return {"rows": []}
+    ways = [_ALONE, *(("once", rate) for rate in acceptances_once), *(("rounds", rate) for rate in acceptances)]
+    rows: list[dict[str, Any]] = []
+    with one_tile_encoded(pairing.large, pairing.small) as left_out:
+        answers = _Answers(pairing, max(answer_lengths), left_out, seed)
+        answers.run_all(min(answer_lengths), ways[-1:], 0)  # warms up
+        for length in answer_lengths:
+            found = [answers.run_all(length, ways, number) for number in range(rounds)]
+            rows += [_row(length, way, found) for way in ways]
+    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rows": rows}
+
+
+def _row(length: int, way: _Way, rounds: Sequence[Mapping[_Way, _Run]]) -> dict[str, Any]:
+    drafts, acceptance = way
+    row: dict[str, Any] = {"answer_tokens": length, "drafts": drafts}
+    row["acceptance"] = None if way == _ALONE else acceptance
+    for name in ("large_passes", "small_passes"):
+        row[name] = median(getattr(found[way], name) for found in rounds)
+    for part in _PARTS:
+        of_all, of_way = (
+            Timing(tuple(getattr(found[each], f"{part}_ms") for found in rounds)) for each in (_ALONE, way)
+        )
+        row[part] = {"time": of_way.to_dict(), "speed_up": ratio(of_all, of_way)}
+    return row
 
 
 @dataclass(frozen=True)
@@ -35,166 +94,124 @@ class _Run:
     """What one answer took.
 
     Attributes:
-        answer_ms: Without guidance: the large model's first pass, decoding, and the small model's passes of all rounds.
-        decoding_ms: From the first token to the last.
+        decoding_ms: From the first token to the last, with the small model's passes of all rounds.
+        first_ms: The large model's time to the first token.
+        guidance_ms: The small model's answer.
         large_passes: The large model's passes, the first one included.
         small_passes: The small model's, those of guidance not included.
-        accepted: Drafted tokens that were right.
-        drafted: All drafted tokens.
     """
 
-    answer_ms: float
     decoding_ms: float
+    first_ms: float
+    guidance_ms: float
     large_passes: int
     small_passes: int
-    accepted: int
-    drafted: int
 
+    @property
+    def answer_ms(self) -> float:
+        """Without guidance."""
+        return self.first_ms + self.decoding_ms
 
-def measure_rounds(
-    pairing: Pairing, answer_lengths: Sequence[int], acceptances: Sequence[float], rounds: int = 5, seed: int = 0
-) -> dict[str, Any]:
-    """Measures the large model, pruned at the preset "balanced", with drafts in rounds, with one draft and with none.
-
-    The small model's first answer is there already, as it is after guidance; everything later is in the time. Every
-    round of the measurement draws another answer and other drafts.
-
-    Args:
-        pairing ([`Pairing`]): The models and the prompt.
-        answer_lengths (sequence of `int`): How many tokens are written, each 2 or more.
-        acceptances (sequence of `float`): The probability that a token which the small model drafts is right.
-        rounds (`int`, defaults to 5): How often each is timed.
-        seed (`int`, defaults to 0): What answers and drafts are drawn from.
-
-    Returns:
-        `dict`: Under `rows`, for each length and acceptance, and for drafts `"once"` and in `"rounds"`: the
-        times of `decoding` and of the whole `answer`, with their `speed_up` over no drafts (and of rounds over one
-        draft), and the medians of `large_passes`, `small_passes`, and of the share of drafted tokens that were
-        `accepted`.
-    """
-    if not answer_lengths:
-        return {"rows": []}
-    rows: list[dict[str, Any]] = []
-    with one_tile_encoded(pairing.large, pairing.small) as left_out:
-        answers = _Answers(pairing, max(answer_lengths), left_out, seed)
-        answers.run(min(answer_lengths), "rounds", 0.5, 0)  # warms up
-        for length in answer_lengths:
-            rows += _rows(answers, length, acceptances, rounds)
-    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rows": rows}
-
-
-def _rows(answers: _Answers, length: int, acceptances: Sequence[float], rounds: int) -> list[dict[str, Any]]:
-    ways = [_ALONE, *((drafts, rate) for rate in acceptances for drafts in ("once", "rounds"))]
-    runs: dict[tuple[str, float], list[_Run]] = {way: [] for way in ways}
-
-    def run(way: tuple[str, float]) -> None:
-        runs[way].append(answers.run(length, *way, len(runs[way])))
-
-    take_turns({way: partial(run, way) for way in ways}, rounds, answers.device, warmup=0)
-    times = {
-        part: {way: Timing(tuple(getattr(each, f"{part}_ms") for each in found)) for way, found in runs.items()}
-        for part in ("decoding", "answer")
-    }
-    rows = []
-    for way in ways:
-        drafts, rate = way
-        found: dict[str, Any] = {}
-        for part, timings in times.items():
-            found[part] = {"time": timings[way].to_dict(), "speed_up": ratio(timings[_ALONE], timings[way])}
-            if drafts == "rounds":
-                found[part]["speed_up_over_once"] = ratio(timings["once", rate], timings[way])
-        counts = {name: median(getattr(each, name) for each in runs[way]) for name in ("large_passes", "small_passes")}
-        accepted = median(each.accepted / max(each.drafted, 1) for each in runs[way])
-        row = {"answer_tokens": length, "drafts": drafts, "acceptance": None if way == _ALONE else rate}
-        rows.append({**row, **counts, "accepted": accepted, **found})
-    return rows
+    @property
+    def whole_ms(self) -> float:
+        """With guidance."""
+        return self.guidance_ms + self.answer_ms
 
 
 class _Answers:
     """One prompt that the large model, pruned, answers in several ways."""
 
-    def __init__(self, pairing: Pairing, max_answer_tokens: int, left_out: Any, seed: int) -> None:
+    def __init__(self, pairing: Pairing, max_answer_tokens: int, left_out: Callable[[], float], seed: int) -> None:
         presets, kept = presets_of(pairing.large, pairing.inputs, seed)
-        self.pruned, self.kept = presets["balanced"], kept["balanced"]
-        self.device = pairing.large.device
+        self.kept = kept["balanced"]
+        self._pruned, self._device = presets["balanced"], pairing.large.device
         self._pairing, self._left_out, self._seed = pairing, left_out, seed
         draft = random_draft(pairing.large, pairing.inputs, 2, 1.0, seed)
         self._drafter = told(pairing, draft, max_answer_tokens).drafter
 
-    def run(self, length: int, drafts: str, acceptance: float, number: int) -> _Run:
-        """An answer of this length with such drafts, for the time of this number."""
-        large, inputs, seed = self._pairing.large, self._pairing.inputs, self._seed + number
-        settings = {"max_new_tokens": length, **prescribed(large, inputs, length, seed)}
-        draft = None if drafts == "none" else first_draft(large, inputs, length, acceptance, seed)
+    def run_all(self, length: int, ways: Sequence[_Way], number: int) -> dict[_Way, _Run]:
+        """Each way once, for an answer and drafts of this number, and without drafts."""
+        seed = self._seed + number
+        ways = [way for way in ways if way != _ALONE]
+        draft = random_draft(self._pairing.large, self._pairing.inputs, length, 0.0, seed)
+        with uncollected():
+            guidance = {name: self._guidance(draft, ready) for name, ready in (("none", False), ("rounds", True))}
+            guidance["once"] = guidance["none"]
+            alone, along = (self._first_pass(each, length, seed) for each in (None, draft))
+            found = {}
+            for way in [_ALONE, *ways]:
+                first_pass = alone if way == _ALONE else along
+                decoding, large_passes, small_passes = self._decoding(first_pass, length, way, seed)
+                found[way] = _Run(decoding, first_pass.took_ms, guidance[way[0]], large_passes, small_passes)
+        return found
+
+    def _now(self) -> float:
+        return now_ms(self._device) + self._left_out()
+
+    def _guidance(self, draft: Tensor, ready: bool) -> float:
+        start = self._now()
+        told(self._pairing, draft, draft.shape[1] if ready else None)
+        return self._now() - start
+
+    def _first_pass(self, draft: Tensor | None, length: int, seed: int) -> FirstPass:
+        """The large model's time to the first token, and what it knows then; with all that is read along."""
+        first_pass, start = FirstPass(), self._now()
+        clock = _Ends(self._now, 1)
+        self._answer(first_pass, draft, length, seed, clock)
+        first_pass.took_ms = clock.times[0] - start
+        return first_pass
+
+    def _decoding(self, first_pass: FirstPass, length: int, way: _Way, seed: int) -> tuple[float, int, int]:
+        """Milliseconds from the first token to the last, and the passes of both models."""
+        drafts, acceptance = way
+        pairing, draft, drafter = self._pairing, None, None
+        if drafts != "none":
+            draft = first_draft(pairing.large, pairing.inputs, length, acceptance, seed)
         if draft is not None and drafts == "rounds":
-            later = random_draft(large, inputs, length, acceptance, seed)
+            later = random_draft(pairing.large, pairing.inputs, length, acceptance, seed)
             assert self._drafter is not None
-            self._drafter = drafter_behind(self._drafter, draft, later, self._pairing.for_small)
-        verifier = DraftVerifier(
-            large,
-            draft,
-            None if draft is None else torch.ones_like(draft).bool(),
-            drafter=self._drafter if drafts == "rounds" else None,
-        )
-        clock = _Ends(length, self.device)
-        with self.pruned(), counted_calls(self._pairing.small) as small_passes:
-            left_out, start = self._left_out(), now_ms(self.device)
-            verifier.generate(**inputs, **settings, stopping_criteria=StoppingCriteriaList([clock]))
-            took = now_ms(self.device) - start + self._left_out() - left_out
-        counts = verifier.num_accepted, verifier.num_drafted
-        accepted, drafted = (0 if each is None else int(each.sum()) for each in counts)
-        first, last = clock.times
-        return _Run(took, last - first, verifier.num_forward_passes, small_passes[0], accepted, drafted)
+            drafter = self._drafter = drafter_behind(self._drafter, draft, later, pairing.for_small)
+        clock = _Ends(self._now, length)
+        with counted_calls(pairing.small) as small_passes:
+            verifier = self._answer(first_pass, draft, length, seed, clock, drafter)
+        return clock.times[-1] - clock.times[0], verifier.num_forward_passes, small_passes[0]
+
+    def _answer(
+        self,
+        first_pass: FirstPass,
+        draft: Tensor | None,
+        length: int,
+        seed: int,
+        clock: _Ends,
+        drafter: Drafter | None = None,
+    ) -> DraftVerifier:
+        large, inputs = self._pairing.large, self._pairing.inputs
+        mask = None if draft is None else torch.ones_like(draft).bool()
+        verifier = VerifierWithFirstPass(large, draft, mask, drafter=drafter)
+        verifier.first_pass = first_pass
+        with self._pruned(), remembered_features(large, first_pass):
+            verifier.generate(
+                **inputs,
+                max_new_tokens=length,
+                stopping_criteria=StoppingCriteriaList([clock]),
+                **prescribed(large, inputs, length, seed),
+            )
+        return verifier
 
 
 class _Ends(StoppingCriteria):
-    """Ends nothing, but notes when an answer's first and its last token were there."""
+    """Notes when an answer's first and its last token were there, and ends it then."""
 
-    def __init__(self, length: int, device: torch.device) -> None:
+    def __init__(self, now: Callable[[], float], length: int) -> None:
         self.times: list[float] = []  # milliseconds
-        self._number, self._length, self._device = 0, length, device
+        self._number, self._length, self._now = 0, length, now
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._number += 1
         if self._number in (1, self._length):
-            self.times.append(now_ms(self._device))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def measure_wrong_drafts(
-    pairing: Pairing, answer_lengths: Sequence[int], rounds: int = 5, seed: int = 0
-) -> dict[str, Any]:
-    """Measures what drafts cost where none of their tokens is ever right, in whole answers of the pair.
-
-    Guidance is in the time: with drafts, the small model is kept ready to go on. The small model's answer is as long
-    as the large one's.
-
-    Returns:
-        `dict`: Under `rows`, for each length and for drafts `"once"` and in `"rounds"`, the `time`, the
-        `time_over_no_drafts`, and the number of `rounds` that were tried.
-    """
-    rows = []
-    with one_tile_encoded(pairing.large, pairing.small) as left_out:
-        for length in answer_lengths:
-            tried: dict[str, int] = {}
-
-            def run(drafts: Any, length: int = length, tried: dict[str, int] = tried) -> None:
-                found = guided_answer(pairing, length, drafts, 0.0, seed).num_rounds
-                tried[drafts] = 0 if found is None else int(found.max())
-
-            ways = {drafts: partial(run, drafts) for drafts in ("none", "once", "rounds")}
-            timings = take_turns(ways, rounds, pairing.large.device, left_out=left_out)
-            rows += [
-                {
-                    "answer_tokens": length,
-                    "drafts": drafts,
-                    "rounds": tried[drafts],
-                    "time": timings[drafts].to_dict(),
-                    "time_over_no_drafts": ratio(timings[drafts], timings["none"]),
-                }
-                for drafts in ways
-            ]
-    return {**sizes(pairing.large, pairing.inputs), "rows": rows}
+            self.times.append(self._now())
+        ends = self._number == self._length
+        return torch.full((len(input_ids),), ends, dtype=torch.bool, device=input_ids.device)
 
 
 def measure_passes(
