@@ -183,6 +183,8 @@ class AnswerRun:
         room = max(self._most - self.num_chosen, 0)
         drafts: list[list[int]] = [[] for _ in runs]
         length = min(self._lengths.next_length(self.num_chosen), room)
+        if not length and not any(ahead) and self.num_chosen >= self._first_column + self._draft.shape[1]:
+            return  # a step as any other
         if length and any(runs):
             written = torch.stack(self._chosen, dim=1).tolist()
             answers = [
