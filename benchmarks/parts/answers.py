@@ -21,6 +21,7 @@ class Prescribed(LogitsProcessor):
         self._answer, self._prompt_length = answer, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores that leave no choice."""
         token = self._answer[:, input_ids.shape[1] - self._prompt_length, None]
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 

@@ -253,7 +253,7 @@ def measure_passes(
                     handle.remove()
         rows += _pass_rows(pairing, clock.times, turns.times, rounds)
         del pairing, turns, verifier
-    return {**conditions, "drafted": _DRAFTED, "rows": rows}
+    return {**conditions, "rounds": rounds, "drafted": _DRAFTED, "rows": rows}
 
 
 def _drafters(pairing: Pairing, retention_ratios: Sequence[float], length: int, seed: int) -> dict[float, Drafter]:
