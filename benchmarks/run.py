@@ -27,6 +27,7 @@ from benchmarks.parts.guidance import measure_guidance
 from benchmarks.parts.methods import VISION_SETTINGS, count_operations, measure_methods, pair_settings
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.prefill import measure_prefill
+from benchmarks.parts.rounds import measure_passes, measure_rounds
 from benchmarks.parts.selection import measure_selection
 from benchmarks.parts.startup import measure_startup
 from benchmarks.settings import PART_NAMES, BenchmarkSettings
@@ -126,6 +127,30 @@ def _drafts(bench: Workbench) -> dict[str, Any]:
     )
 
 
+def _rounds(bench: Workbench) -> dict[str, Any]:
+    return _rounds_of(bench, bench.pairing())
+
+
+def _rounds_long(bench: Workbench) -> dict[str, Any]:
+    return _rounds_of(bench, _long_pairing(bench))
+
+
+def _rounds_of(bench: Workbench, pairing: Pairing) -> dict[str, Any]:
+    settings = bench.settings
+    lengths = [length for length in settings.round_answers if bench.takes(pairing.inputs, length)]
+    acceptances = settings.round_acceptances, settings.round_acceptances_once
+    return measure_rounds(pairing, lengths, *acceptances, settings.sweep_rounds, settings.seed)
+
+
+def _rounds_passes(bench: Workbench) -> dict[str, Any]:
+    pairings = (pairing for pairing in (bench.pairing(), _long_pairing(bench)) if bench.takes(pairing.inputs, 0))
+    return measure_passes(pairings, bench.settings.draft_retention_ratios, seed=bench.settings.seed)
+
+
+def _long_pairing(bench: Workbench) -> Pairing:
+    return Pairing(bench.large, bench.small, bench.inputs_with(bench.settings.round_tokens))
+
+
 def _end_to_end(bench: Workbench) -> dict[str, Any]:
     settings = bench.settings
     return measure_end_to_end(bench.pairing(), settings.answer_tokens, settings.rounds)
@@ -160,7 +185,7 @@ def _break_even_answers(bench: Workbench) -> dict[str, Any]:
     settings, pairing = bench.settings, bench.pairing()
     lengths = [length for length in settings.sweep_answers if bench.takes(pairing.inputs, length)]
     points = ((length, pairing, length) for length in lengths)
-    return measure_break_even(points, settings.sweep_acceptances, settings.sweep_rounds, settings.seed)
+    return measure_break_even(points, settings.sweep_series, settings.sweep_rounds, settings.seed)
 
 
 def _break_even_sizes(bench: Workbench) -> dict[str, Any]:
@@ -240,6 +265,9 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "prefill": _prefill,
     "decode": _decode,
     "drafts": _drafts,
+    "rounds": _rounds,
+    "rounds-long": _rounds_long,
+    "rounds-passes": _rounds_passes,
     "end-to-end": _end_to_end,
     "methods": _methods,
     "methods-flops": _methods_flops,

@@ -15,6 +15,9 @@ PART_NAMES = (
     "prefill",
     "decode",
     "drafts",
+    "rounds",
+    "rounds-long",
+    "rounds-passes",
     "end-to-end",
     "methods",
     "methods-flops",
@@ -50,9 +53,15 @@ class BenchmarkSettings:
         max_tokens: Points of the sweeps with more tokens than this, answers included, are left out; 0 leaves out none.
         draft_lengths: Lengths of answers with verified drafts.
         acceptances: Probabilities that a draft's token is right.
+        round_answers: Lengths of answers with drafts in rounds.
+        round_acceptances: Probabilities that a token is right which is drafted in a round.
+        round_acceptances_once: The same for one draft, the small model's answer.
+        round_tokens: Visual tokens of the long prompt, for the same.
+        draft_retention_ratios: Fractions of visual tokens in the small model's cache, for the time of its passes.
         sweep_image_sizes: Pictures, for the break-even.
         sweep_answers: Lengths of answers, for the break-even.
-        sweep_acceptances: Probabilities that a draft's token is right, for the same; `None` is without drafts.
+        sweep_series: How drafts are made, for the same: `"none"`, `"once"` or in `"rounds"`, and the probability that
+            a drafted token is right.
         growth_tokens: Visual tokens, for the growth of what guidance costs.
         growth_batches: Batch sizes, for the same.
         growth_answers: Lengths of answers, for the same.
@@ -76,9 +85,14 @@ class BenchmarkSettings:
     max_tokens: int = 0
     draft_lengths: tuple[int, ...] = (32,)
     acceptances: tuple[float, ...] = (0.0, 0.5, 1.0)
+    round_answers: tuple[int, ...] = (32, 128, 512)
+    round_acceptances: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
+    round_acceptances_once: tuple[float, ...] = (0.8,)
+    round_tokens: int = 8192
+    draft_retention_ratios: tuple[float, ...] = (1.0, 0.35, 0.1)
     sweep_image_sizes: tuple[tuple[int, int], ...] = ((448, 448), (896, 1344), (1344, 1792))
     sweep_answers: tuple[int, ...] = (1, 128)
-    sweep_acceptances: tuple[float | None, ...] = (None, 0.8)
+    sweep_series: tuple[tuple[str, float], ...] = (("none", 0.0), ("once", 0.5), ("rounds", 0.5), ("rounds", 0.8))
     growth_tokens: tuple[int, ...] = (256, 1024, 4096)
     growth_batches: tuple[int, ...] = (1, 4, 16)
     growth_answers: tuple[int, ...] = (1, 16, 256)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.cells import FEWEST_FOR_MEDIAN, Shown, Table, as_table
+from benchmarks.draft_tables import answers_table, passes_table, rounds_table
 from benchmarks.method_tables import growth_tiles_table, methods_table, profile_table
 from benchmarks.verdicts import FEWEST_ROUNDS, verdict
 
@@ -33,7 +34,6 @@ _STARTUP = {
 _GROWTH = {"tokens": "visual tokens", "batches": "batch size", "answers": "answer tokens"}
 _SWEEPS = {
     "tokens": "visual tokens",
-    "answers": "answer tokens",
     "sizes": "billion parameters of the large model",
 }
 
@@ -63,8 +63,13 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
             tables[name] = table(shown_in_sweeps, parts[name])
     for name, joined in (("break-even", _break_even_table), ("growth", _growth_table)):
         found = {part.removeprefix(f"{name}-"): parts[part] for part in parts if part.startswith(f"{name}-")}
+        if name == "break-even":
+            found.pop("answers", None)  # which has a table of its own
         if found:
             tables[name] = joined(shown_in_sweeps, found)
+    in_rounds = [parts[name] for name in ("rounds", "rounds-long") if name in parts and parts[name]["rows"]]
+    if in_rounds:
+        tables["rounds"] = rounds_table(shown_in_sweeps, in_rounds)
     if "end-to-end" in parts:
         tables["exits"] = _exits_table(shown, parts["end-to-end"])
     if "methods" in parts or "methods-flops" in parts:
@@ -314,21 +319,23 @@ def _exits_table(shown: Shown, part: dict[str, Any]) -> Table:
 
 def _break_even_table(shown: Shown, parts: dict[str, Any]) -> Table:
     rows = []
-    all_series = [(what, series) for name, what in _SWEEPS.items() for series in parts.get(name, {}).get("series", [])]
-    for what, series in all_series:
+    for what, series in [
+        (what, each) for name, what in _SWEEPS.items() for each in parts.get(name, {"series": []})["series"]
+    ]:
         if series["points"] and shown.rounds >= FEWEST_FOR_MEDIAN:
             points = [(point["value"], point["time_over_large"]) for point in series["points"]]
             measured = "; ".join(f"{_number(value)}: {shown.spread(ratio)}" for value, ratio in points)
-            rate = series["acceptance"]
-            drafts = "none" if rate is None else f"{rate:.0%} right"
-            rows.append([what, drafts, measured, verdict(points, shown.rounds, _number)])
-    caption = "Time of small model, guidance and large model, pruned to 35 %, over that of the large model alone. "
+            rows.append([what, measured, verdict(points, shown.rounds, _number)])
+    caption = (
+        "Time of small model, guidance and large model, pruned to 35 % and without drafts, over that of the large "
+        "model alone. "
+    )
     if shown.rounds >= FEWEST_ROUNDS:
         caption += (
             "Always and never hold for what was measured; where an interval contains 1, it is not clear. A crossing "
             "between a point that is slower and one that is faster is taken on the line between their medians. "
         )
-    return as_table(["what grows", "drafts", "time / large alone", "faster"], rows, caption + shown.conditions())
+    return as_table(["what grows", "time / large alone", "faster"], rows, caption + shown.conditions())
 
 
 def _growth_table(shown: Shown, parts: dict[str, Any]) -> Table:
@@ -388,6 +395,8 @@ _TABLES: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
 }
 _TABLES_OF_SWEEPS: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
     "drafts": _drafts_table,
+    "rounds-passes": passes_table,
+    "break-even-answers": answers_table,
     "selection": _selection_table,
     "growth-tiles": growth_tiles_table,
     "growth-tokens": _growth_tokens_table,

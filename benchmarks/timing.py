@@ -18,7 +18,7 @@ import torch
 
 from transformers_sgl.clock import now_ms
 
-__all__ = ["Timing", "ratio", "spread", "take_turns"]
+__all__ = ["Timing", "ratio", "spread", "take_turns", "uncollected"]
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -42,7 +42,11 @@ class Timing:
 
 
 def take_turns(
-    contenders: Mapping[Name, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warmup: int = 1
+    contenders: Mapping[Name, Callable[[], Any]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+    left_out: Callable[[], float] = float,
 ) -> dict[Name, Timing]:
     """Times several things in turn: A, B, A, B, ..., each until the device has finished it.
 
@@ -53,6 +57,8 @@ def take_turns(
         rounds (`int`): How often each has its turn.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where they run.
         warmup (`int`, defaults to 1): How many rounds run before and do not count.
+        left_out (`Callable`, *optional*): Tells how many milliseconds the contenders have spared so far, which count
+            as if they had taken them.
 
     Returns:
         `dict` to [`Timing`]: By the same names.
@@ -76,11 +82,11 @@ def take_turns(
     device = torch.device(device)
     samples: dict[Name, list[float]] = {name: [] for name in contenders}
     for number in range(warmup + rounds):
-        with _uncollected():
+        with uncollected():
             for name, run in contenders.items():
-                start = now_ms(device)
+                start = now_ms(device) + left_out()
                 run()
-                took = now_ms(device) - start
+                took = now_ms(device) - start + left_out()
                 if number >= warmup:
                     samples[name].append(took)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
@@ -107,7 +113,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Collects garbage first, then disables the collector for the block."""
     gc.collect(1)  # what is young: nothing else can have become garbage since
     was_enabled = gc.isenabled()

@@ -11,23 +11,24 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers_sgl.architectures import visual_token_ids
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 
-__all__ = ["prescribed", "random_answer", "random_draft", "verifier_of"]
+__all__ = ["Prescribed", "first_draft", "prescribed", "random_answer", "random_draft", "verifier_of"]
 
 
-class _Prescribed(LogitsProcessor):
+class Prescribed(LogitsProcessor):
     """Lets a model write one answer and no other, `(batch, answer_tokens)`."""
 
     def __init__(self, answer: Tensor, prompt_length: int) -> None:
         self._answer, self._prompt_length = answer, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores that leave no choice."""
         token = self._answer[:, input_ids.shape[1] - self._prompt_length, None]
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
 
 
 def prescribed(model: PreTrainedModel, inputs: dict[str, Tensor], answer_tokens: int, seed: int = 0) -> dict[str, Any]:
     """The argument of `generate` that makes the model write a random answer."""
-    processor = _Prescribed(random_answer(model, inputs, answer_tokens, seed), inputs["input_ids"].shape[1])
+    processor = Prescribed(random_answer(model, inputs, answer_tokens, seed), inputs["input_ids"].shape[1])
     return {"logits_processor": LogitsProcessorList([processor])}
 
 
@@ -49,6 +50,15 @@ def random_draft(
     wrong = torch.rand(answer.shape, generator=generator).to(answer.device) >= acceptance
     other = plain[(torch.searchsorted(plain, answer) + 1) % len(plain)]
     return torch.where(wrong, other, answer)
+
+
+def first_draft(
+    model: PreTrainedModel, inputs: dict[str, Tensor], length: int, acceptance: float, seed: int
+) -> Tensor:
+    """[`random_draft`] up to its first wrong token; where a model has left an answer, nothing is right by itself."""
+    draft = random_draft(model, inputs, length, acceptance, seed)
+    agrees = (draft == random_answer(model, inputs, length, seed)).long().cumprod(dim=1).bool()
+    return torch.where(agrees, draft, random_draft(model, inputs, length, 0.0, seed))
 
 
 def verifier_of(large: PreTrainedModel, draft: Tensor | None) -> DraftVerifier:

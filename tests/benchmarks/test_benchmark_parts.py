@@ -10,11 +10,13 @@ import torch
 from tiny_models import IMAGE, TOKENS_PER_TILE, prompts, tiny_internvl
 
 from benchmarks.parts import guidance
-from benchmarks.parts.answers import prescribed, random_answer, random_draft
+from benchmarks.parts.answers import first_draft, prescribed, random_answer, random_draft
 from benchmarks.parts.break_even import measure_break_even
 from benchmarks.parts.decode import cache_bytes, measure_decode
+from benchmarks.parts.drafting import counted_calls, drafter_behind, guided_answer, one_tile_encoded, told
 from benchmarks.parts.drafts import measure_drafts
 from benchmarks.parts.end_to_end import measure_end_to_end
+from benchmarks.parts.first_pass import FirstPass, VerifierWithFirstPass, remembered_features
 from benchmarks.parts.growth import measure_growth, power_law
 from benchmarks.parts.guidance import (
     attention_matrix_bytes,
@@ -24,6 +26,8 @@ from benchmarks.parts.guidance import (
 )
 from benchmarks.parts.pairing import Pairing, random_keep_mask
 from benchmarks.parts.prefill import measure_prefill
+from benchmarks.parts.profile import vision_tower
+from benchmarks.parts.rounds import measure_passes, measure_rounds
 from benchmarks.parts.selection import measure_selection
 from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.generation_config_sgl import PRESETS
@@ -235,10 +239,11 @@ class TestEndToEnd:
 
 
 class TestBreakEven:
-    def test_series_by_acceptance(self, large, small):
+    def test_series_by_drafts(self, large, small):
         points = ((length, Pairing(large, small, question(1)), length) for length in (1, 4))
-        found = measure_break_even(points, (None, 1.0), rounds=1)
-        assert [series["acceptance"] for series in found["series"]] == [None, 1.0]
+        found = measure_break_even(points, (("none", 0.0), ("once", 0.5), ("rounds", 0.5)), rounds=1)
+        drafts = [(series["drafts"], series["acceptance"]) for series in found["series"]]
+        assert drafts == [("none", None), ("once", 0.5), ("rounds", 0.5)]
         for series in found["series"]:
             assert [point["value"] for point in series["points"]] == [1, 4]
             for point in series["points"]:
@@ -248,7 +253,112 @@ class TestBreakEven:
                 )
 
     def test_without_points_there_is_none(self):
-        assert measure_break_even(())["series"] == [{"acceptance": None, "points": []}]
+        assert measure_break_even(())["series"] == [{"drafts": "none", "acceptance": None, "points": []}]
+
+    @pytest.mark.parametrize("drafts", ["none", "once", "rounds"])
+    def test_the_pair_writes_the_prescribed_answer_in_as_many_passes_as_drafts_leave(self, large, small, drafts):
+        pairing, written = Pairing(large, small, question()), []
+        with large.register_forward_hook(lambda *_: written.append(1)):
+            found = guided_answer(pairing, 12, drafts, 1.0)
+        assert len(written) == found.num_forward_passes == (12 if drafts == "none" else 1)
+        found = guided_answer(pairing, 12, drafts, 0.0)
+        assert found.num_forward_passes == 12
+        assert (found.num_rounds is None) == (drafts == "none")
+
+
+class TestRounds:
+    def test_passes_by_drafts(self, large, small):
+        with counted_calls(large) as all_passes:
+            found = measure_rounds(
+                Pairing(large, small, question()), (2, 24), (0.0, 0.5, 1.0), (0.5, 1.0), rounds=2, seed=4
+            )
+        ways = [("none", None), ("once", 0.5), ("once", 1.0), ("rounds", 0.0), ("rounds", 0.5), ("rounds", 1.0)]
+        rows = {(row["answer_tokens"], row["drafts"], row["acceptance"]): row for row in found["rows"]}
+        assert list(rows) == [(length, *way) for length in (2, 24) for way in ways]
+        passes = {key: (row["large_passes"], row["small_passes"]) for key, row in rows.items()}
+        assert passes[24, "none", None] == (24, 0)
+        assert passes[24, "once", 1.0] == passes[24, "rounds", 1.0] == (1, 0)
+        assert passes[24, "rounds", 0.0][0] == 24
+        assert 0 < passes[24, "rounds", 0.0][1] < 12  # a few, to find out that they are wrong
+        assert passes[24, "rounds", 0.5][0] <= passes[24, "once", 0.5][0] <= 24
+        assert passes[24, "rounds", 0.5][1] > 0
+        for row in rows.values():
+            times = [row[name]["time"]["median_ms"] for name in ("decoding", "answer", "whole")]
+            assert times == sorted(times)
+            assert all(len(row[name]["time"]["samples_ms"]) == 2 for name in ("decoding", "answer", "whole"))
+        assert rows[24, "none", None]["whole"]["speed_up"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+        # Of the large model's first passes, two were made in each round of each length, and two to warm up.
+        told = sum(2 * (row["large_passes"] - 1) for row in rows.values())
+        assert all_passes[0] <= told + 2 * 2 * 2 + 2 + 24
+
+    def test_answers_that_are_too_many_are_left_out(self, large, small):
+        assert measure_rounds(Pairing(large, small, question()), (), (0.5,)) == {"rows": []}
+
+    def test_the_small_model_s_cache_is_that_of_the_answer(self, large, small):
+        inputs = question()
+        draft = random_draft(large, inputs, 12, 0.5, seed=0)
+        drafter = told(Pairing(large, small, inputs), draft[:, :2], 12).drafter
+        drafter = drafter_behind(drafter, draft, draft, inputs)
+        assert torch.equal(drafter.read, draft[:, :-1])
+        answer = random_answer(large, inputs, 12, seed=0)[0].tolist()
+        with counted_calls(small) as passes:
+            assert drafter.go_on([answer[:5]], 3) == [draft[0, 5:8].tolist()]
+        assert passes == [3]
+        assert drafter.read[0].tolist() == [*answer[:5], *draft[0, 5:7].tolist()]
+        length = inputs["input_ids"].shape[1] + 7
+        assert drafter.cache.get_seq_length() == length
+
+    def test_a_first_pass_is_repeated_without_the_model(self, large):
+        inputs = question()
+        settings = {"max_new_tokens": 6, **prescribed(large, inputs, 6, seed=1)}
+        draft = first_draft(large, inputs, 6, 0.5, seed=1)
+        first_pass, answers, passes = FirstPass(), [], []
+        for _ in range(2):
+            verifier = VerifierWithFirstPass(large, draft, torch.ones_like(draft).bool())
+            verifier.first_pass = first_pass
+            with remembered_features(large, first_pass), counted_calls(large) as calls:
+                answers.append(verifier.generate(**inputs, **settings))
+            passes.append(calls[0])
+        assert passes[1] == passes[0] - 1
+        assert torch.equal(answers[0], answers[1])
+        assert torch.equal(answers[0][:, -6:], random_answer(large, inputs, 6, seed=1))
+        assert torch.equal(large.generate(**inputs, **settings), answers[0])  # the tower is as it was
+
+    def test_a_first_draft_is_right_up_to_its_first_wrong_token(self, large):
+        inputs = question()
+        for seed in range(8):
+            agrees = random_answer(large, inputs, 40, seed) == first_draft(large, inputs, 40, 0.8, seed)
+            assert agrees.long().cumprod(dim=1).equal(agrees.long())
+            number = int(agrees.sum())
+            assert agrees[0, :number].all()
+            whole = random_answer(large, inputs, 40, seed) == random_draft(large, inputs, 40, 0.8, seed)
+            assert whole[0, : number + 1].tolist() == [True] * number + [False] * (number < 40)
+
+    def test_passes_of_both_models_by_what_the_small_one_keeps(self, large, small):
+        pairings = (Pairing(large, small, question(tiles)) for tiles in (1, 3))
+        found = measure_passes(pairings, (1.0, 0.25), rounds=3)
+        rows = [
+            (row["num_visual_tokens"], row["model"], row["tokens"], row["retention_ratio"]) for row in found["rows"]
+        ]
+        kinds = [("large", 1, None), ("large", 5, None), ("small", 1, 1.0), ("small", 1, 0.25)]
+        assert rows == [(number, *kind) for number in (TOKENS_PER_TILE, 3 * TOKENS_PER_TILE) for kind in kinds]
+        for row in found["rows"]:
+            assert row["time"]["min_ms"] > 0
+            assert len(row["time"]["samples_ms"]) >= 2
+
+    def test_tiles_that_are_not_encoded_count(self, large):
+        inputs, tower, encoded = question(), vision_tower(large), []
+        whole = large.generate(**inputs, max_new_tokens=2)
+        with tower.encoder.register_forward_pre_hook(lambda _, args: encoded.append(args[0].shape[0])):
+            with one_tile_encoded(large) as left_out:
+                assert left_out() == 0
+                large.generate(**inputs, max_new_tokens=2)
+                once = left_out()
+                assert once > 0
+            large.generate(**inputs, max_new_tokens=2)
+        assert encoded == [1, 3]
+        assert left_out() == once
+        assert torch.equal(large.generate(**inputs, max_new_tokens=2), whole)
 
 
 class TestGrowth:

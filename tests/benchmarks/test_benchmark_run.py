@@ -39,6 +39,9 @@ LAYERS = {"internvl-26b": 6, "internvl-8b": 4, "internvl-38b": 8}
 SWEEPS = {
     "draft_lengths": (4,),
     "acceptances": (0.0, 1.0),
+    "round_answers": (2, 4),
+    "round_acceptances": (0.0, 1.0),
+    "round_tokens": 80,
     "sweep_image_sizes": ((16, 16), (32, 32)),
     "sweep_answers": (1, 3),
     "growth_tokens": (16, 32, 64),
@@ -151,8 +154,13 @@ def test_all_parts_from_command_to_figure(whole):
     assert [round(point["value"]) for point in sizes["points"]] == [8, 26, 38]  # and neither 1B, 2B nor 78B
     (tokens,) = record["parts"]["break-even-tokens"]["series"]
     assert [point["value"] for point in tokens["points"]] == [16, 64]
-    acceptances = [series["acceptance"] for series in record["parts"]["break-even-answers"]["series"]]
-    assert acceptances == list(BenchmarkSettings().sweep_acceptances)
+    answers = record["parts"]["break-even-answers"]["series"]
+    drafts = [(series["drafts"], series["acceptance"] or 0.0) for series in answers]
+    assert drafts == list(BenchmarkSettings().sweep_series)
+    assert all([point["value"] for point in series["points"]] == [1, 3] for series in answers)
+    assert [record["parts"][name]["num_visual_tokens"] for name in ("rounds", "rounds-long")] == [64, 80]
+    passes = record["parts"]["rounds-passes"]["rows"]
+    assert [row["num_visual_tokens"] for row in passes] == [64] * 5 + [80] * 5
     # Both once; for the sizes, which come last, the other ones; and the large model is the last but one.
     assert whole.made == ["internvl-2b", "internvl-26b", "internvl-8b", "internvl-26b", "internvl-38b"]
 
@@ -160,13 +168,21 @@ def test_all_parts_from_command_to_figure(whole):
 def with_rounds(record: dict[str, Any], rounds: int) -> dict[str, Any]:
     """The same figures, as if they rested on so many rounds."""
     record["arguments"] |= {"rounds": rounds, "sweep_rounds": rounds}
-    record["parts"]["startup"]["rounds"] = rounds
+    for name in ("startup", "rounds-passes"):
+        record["parts"][name]["rounds"] = rounds
     return record
 
 
 TIMELESS = {"speed-guidance", "speed-prefill", "speed-decode", "speed-drafts", "speed-end-to-end"}
-TIMELESS |= {"speed-growth", "speed-growth-tokens", "speed-growth-tiles", "speed-methods"}  # which hold counts, too
-TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-profile", "speed-selection"}
+TIMELESS |= {
+    "speed-rounds",
+    "speed-growth",
+    "speed-growth-tokens",
+    "speed-growth-tiles",
+    "speed-methods",
+}  # which hold counts, too
+TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-break-even-answers", "speed-rounds-passes"}
+TIMED |= {"speed-profile", "speed-selection"}
 
 
 def test_tables_of_enough_rounds(whole):

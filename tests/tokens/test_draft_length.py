@@ -16,10 +16,11 @@ def answered(
     tokens: int = 128,
     seed: int = 0,
     change_at: int | None = None,
+    width: float = 1.0,
 ) -> tuple[float, int]:
-    """What an answer takes, in passes of the large model, and how often the small one has run.
+    """What an answer takes, in steps of the large model, and how often the small one has run.
 
-    From `change_at` on, every drafted token is right.
+    From `change_at` on, every drafted token is right. A pass of the large model that reads drafts takes `width` steps.
     """
     chance = random.Random(seed)
     written, taken, num_small = 1, 0.0, 0
@@ -30,12 +31,14 @@ def answered(
         right = 0
         while right < number and chance.random() < rate:
             right += 1
-        taken += 1 + number * cost
+        taken += (width if number else 1) + number * cost
         num_small += number
         if number:
             lengths.time_small(number * cost, number)
-            lengths.time_large(1.0)
+            lengths.time_large(width)
             lengths.note(right, int(right < number))
+        else:
+            lengths.time_step(1.0)
         written += right + 1
     return taken, num_small
 
@@ -71,3 +74,46 @@ def test_a_fixed_length_is_kept() -> None:
     lengths = DraftLength(3)
     lengths.note(0, 50)
     assert [lengths.next_length(written) for written in range(1, 20)] == [3] * 19
+
+
+@pytest.mark.parametrize("width", [1.0, 1.3, 1.6, 2.0])
+@pytest.mark.parametrize("acceptance", [0.5, 0.8])
+def test_passes_that_take_longer_with_drafts_are_weighed(acceptance: float, width: float) -> None:
+    def mean(fixed: int | None) -> float:
+        taken = (answered(DraftLength(fixed), acceptance, 0.2, seed=seed, width=width)[0] for seed in range(10))
+        return sum(taken) / 10
+
+    best = min(*(mean(number) for number in range(1, MOST + 1)), 127.0)
+    assert mean(None) < min(1.05 * 127, 1.25 * best)
+
+
+def measured(small: float, large: float, right: int = 30) -> DraftLength:
+    """Lengths where `right` tokens were right and ten wrong, and passes took so many milliseconds."""
+    lengths = DraftLength()
+    lengths.note(right, 10)
+    for _ in range(5):
+        lengths.time_small(4 * small / 1000, 4)
+        lengths.time_large(large / 1000)
+    return lengths
+
+
+def test_one_step_without_drafts_is_timed_where_it_could_matter() -> None:
+    lengths = measured(small=3, large=20)
+    assert lengths.next_length(5) == 0
+    lengths.time_step(0.020)
+    assert min(lengths.next_length(written) for written in range(6, 12)) > 0  # and no other
+
+
+def test_no_step_is_spent_on_timing_where_rounds_pay_in_any_case() -> None:
+    lengths = measured(small=1, large=20, right=95)
+    assert min(lengths.next_length(written) for written in range(5, 12)) > 0
+
+
+def test_a_step_is_never_thought_to_take_longer_than_a_pass_with_drafts() -> None:
+    lengths = measured(small=3, large=20)
+    assert lengths.width == 1.0
+    lengths.time_step(0.010)
+    assert lengths.width == pytest.approx(2.0)
+    lengths = measured(small=3, large=20)
+    lengths.time_step(0.090)
+    assert lengths.width == 1.0

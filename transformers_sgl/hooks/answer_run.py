@@ -70,7 +70,8 @@ class AnswerRun:
         self._logits: Tensor | None = None  # (batch, steps, vocab_size), from step `_first_step` on
         self._first_step = 0
         self._num_read = 0  # the answers' columns in the cache, right or wrong
-        self._pass_start: float | None = None  # of a pass that is timed
+        self._pass_start: float | None = None  # of a pass that is timed, until its first token is known
+        self._step_start: float | None = None  # of one without drafts, until the next one
         self._everyone = torch.ones(draft.shape[0], dtype=torch.bool)
         self._nobody = ~self._everyone
         self._unfinished = self._everyone
@@ -158,7 +159,11 @@ class AnswerRun:
         self._first_step = self.num_chosen
         self._num_read = self.num_chosen + num_draft_tokens
         self._follow = self._everyone
-        self._pass_start = start if num_draft_tokens and self.num_chosen else None  # the prefill tells nothing
+        self._pass_start = self._step_start = None
+        if self.num_chosen and num_draft_tokens:  # the prefill tells nothing
+            self._pass_start = start
+        elif self.num_chosen:
+            self._step_start = start
 
     def cut_back(self, length: int) -> None:
         """Removes from the cache everything after the answers' first `length` tokens."""
@@ -169,6 +174,8 @@ class AnswerRun:
 
     def _redraft(self, drafter: GoesOn) -> None:
         """Drafts anew from what the answers have become, where that pays."""
+        if self._step_start is not None:  # `generate` waits for every token, so the step has ended
+            self._lengths.time_step(time.perf_counter() - self._step_start)
         if self._finished is not None:
             self._unfinished, self._finished = self._unfinished & ~self._finished.cpu(), None
         runs = (self._unfinished if self._pads else torch.ones_like(self._unfinished)).tolist()
@@ -176,6 +183,8 @@ class AnswerRun:
         room = max(self._most - self.num_chosen, 0)
         drafts: list[list[int]] = [[] for _ in runs]
         length = min(self._lengths.next_length(self.num_chosen), room)
+        if not length and not any(ahead) and self.num_chosen >= self._first_column + self._draft.shape[1]:
+            return  # a step as any other
         if length and any(runs):
             written = torch.stack(self._chosen, dim=1).tolist()
             answers = [
