@@ -79,6 +79,7 @@ class AnswerRun:
         self.num_accepted = torch.zeros(draft.shape[0], dtype=torch.long)
         self.num_drafted = draft_mask.sum(dim=1).cpu()
         self.num_rounds = (self.num_drafted > 0).long()
+        self._is_first = True  # whether the drafts are those that the run began with
         self._take(draft.cpu(), draft_mask.cpu(), draft_mask.cpu())
 
     def _take(self, draft: Tensor, mask: Tensor, drafted: Tensor) -> None:
@@ -137,21 +138,29 @@ class AnswerRun:
     def rest(self) -> Tensor:
         """The drafts that the next pass reads; `(batch, columns)`.
 
-        Without a drafter, a pass that saved no step shows that a draft does not fit here. Then nothing is read along
-        until every unfinished sample has come to a token of its draft again.
+        Behind a wrong token, the rest of a first draft is there already. A pass that saved no step shows that it does
+        not fit any more: then a drafter drafts anew. Without one, nothing is read along until every unfinished sample
+        has come to a token of its draft again.
         """
-        fits = True
-        if self._drafter is not None and self.num_chosen > 0:
+        is_new = self.num_chosen == 0
+        if self._drafter is not None and not is_new and not (self._is_first and self._goes_along()):
             self._redraft(self._drafter)
+            is_new = True
         start = self.num_chosen - self._first_column
         if start >= self._to_read.shape[1]:
             return self._to_read[:, :0]
-        if self._drafter is None:
-            fits = self.num_chosen - self._first_step > 1 or self._follows
+        fits = is_new or self._goes_along()
         end = int(self._readable[self._unfinished].max()) if fits and self._unfinished.any() else 0
         if self._pads:
             self._to_read[~self._unfinished, start:] = self._pad_token_id
         return self._to_read[:, start:end]
+
+    def _goes_along(self) -> bool:
+        """Whether the drafts go on, and the last pass has saved a step or comes to where they are right again."""
+        start = self.num_chosen - self._first_column
+        if start >= self._to_read.shape[1] or int(self._readable.max()) <= start:
+            return False
+        return self.num_chosen - self._first_step > 1 or self._follows
 
     def learn(self, logits: Tensor, num_draft_tokens: int, start: float) -> None:
         """Keeps the logits of a pass since `start`, `(batch, at least 1 + num_draft_tokens, vocab_size)`."""
@@ -160,7 +169,7 @@ class AnswerRun:
         self._num_read = self.num_chosen + num_draft_tokens
         self._follow = self._everyone
         self._pass_start = self._step_start = None
-        if self.num_chosen and num_draft_tokens:  # the prefill tells nothing
+        if self.num_chosen and num_draft_tokens and not self._is_first:  # not the prefill, nor as long as that draft
             self._pass_start = start
         elif self.num_chosen:
             self._step_start = start
@@ -174,6 +183,7 @@ class AnswerRun:
 
     def _redraft(self, drafter: GoesOn) -> None:
         """Drafts anew from what the answers have become, where that pays."""
+        self._is_first = False
         if self._step_start is not None:  # `generate` waits for every token, so the step has ended
             self._lengths.time_step(time.perf_counter() - self._step_start)
         if self._finished is not None:
