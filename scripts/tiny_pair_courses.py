@@ -221,8 +221,8 @@ _DESCRIBING = {
     "small": Schedule(
         phases=(
             Phase(150, {**_OLD, "few": 0.6, "many": 0.2}, hints=1.0),
-            Phase(550, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
-            Phase(400, {**_OLD, "many": 0.8}),
+            Phase(350, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
+            Phase(100, {**_OLD, "many": 0.8}),
         ),
         batch={"shape": 24, "mini": 24, "scene": 10, "few": 32, "many": 10},
         questions={"shape": 12, "mini": 14, "scene": 18, "few": 1, "many": 1},
@@ -230,13 +230,13 @@ _DESCRIBING = {
         other_lr=2e-3,
         tower_rate=0.3,
         hinted_layer=2,
-        decay=0.5,
+        decay=1 / 6,
     ),
     "large": Schedule(
         phases=(
             Phase(100, {**_OLD, "few": 0.6, "many": 0.2}, hints=1.0),
-            Phase(1300, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
-            Phase(800, {**_OLD, "many": 0.8}),
+            Phase(800, {**_OLD, "few": 0.1, "many": 0.7}, hints=1.0),
+            Phase(500, {**_OLD, "scene": 0.3, "many": 0.6}),
         ),
         batch={"shape": 16, "mini": 16, "scene": 6, "few": 24, "many": 6},
         questions={"shape": 12, "mini": 14, "scene": 18, "few": 1, "many": 1},

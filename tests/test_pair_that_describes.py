@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from transformers_sgl.evaluation import Sample, load_samples
+from transformers_sgl.evaluation import Sample, evaluate, load_samples
 from transformers_sgl.evaluation.metrics import described_facts
 from transformers_sgl.opening import chat_inputs, open_pair, user_turn
 
@@ -62,6 +63,19 @@ def test_a_guided_answer_is_a_description(describes: tuple[Any, Any], samples: l
     pair, processor = describes
     half = pair.generate(**inputs, retention_ratio=0.5, prune_layer=0, verify_draft=False)
     assert score(answers(processor, inputs, half), samples) > 0.7
+
+
+def test_an_evaluation_counts_facts(describes: tuple[Any, Any], tmp_path: Path) -> None:
+    options = {"methods": ["small"], "limit": 2, "batch_size": 2, "max_new_tokens": 160, "device": "cpu"}
+    found = evaluate(describes, "descriptions", out=tmp_path, metric="described_facts", **options)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    asked = load_samples("descriptions", limit=2)
+    assert [line["score"] for line in lines] == [
+        described_facts(line["answer"], asked[line["sample"]].answers) for line in lines
+    ]
+    assert sum(line["score"] for line in lines) > 1
+    assert {line["num_tokens"] > 30 for line in lines} == {True}
+    assert [row["method"] for row in found.report["rows"]] == ["small"]
 
 
 @pytest.mark.parametrize("part", ["large", "small"])
