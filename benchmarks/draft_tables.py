@@ -30,7 +30,7 @@ def rounds_table(shown: Shown, parts: Sequence[dict[str, Any]]) -> Table:
         for row in part["rows"]
     ]
     columns = ["visual tokens", "answer tokens", "drafts", "right", "passes, large model", "passes, small model"]
-    columns += ["decoding, times faster", "answer, times faster", "with guidance, times faster"]
+    columns += ["speed-up of decoding", "of the answer", "with guidance"]
     clocks = [shown.clock("decoding, ms"), shown.clock("with guidance, ms")]
     retention = parts[0]["average_retention"] if parts else 1.0
     caption = (

@@ -142,7 +142,7 @@ def _rounds_of(bench: Workbench, pairing: Pairing) -> dict[str, Any]:
     return measure_rounds(pairing, lengths, *acceptances, settings.sweep_rounds, settings.seed)
 
 
-def _rounds_passes(bench: Workbench) -> dict[str, Any]:
+def _passes(bench: Workbench) -> dict[str, Any]:
     pairings = (pairing for pairing in (bench.pairing(), _long_pairing(bench)) if bench.takes(pairing.inputs, 0))
     return measure_passes(pairings, bench.settings.draft_retention_ratios, seed=bench.settings.seed)
 
@@ -267,7 +267,7 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "drafts": _drafts,
     "rounds": _rounds,
     "rounds-long": _rounds_long,
-    "rounds-passes": _rounds_passes,
+    "passes": _passes,
     "end-to-end": _end_to_end,
     "methods": _methods,
     "methods-flops": _methods_flops,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.shapes import SHAPES
 
-__all__ = ["PART_NAMES", "BenchmarkSettings", "check_settings", "find_parts"]
+__all__ = ["PART_NAMES", "BenchmarkSettings", "Drafts", "check_settings", "find_parts"]
+
+# None; the small model's answer alone; that and, after each correction, what the small model makes of it.
+Drafts = Literal["none", "once", "rounds"]
 
 # In the order in which they are measured.
 PART_NAMES = (
@@ -17,7 +21,7 @@ PART_NAMES = (
     "drafts",
     "rounds",
     "rounds-long",
-    "rounds-passes",
+    "passes",
     "end-to-end",
     "methods",
     "methods-flops",
@@ -92,7 +96,7 @@ class BenchmarkSettings:
     draft_retention_ratios: tuple[float, ...] = (1.0, 0.35, 0.1)
     sweep_image_sizes: tuple[tuple[int, int], ...] = ((448, 448), (896, 1344), (1344, 1792))
     sweep_answers: tuple[int, ...] = (1, 128)
-    sweep_series: tuple[tuple[str, float], ...] = (("none", 0.0), ("once", 0.5), ("rounds", 0.5), ("rounds", 0.8))
+    sweep_series: tuple[tuple[Drafts, float], ...] = (("none", 0.0), ("once", 0.5), ("rounds", 0.5), ("rounds", 0.8))
     growth_tokens: tuple[int, ...] = (256, 1024, 4096)
     growth_batches: tuple[int, ...] = (1, 4, 16)
     growth_answers: tuple[int, ...] = (1, 16, 256)

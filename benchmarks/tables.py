@@ -395,7 +395,7 @@ _TABLES: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
 }
 _TABLES_OF_SWEEPS: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
     "drafts": _drafts_table,
-    "rounds-passes": passes_table,
+    "passes": passes_table,
     "break-even-answers": answers_table,
     "selection": _selection_table,
     "growth-tiles": growth_tiles_table,

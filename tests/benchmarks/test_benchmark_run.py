@@ -159,7 +159,7 @@ def test_all_parts_from_command_to_figure(whole):
     assert drafts == list(BenchmarkSettings().sweep_series)
     assert all([point["value"] for point in series["points"]] == [1, 3] for series in answers)
     assert [record["parts"][name]["num_visual_tokens"] for name in ("rounds", "rounds-long")] == [64, 80]
-    passes = record["parts"]["rounds-passes"]["rows"]
+    passes = record["parts"]["passes"]["rows"]
     assert [row["num_visual_tokens"] for row in passes] == [64] * 5 + [80] * 5
     # Both once; for the sizes, which come last, the other ones; and the large model is the last but one.
     assert whole.made == ["internvl-2b", "internvl-26b", "internvl-8b", "internvl-26b", "internvl-38b"]
@@ -168,7 +168,7 @@ def test_all_parts_from_command_to_figure(whole):
 def with_rounds(record: dict[str, Any], rounds: int) -> dict[str, Any]:
     """The same figures, as if they rested on so many rounds."""
     record["arguments"] |= {"rounds": rounds, "sweep_rounds": rounds}
-    for name in ("startup", "rounds-passes"):
+    for name in ("startup", "passes"):
         record["parts"][name]["rounds"] = rounds
     return record
 
@@ -181,7 +181,7 @@ TIMELESS |= {
     "speed-growth-tiles",
     "speed-methods",
 }  # which hold counts, too
-TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-break-even-answers", "speed-rounds-passes"}
+TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-break-even-answers", "speed-passes"}
 TIMED |= {"speed-profile", "speed-selection"}
 
 
