@@ -19,8 +19,9 @@ PART_NAMES = (
     "prefill",
     "decode",
     "drafts",
-    "rounds",
-    "rounds-long",
+    "rounds-short",
+    "rounds-long-prompt",
+    "rounds-long-answer",
     "passes",
     "end-to-end",
     "methods",
@@ -57,7 +58,8 @@ class BenchmarkSettings:
         max_tokens: Points of the sweeps with more tokens than this, answers included, are left out; 0 leaves out none.
         draft_lengths: Lengths of answers with verified drafts.
         acceptances: Probabilities that a draft's token is right.
-        round_answers: Lengths of answers with drafts in rounds.
+        round_answers: Lengths of answers with drafts in rounds; the last also behind a long prompt.
+        long_round_answers: Longer ones. These and the long prompt are timed in three rounds at most.
         round_acceptances: Probabilities that a token is right which is drafted in a round.
         round_acceptances_once: The same for one draft, the small model's answer.
         round_tokens: Visual tokens of the long prompt, for the same.
@@ -89,7 +91,8 @@ class BenchmarkSettings:
     max_tokens: int = 0
     draft_lengths: tuple[int, ...] = (32,)
     acceptances: tuple[float, ...] = (0.0, 0.5, 1.0)
-    round_answers: tuple[int, ...] = (32, 128, 512)
+    round_answers: tuple[int, ...] = (32, 128)
+    long_round_answers: tuple[int, ...] = (512,)
     round_acceptances: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
     round_acceptances_once: tuple[float, ...] = (0.8,)
     round_tokens: int = 8192

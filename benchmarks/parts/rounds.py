@@ -73,7 +73,7 @@ def measure_rounds(
         for length in answer_lengths:
             found = [answers.run_all(length, ways, number) for number in range(rounds)]
             rows += [_row(length, way, found) for way in ways]
-    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rows": rows}
+    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rounds": rounds, "rows": rows}
 
 
 def _row(length: int, way: _Way, rounds: Sequence[Mapping[_Way, _Run]]) -> dict[str, Any]:
