@@ -171,7 +171,7 @@ class AnswerRun:
         self._pass_start = self._step_start = None
         if self.num_chosen and num_draft_tokens and not self._is_first:  # not the prefill, nor as long as that draft
             self._pass_start = start
-        elif self.num_chosen:
+        elif self.num_chosen and not num_draft_tokens:
             self._step_start = start
 
     def cut_back(self, length: int) -> None:
