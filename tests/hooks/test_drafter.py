@@ -306,3 +306,23 @@ def test_steps_and_passes_with_drafts_are_timed_apart_and_the_first_draft_is_nei
     # A step is timed when the next one begins.
     assert noted.timed == ["step" if width == 1 else "drafts" for width in later][: len(noted.timed)]
     assert len(noted.timed) >= len(later) - 1
+
+
+@pytest.mark.parametrize("right_again", [False, True])
+def test_a_long_rest_of_a_first_draft_is_read_when_its_beginning_is_right(right_again: bool) -> None:
+    inputs, widths = prompts([[1]], [5]), []
+    answer = SMALL.generate(**inputs, do_sample=False, max_new_tokens=60)[:, -60:]
+    draft = answer.clone()
+    draft[:, 3] = 1
+    if not right_again:
+        draft[:, 20] = 1
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        widths.append(given["input_ids"].shape[1])
+
+    with SMALL.register_forward_pre_hook(note, with_kwargs=True):
+        verifier = DraftVerifier(SMALL, draft, torch.ones_like(draft).bool(), drafter=_Wrong())
+        written = verifier.generate(**inputs, do_sample=False, max_new_tokens=60)
+    assert torch.equal(written[:, -60:], answer)
+    # A token that was chosen, and those that are read along.
+    assert widths[1:] == ([17, 39] if right_again else [17, 17, 22])
