@@ -15,24 +15,19 @@ _ONE_TILE = "On a CPU the vision towers encode one tile, whose time counts for e
 
 def rounds_table(shown: Shown, parts: Sequence[dict[str, Any]]) -> Table:
     """How many times faster an answer is with drafts, by how often they are right."""
-    rows = [
-        [
-            f"{part['num_visual_tokens']:,}",
-            row["answer_tokens"],
-            _kind(row["drafts"], None),
-            "" if row["acceptance"] is None else f"{row['acceptance']:.0%}",
-            f"{row['large_passes']:g}",
-            f"{row['small_passes']:g}",
-            *(shown.spread(row[name]["speed_up"]) for name in ("decoding", "answer", "whole")),
-            *(shown.ms(row[name]["time"]) for name in ("decoding", "whole")),
-        ]
-        for part in parts
-        for row in part["rows"]
-    ]
+    rows = []
+    for part in parts:
+        of_part = Shown(shown.arguments, min(part["rounds"], shown.rounds))
+        for row in part["rows"]:
+            cells = [f"{part['num_visual_tokens']:,}", row["answer_tokens"], _kind(row["drafts"], None)]
+            cells.append("" if row["acceptance"] is None else f"{row['acceptance']:.0%}")
+            cells += [f"{row['large_passes']:g}", f"{row['small_passes']:g}"]
+            cells += [of_part.spread(row[name]["speed_up"]) for name in ("decoding", "answer", "whole")]
+            rows.append([*cells, *(of_part.ms(row[name]["time"]) for name in ("decoding", "whole"))])
     columns = ["visual tokens", "answer tokens", "drafts", "right", "passes, large model", "passes, small model"]
-    columns += ["decoding, times faster", "answer, times faster", "with guidance, times faster"]
+    columns += ["speed-up of decoding", "of the answer", "with guidance"]
     clocks = [shown.clock("decoding, ms"), shown.clock("with guidance, ms")]
-    retention = parts[0]["average_retention"] if parts else 1.0
+    retention = parts[0]["average_retention"]
     caption = (
         f"The large model, pruned to {retention:.0%}, with drafts, against the same without. The first draft is the "
         "small model's answer, whose tokens are right with the probability given, up to the first that is wrong; in "
@@ -40,6 +35,8 @@ def rounds_table(shown: Shown, parts: Sequence[dict[str, Any]]) -> Table:
         "Decoding is from the first token to the last; the answer has the first pass as well, which reads the small "
         "model's answer along; with guidance, the small model's answer counts, too, as long as the large one's. "
     )
+    if FEWEST_FOR_MEDIAN <= min(part["rounds"] for part in parts) < FEWEST_ROUNDS <= shown.rounds:
+        caption += f"Without an interval, medians of {min(part['rounds'] for part in parts)} rounds. "
     return as_table([*columns, *clocks], rows, caption + _ONE_TILE + shown.conditions())
 
 

@@ -43,6 +43,7 @@ __all__ = ["PARTS", "run_benchmark"]
 
 # Where one thing grows, the others stand still here.
 _GROWTH_TOKENS, _GROWTH_ANSWER = 512, 4
+_LONG_ROUNDS = 3  # of what takes long
 
 
 def run_benchmark(
@@ -127,22 +128,28 @@ def _drafts(bench: Workbench) -> dict[str, Any]:
     )
 
 
-def _rounds(bench: Workbench) -> dict[str, Any]:
-    return _rounds_of(bench, bench.pairing())
+def _rounds_short(bench: Workbench) -> dict[str, Any]:
+    return _rounds(bench, bench.pairing(), bench.settings.round_answers, bench.settings.sweep_rounds)
 
 
-def _rounds_long(bench: Workbench) -> dict[str, Any]:
-    return _rounds_of(bench, _long_pairing(bench))
-
-
-def _rounds_of(bench: Workbench, pairing: Pairing) -> dict[str, Any]:
+def _rounds_long_prompt(bench: Workbench) -> dict[str, Any]:
     settings = bench.settings
-    lengths = [length for length in settings.round_answers if bench.takes(pairing.inputs, length)]
+    return _rounds(bench, _long_pairing(bench), settings.round_answers[-1:], min(settings.sweep_rounds, _LONG_ROUNDS))
+
+
+def _rounds_long_answer(bench: Workbench) -> dict[str, Any]:
+    settings = bench.settings
+    return _rounds(bench, bench.pairing(), settings.long_round_answers, min(settings.sweep_rounds, _LONG_ROUNDS))
+
+
+def _rounds(bench: Workbench, pairing: Pairing, answer_lengths: Sequence[int], rounds: int) -> dict[str, Any]:
+    settings = bench.settings
+    lengths = [length for length in answer_lengths if bench.takes(pairing.inputs, length)]
     acceptances = settings.round_acceptances, settings.round_acceptances_once
-    return measure_rounds(pairing, lengths, *acceptances, settings.sweep_rounds, settings.seed)
+    return measure_rounds(pairing, lengths, *acceptances, rounds, settings.seed)
 
 
-def _rounds_passes(bench: Workbench) -> dict[str, Any]:
+def _passes(bench: Workbench) -> dict[str, Any]:
     pairings = (pairing for pairing in (bench.pairing(), _long_pairing(bench)) if bench.takes(pairing.inputs, 0))
     return measure_passes(pairings, bench.settings.draft_retention_ratios, seed=bench.settings.seed)
 
@@ -265,9 +272,10 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "prefill": _prefill,
     "decode": _decode,
     "drafts": _drafts,
-    "rounds": _rounds,
-    "rounds-long": _rounds_long,
-    "rounds-passes": _rounds_passes,
+    "rounds-short": _rounds_short,
+    "rounds-long-prompt": _rounds_long_prompt,
+    "rounds-long-answer": _rounds_long_answer,
+    "passes": _passes,
     "end-to-end": _end_to_end,
     "methods": _methods,
     "methods-flops": _methods_flops,

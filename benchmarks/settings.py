@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from benchmarks.shapes import SHAPES
 
-__all__ = ["PART_NAMES", "BenchmarkSettings", "check_settings", "find_parts"]
+__all__ = ["PART_NAMES", "BenchmarkSettings", "Drafts", "check_settings", "find_parts"]
+
+# None; the small model's answer alone; that and, after each correction, what the small model makes of it.
+Drafts = Literal["none", "once", "rounds"]
 
 # In the order in which they are measured.
 PART_NAMES = (
@@ -15,9 +19,10 @@ PART_NAMES = (
     "prefill",
     "decode",
     "drafts",
-    "rounds",
-    "rounds-long",
-    "rounds-passes",
+    "rounds-short",
+    "rounds-long-prompt",
+    "rounds-long-answer",
+    "passes",
     "end-to-end",
     "methods",
     "methods-flops",
@@ -53,7 +58,8 @@ class BenchmarkSettings:
         max_tokens: Points of the sweeps with more tokens than this, answers included, are left out; 0 leaves out none.
         draft_lengths: Lengths of answers with verified drafts.
         acceptances: Probabilities that a draft's token is right.
-        round_answers: Lengths of answers with drafts in rounds.
+        round_answers: Lengths of answers with drafts in rounds; the last also behind a long prompt.
+        long_round_answers: Longer ones. These and the long prompt are timed in three rounds at most.
         round_acceptances: Probabilities that a token is right which is drafted in a round.
         round_acceptances_once: The same for one draft, the small model's answer.
         round_tokens: Visual tokens of the long prompt, for the same.
@@ -85,14 +91,15 @@ class BenchmarkSettings:
     max_tokens: int = 0
     draft_lengths: tuple[int, ...] = (32,)
     acceptances: tuple[float, ...] = (0.0, 0.5, 1.0)
-    round_answers: tuple[int, ...] = (32, 128, 512)
+    round_answers: tuple[int, ...] = (32, 128)
+    long_round_answers: tuple[int, ...] = (512,)
     round_acceptances: tuple[float, ...] = (0.0, 0.6, 0.8, 0.9)
     round_acceptances_once: tuple[float, ...] = (0.8,)
     round_tokens: int = 8192
     draft_retention_ratios: tuple[float, ...] = (1.0, 0.35, 0.1)
     sweep_image_sizes: tuple[tuple[int, int], ...] = ((448, 448), (896, 1344), (1344, 1792))
     sweep_answers: tuple[int, ...] = (1, 128)
-    sweep_series: tuple[tuple[str, float], ...] = (("none", 0.0), ("once", 0.5), ("rounds", 0.5), ("rounds", 0.8))
+    sweep_series: tuple[tuple[Drafts, float], ...] = (("none", 0.0), ("once", 0.5), ("rounds", 0.5), ("rounds", 0.8))
     growth_tokens: tuple[int, ...] = (256, 1024, 4096)
     growth_batches: tuple[int, ...] = (1, 4, 16)
     growth_answers: tuple[int, ...] = (1, 16, 256)

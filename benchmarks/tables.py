@@ -67,7 +67,7 @@ def make_tables(record: dict[str, Any]) -> dict[str, Table]:
             found.pop("answers", None)  # which has a table of its own
         if found:
             tables[name] = joined(shown_in_sweeps, found)
-    in_rounds = [parts[name] for name in ("rounds", "rounds-long") if name in parts and parts[name]["rows"]]
+    in_rounds = [part for name, part in parts.items() if name.startswith("rounds-") and part["rows"]]
     if in_rounds:
         tables["rounds"] = rounds_table(shown_in_sweeps, in_rounds)
     if "end-to-end" in parts:
@@ -395,7 +395,7 @@ _TABLES: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
 }
 _TABLES_OF_SWEEPS: dict[str, Callable[[Shown, dict[str, Any]], Table]] = {
     "drafts": _drafts_table,
-    "rounds-passes": passes_table,
+    "passes": passes_table,
     "break-even-answers": answers_table,
     "selection": _selection_table,
     "growth-tiles": growth_tiles_table,

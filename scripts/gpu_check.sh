@@ -6,9 +6,9 @@
 #     PYTHON=.venv/bin/python bash scripts/gpu_check.sh   another Python than `python`
 #
 # The package need not be installed. FOLDER gets tests.txt, benchmark.txt, summary.txt, and after every part its figures
-# in speed.json or speed_methods.json, which are what `python -m benchmarks --record FILE` writes. Each part has a
-# limit; what no longer fits into SECONDS is left out, and said so. The exit status is 1 if a test or a part failed, 2
-# if a package is missing.
+# in speed.json, speed_rounds.json or speed_methods.json, which are what `python -m benchmarks --record FILE` writes.
+# Each part has a limit; what no longer fits into SECONDS is left out, and said so. The exit status is 1 if a test or a
+# part failed, 2 if a package is missing.
 # Without a GPU the same is tried at a size that a CPU can do: the tests are skipped, and the figures mean nothing.
 set -uo pipefail
 
@@ -143,6 +143,8 @@ if [[ $device == cuda ]]; then
     bench 30 90 prefill
     bench 30 90 guidance
     bench 40 120 selection # of 16,384 visual tokens, more than a CPU should be asked for
+    bench 25 60 passes
+    bench_into speed_rounds 60 150 rounds --max-tokens 2000 --sweep-rounds 3 # answers of 32 and 128 tokens
     bench 30 100 decode,drafts
     bench 40 120 break-even-answers
     bench_into speed_methods 180 300 methods --rounds 3 --sweep-rounds 3 # which is not done after 136 s of an H100
@@ -155,13 +157,14 @@ else
     tiny+=(--max-tokens 280 --rounds 1 --sweep-rounds 1)
     bench 15 60 end-to-end "${tiny[@]}"
     bench 15 60 prefill "${tiny[@]}"
-    bench 15 60 guidance,decode,drafts "${tiny[@]}"
+    bench 15 60 guidance,decode,drafts,passes "${tiny[@]}"
+    bench_into speed_rounds 15 60 rounds "${tiny[@]}" --max-tokens 310
     bench_into speed_methods 30 120 methods,growth-tiles "${tiny[@]}"
     bench 15 60 break-even,growth-tokens,growth-batches,growth-answers "${tiny[@]}"
 fi
 
 # 4. What was measured.
-"$PYTHON" - "$OUT/speed.json" "$OUT/speed_methods.json" <<'PYTHON' || failed=1
+"$PYTHON" - "$OUT/speed.json" "$OUT/speed_rounds.json" "$OUT/speed_methods.json" <<'PYTHON' || failed=1
 import json
 import sys
 from pathlib import Path

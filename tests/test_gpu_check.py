@@ -86,7 +86,8 @@ def test_tests_come_first_and_then_the_most_telling_part(tmp_path: Path) -> None
     assert "large model alone | 12" in result.stdout
     assert "no test and no part failed" in result.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["benchmark.txt", "speed.json", "speed_methods.json", "summary.txt", "tests.txt"]
+    records = ["speed.json", "speed_methods.json", "speed_rounds.json"]
+    assert names == ["benchmark.txt", *records, "summary.txt", "tests.txt"]
 
 
 def test_without_a_gpu_everything_is_shrunk(tmp_path: Path) -> None:

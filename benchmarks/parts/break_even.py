@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 from benchmarks.parts.answers import prescribed
-from benchmarks.parts.drafting import Drafts, guided_answer, one_tile_encoded
+from benchmarks.parts.drafting import guided_answer, one_tile_encoded
 from benchmarks.parts.pairing import Pairing
+from benchmarks.settings import Drafts
 from benchmarks.timing import ratio, take_turns
 from transformers_sgl.architectures import visual_tokens_of
 

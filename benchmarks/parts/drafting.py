@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from benchmarks.parts.answers import Prescribed, first_draft, prescribed, random_draft
 from benchmarks.parts.pairing import Pairing
 from benchmarks.parts.profile import vision_tower
+from benchmarks.settings import Drafts
 from transformers_sgl.architectures import check_supported, visual_tokens_of
 from transformers_sgl.clock import now_ms
 from transformers_sgl.generation_config_sgl import PRESETS, SGLGenerationConfig
@@ -23,10 +24,7 @@ from transformers_sgl.hooks.visual_token_pruner import VisualTokenPruner
 from transformers_sgl.small_answer import SmallAnswer, ask
 from transformers_sgl.tokens.selection import decoder_processors
 
-__all__ = ["Drafts", "counted_calls", "drafter_behind", "guided_answer", "one_tile_encoded", "told"]
-
-# None; the small model's answer alone; that and, after each correction, what the small model makes of it.
-Drafts = Literal["none", "once", "rounds"]
+__all__ = ["counted_calls", "drafter_behind", "guided_answer", "one_tile_encoded", "told"]
 
 
 def told(pairing: Pairing, draft: Tensor, max_answer_tokens: int | None = None, **settings: Any) -> SmallAnswer:
@@ -71,6 +69,7 @@ def guided_answer(pairing: Pairing, answer_tokens: int, drafts: Drafts, acceptan
     found = told(pairing, first, answer_tokens if drafts == "rounds" else None)
     tokens = replace(visual_tokens_of(large.config, inputs), features=found.features)
     processors = decoder_processors(preset["retention_ratio"], min_tokens_per_image=1, selection=preset["selection"])
+    assert found.importance is not None
     kept = processors.keep_mask(tokens, found.importance)
     drafter = found.drafter
     if drafter is not None:

@@ -47,6 +47,7 @@ class VerifierWithFirstPass(DraftVerifier):
 
         def known_or_run(**arguments: Any) -> Any:
             first, cache = self.first_pass, cache_of(arguments)
+            assert cache is not None
             if cache.get_seq_length() > 0:
                 return forward(**arguments)
             if first.logits is None:

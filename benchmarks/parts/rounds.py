@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.parts.answers import first_draft, prescribed, random_draft
-from benchmarks.parts.drafting import Drafts, counted_calls, drafter_behind, one_tile_encoded, told
+from benchmarks.parts.drafting import counted_calls, drafter_behind, one_tile_encoded, told
 from benchmarks.parts.first_pass import FirstPass, VerifierWithFirstPass, remembered_features
 from benchmarks.parts.pairing import Pairing, presets_of, random_keep_mask, sizes
+from benchmarks.settings import Drafts
 from benchmarks.timing import Timing, ratio, uncollected
 from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.clock import now_ms
@@ -72,7 +73,7 @@ def measure_rounds(
         for length in answer_lengths:
             found = [answers.run_all(length, ways, number) for number in range(rounds)]
             rows += [_row(length, way, found) for way in ways]
-    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rows": rows}
+    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rounds": rounds, "rows": rows}
 
 
 def _row(length: int, way: _Way, rounds: Sequence[Mapping[_Way, _Run]]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ SWEEPS = {
     "draft_lengths": (4,),
     "acceptances": (0.0, 1.0),
     "round_answers": (2, 4),
+    "long_round_answers": (6,),
     "round_acceptances": (0.0, 1.0),
     "round_tokens": 80,
     "sweep_image_sizes": ((16, 16), (32, 32)),
@@ -59,20 +60,8 @@ STARTUP = {
     "auto_class_s": IMPORTED,
     "load_s": {"two models": SPREAD, "pair": SPREAD},
 }
-OPTIONS = [
-    "--image-size",
-    "32x32",
-    "--answer-tokens",
-    "3",
-    "--rounds",
-    "1",
-    "--sweep-rounds",
-    "1",
-    "--shrink",
-    "4",
-    "--device",
-    "cpu",
-]
+OPTIONS = ["--image-size", "32x32", "--answer-tokens", "3", "--rounds", "1", "--sweep-rounds", "1"]
+OPTIONS += ["--shrink", "4", "--device", "cpu"]
 
 
 def tiny_model(name: str) -> Any:
@@ -158,8 +147,10 @@ def test_all_parts_from_command_to_figure(whole):
     drafts = [(series["drafts"], series["acceptance"] or 0.0) for series in answers]
     assert drafts == list(BenchmarkSettings().sweep_series)
     assert all([point["value"] for point in series["points"]] == [1, 3] for series in answers)
-    assert [record["parts"][name]["num_visual_tokens"] for name in ("rounds", "rounds-long")] == [64, 80]
-    passes = record["parts"]["rounds-passes"]["rows"]
+    rounds = [record["parts"][f"rounds-{name}"] for name in ("short", "long-prompt", "long-answer")]
+    assert [part["num_visual_tokens"] for part in rounds] == [64, 80, 64]
+    assert [{row["answer_tokens"] for row in part["rows"]} for part in rounds] == [{2, 4}, {4}, {6}]
+    passes = record["parts"]["passes"]["rows"]
     assert [row["num_visual_tokens"] for row in passes] == [64] * 5 + [80] * 5
     # Both once; for the sizes, which come last, the other ones; and the large model is the last but one.
     assert whole.made == ["internvl-2b", "internvl-26b", "internvl-8b", "internvl-26b", "internvl-38b"]
@@ -168,7 +159,7 @@ def test_all_parts_from_command_to_figure(whole):
 def with_rounds(record: dict[str, Any], rounds: int) -> dict[str, Any]:
     """The same figures, as if they rested on so many rounds."""
     record["arguments"] |= {"rounds": rounds, "sweep_rounds": rounds}
-    for name in ("startup", "rounds-passes"):
+    for name in ("startup", "passes", "rounds-short", "rounds-long-prompt", "rounds-long-answer"):
         record["parts"][name]["rounds"] = rounds
     return record
 
@@ -181,7 +172,7 @@ TIMELESS |= {
     "speed-growth-tiles",
     "speed-methods",
 }  # which hold counts, too
-TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-break-even-answers", "speed-rounds-passes"}
+TIMED = {"speed-startup", "speed-exits", "speed-break-even", "speed-break-even-answers", "speed-passes"}
 TIMED |= {"speed-profile", "speed-selection"}
 
 
@@ -210,6 +201,16 @@ def test_too_few_rounds_have_neither_interval_nor_verdict(whole):
         assert "lways" not in table["caption"]
     assert "time" not in tables["speed-growth"]["columns"]
     assert "time / large alone" in tables["speed-end-to-end"]["columns"]
+
+
+def test_rows_of_too_few_rounds_have_no_interval_beside_others_that_have(whole):
+    record = with_rounds(record_of(whole.folder), 5)
+    record["parts"]["rounds-long-prompt"]["rounds"] = 3
+    table = make_tables(record)["speed-rounds"]
+    place = table["columns"].index("speed-up of decoding")
+    for row in table["rows"]:
+        assert ("[" in row[place]) == (row[0] == "64")
+    assert "Without an interval, medians of 3 rounds." in table["caption"]
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

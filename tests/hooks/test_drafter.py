@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel
 
 from transformers_sgl import SGLGenerationConfig
 from transformers_sgl.hooks.context import one_at_a_time
+from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.drafter import Drafter, InOtherTokens
 from transformers_sgl.small_answer import ask
+from transformers_sgl.tokens.draft_length import DraftLength
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
 
@@ -255,3 +258,71 @@ def test_the_cache_is_used_and_grows_no_longer_than_it_must() -> None:
     finally:
         handle.remove()
     assert cache_of({"cache": drafter.cache}) is drafter.cache
+
+
+class _Noted(DraftLength):
+    """Every other step drafts, and what is timed is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timed: list[str] = []
+        self._number = 0
+
+    def next_length(self, num_written: int) -> int:
+        self._number += 1
+        return 2 * (self._number % 2)
+
+    def time_large(self, seconds: float) -> None:
+        self.timed.append("drafts")
+
+    def time_step(self, seconds: float) -> None:
+        self.timed.append("step")
+
+
+class _Wrong:
+    """Drafts what is never right."""
+
+    def go_on(self, answers: Sequence[list[int] | None], length: int) -> list[list[int]]:
+        return [[1] * length for _ in answers]
+
+
+def test_steps_and_passes_with_drafts_are_timed_apart_and_the_first_draft_is_neither() -> None:
+    inputs = prompts([[1]], [5])
+    answer = SMALL.generate(**inputs, do_sample=False, max_new_tokens=16)[:, -16:]
+    assert not (answer == 1).any()
+    draft, noted, widths = answer.clone(), _Noted(), []
+    draft[:, 3:] = 1  # the rest is read once more, in vain
+    verifier = DraftVerifier(SMALL, draft, torch.ones_like(draft).bool(), drafter=_Wrong(), lengths=noted)
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        widths.append(given["input_ids"].shape[1])
+
+    with SMALL.register_forward_pre_hook(note, with_kwargs=True):
+        written = verifier.generate(**inputs, do_sample=False, max_new_tokens=16)
+    assert torch.equal(written[:, -16:], answer)
+    prefill, rest, *later = widths
+    assert prefill > rest > 3  # both read the first draft
+    assert set(later[:-2]) == {1, 3}
+    # A step is timed when the next one begins.
+    assert noted.timed == ["step" if width == 1 else "drafts" for width in later][: len(noted.timed)]
+    assert len(noted.timed) >= len(later) - 1
+
+
+@pytest.mark.parametrize("right_again", [False, True])
+def test_a_long_rest_of_a_first_draft_is_read_when_its_beginning_is_right(right_again: bool) -> None:
+    inputs, widths = prompts([[1]], [5]), []
+    answer = SMALL.generate(**inputs, do_sample=False, max_new_tokens=60)[:, -60:]
+    draft = answer.clone()
+    draft[:, 3] = 1
+    if not right_again:
+        draft[:, 20] = 1
+
+    def note(_: Any, __: Any, given: dict[str, Any]) -> None:
+        widths.append(given["input_ids"].shape[1])
+
+    with SMALL.register_forward_pre_hook(note, with_kwargs=True):
+        verifier = DraftVerifier(SMALL, draft, torch.ones_like(draft).bool(), drafter=_Wrong())
+        written = verifier.generate(**inputs, do_sample=False, max_new_tokens=60)
+    assert torch.equal(written[:, -60:], answer)
+    # A token that was chosen, and those that are read along.
+    assert widths[1:] == ([17, 39] if right_again else [17, 17, 22])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from transformers_sgl.batching import pad_rows, without_placeholders
-from transformers_sgl.tokens.draft_length import DraftLength
+from transformers_sgl.tokens.draft_length import MOST, DraftLength
 from transformers_sgl.transformers_interface import next_token_output
 
 __all__ = ["AnswerRun", "GoesOn"]
@@ -151,6 +151,8 @@ class AnswerRun:
             return self._to_read[:, :0]
         fits = is_new or self._goes_along()
         end = int(self._readable[self._unfinished].max()) if fits and self._unfinished.any() else 0
+        if self._drafter is not None and not is_new and not self._follows:
+            end = min(end, start + MOST)  # nothing says yet that a long rest is worth reading
         if self._pads:
             self._to_read[~self._unfinished, start:] = self._pad_token_id
         return self._to_read[:, start:end]
@@ -171,7 +173,7 @@ class AnswerRun:
         self._pass_start = self._step_start = None
         if self.num_chosen and num_draft_tokens and not self._is_first:  # not the prefill, nor as long as that draft
             self._pass_start = start
-        elif self.num_chosen:
+        elif self.num_chosen and not num_draft_tokens:
             self._step_start = start
 
     def cut_back(self, length: int) -> None:
