@@ -6,30 +6,24 @@ step is one call into the file that knows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from transformers_sgl.answer_rules import AnswerRules
-from transformers_sgl.architectures import check_prunable, check_supported, decoder_layers
-from transformers_sgl.arguments import split_inputs
 from transformers_sgl.batching import merge_answers
-from transformers_sgl.clock import Clock
+from transformers_sgl.call import Call, OwnProcessors
 from transformers_sgl.confirmation import confirm
 from transformers_sgl.generation_config_sgl import (
     SGLGenerationConfig,
-    resolve_prune_layer,
     resolve_vision_prune_layer,
 )
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, output_class, passed_on, sequences_of
 from transformers_sgl.guidance import Guidance
 from transformers_sgl.hooks.context import one_at_a_time
-from transformers_sgl.hooks.conversation import ConversationCache, ConversationTurn
+from transformers_sgl.hooks.conversation import ConversationTurn
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.drafter import InOtherTokens
 from transformers_sgl.hooks.pruning import Pruning
@@ -38,17 +32,14 @@ from transformers_sgl.small_answer import SmallAnswer, ask
 from transformers_sgl.token_choice import choose_tokens, choosing_processors, unsure_samples
 from transformers_sgl.tokens.draft_length import DraftLength
 from transformers_sgl.tokens.early_exit import exits_early
-from transformers_sgl.tokens.importance_process import ImportanceProcessor, ImportanceProcessorList
-from transformers_sgl.tokens.importance_transfer import ImportanceTransfer, split_boxes
+from transformers_sgl.tokens.importance_transfer import ImportanceTransfer
 from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
-from transformers_sgl.transformers_interface import CACHE_NAMES, cache_name, cache_of
+from transformers_sgl.transformers_interface import cache_name
 from transformers_sgl.versions import names_versions
 from transformers_sgl.vision_towers import vision_layers
 from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 
-__all__ = ["Call", "answer", "generate", "guide"]
-
-_Own = ImportanceProcessor | Iterable[ImportanceProcessor] | None
+__all__ = ["answer", "generate", "guide"]
 
 
 @names_versions()
@@ -58,8 +49,8 @@ def generate(
     inputs: dict[str, Any],
     settings: SGLGenerationConfig,
     vocabularies: Vocabularies,
-    importance_processor: _Own = None,
-    vision_processor: _Own = None,
+    importance_processor: OwnProcessors = None,
+    vision_processor: OwnProcessors = None,
     **generate_kwargs: Any,
 ) -> SGLGenerateOutput | Tensor:
     """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
@@ -71,129 +62,6 @@ def generate(
         large, small, inputs, settings, vocabularies, importance_processor, vision_processor, **generate_kwargs
     )
     return answer(call, guide(call))
-
-
-@dataclass
-class Call:
-    """One `generate` call, read once: what both halves of it know.
-
-    Attributes:
-        large (`PreTrainedModel`): The large model.
-        small (`PreTrainedModel`): The small model.
-        settings ([`SGLGenerationConfig`]): The resolved settings.
-        rules ([`AnswerRules`]): What they and the other arguments make of an answer.
-        inputs (`dict`): The large model's inputs.
-        small_inputs (`dict`): The small model's inputs.
-        boxes (`tuple` of two `Tensor`, *optional*): Where the visual tokens of both lie.
-        prompt ([`Prompt`], *optional*): What the large model reads; `None` where visual tokens cannot be found.
-        earlier ([`ConversationCache`], *optional*): The earlier turns of the conversation.
-        keeps_cache (`bool`): Whether the cache is wanted.
-        of_tower ([`ImportanceProcessorList`]): What chooses visual tokens for the large model's tower, ...
-        of_decoder ([`ImportanceProcessorList`]): ... and for its decoder.
-        own_processors (`tuple`): The user's own, of the decoder and of the tower.
-        kwargs (`dict`): The other arguments of the large model's `generate`.
-        clock ([`Clock`]): Running since the call.
-    """
-
-    large: PreTrainedModel
-    small: PreTrainedModel
-    settings: SGLGenerationConfig
-    rules: AnswerRules
-    inputs: dict[str, Any]
-    small_inputs: dict[str, Any]
-    boxes: tuple[Tensor, Tensor] | None
-    prompt: Prompt | None
-    earlier: ConversationCache | None
-    keeps_cache: bool
-    of_tower: ImportanceProcessorList
-    of_decoder: ImportanceProcessorList
-    own_processors: tuple[_Own, _Own]
-    kwargs: dict[str, Any]
-    clock: Clock
-
-    @classmethod
-    def read(
-        cls,
-        large: PreTrainedModel,
-        small: PreTrainedModel,
-        inputs: dict[str, Any],
-        settings: SGLGenerationConfig,
-        vocabularies: Vocabularies,
-        importance_processor: _Own = None,
-        vision_processor: _Own = None,
-        **generate_kwargs: Any,
-    ) -> Call:
-        """Finds the visual tokens and what is asked for.
-
-        `inputs` are the large model's, with `input_ids` of shape `(batch, prompt_length)`; `small_*` keys replace or
-        extend them for the small model. Where the models cut images differently, they also hold `visual_token_boxes`
-        and `small_visual_token_boxes` of shape `(batch, num_visual_tokens, 5)`: for each visual token the number of
-        the image within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With
-        these, plain tensors are the large model's alone. `importance_processor` and `vision_processor` are the user's
-        own, one or several, which run before those of the `settings`; `generate_kwargs` go to the large model's
-        `generate`.
-        """
-        clock = Clock(large.device, small.device)
-        inputs, boxes = split_boxes(inputs)
-        large_inputs, small_inputs = split_inputs(inputs, shares_tensors=boxes is None)
-        keeps_cache = bool(settings.return_dict_in_generate) or cache_of(large_inputs) is not None
-        earlier = cache if isinstance(cache := cache_of(large_inputs), ConversationCache) else None
-        if earlier is not None:
-            large_inputs = {name: value for name, value in large_inputs.items() if name not in CACHE_NAMES}
-        own = importance_processor, vision_processor
-        of_tower, of_decoder = choosing_processors(settings, *own)
-        if earlier is not None:  # the images were encoded in its first turn
-            of_tower = ImportanceProcessorList()
-        rules = AnswerRules.of(settings, generate_kwargs, vocabularies, large_inputs)
-        kwargs = {**generate_kwargs, "generation_config": rules.large_settings()}
-        prompt = Prompt.find(large.config, large_inputs)
-        found = (settings, rules, large_inputs, small_inputs, boxes, prompt, earlier, keeps_cache)
-        call = cls(large, small, *found, of_tower, of_decoder, own, kwargs, clock)
-        if earlier is not None:
-            layer = call.prune_layer if call.prunes else None
-            earlier.check(prompt, layer, settings.use_cache is not False)
-        return call
-
-    @property
-    def prune_layer(self) -> int:
-        """The first decoder layer of the large model that sees fewer visual tokens."""
-        return resolve_prune_layer(self.settings.prune_layer, len(decoder_layers(self.large)))
-
-    @property
-    def prunes(self) -> bool:
-        """Whether visual tokens are left out."""
-        return bool(self.of_decoder or self.of_tower)
-
-    @property
-    def confirms(self) -> bool:
-        """Whether the pruned large model only confirms drafts."""
-        return self.prunes and self.settings.confirmation_threshold is not None
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether anything asks for the small model; without visual tokens the large one runs alone."""
-        wanted = self.prunes or self.earlier is not None or self.rules.may_exit
-        wanted = wanted or self.rules.can_use_draft(self.inputs)
-        return wanted and (self.prompt is None or self.prompt.visual_tokens.num_visual_tokens > 0)
-
-    def check(self) -> None:
-        """Raises `ValueError` for what cannot be done, before anything has run."""
-        check_supported(self.small.config)
-        self.rules.check_guidable(self.inputs)
-        if self.of_tower:
-            resolve_vision_prune_layer(self.settings.vision_prune_layer, len(vision_layers(self.large)))
-        if self.prunes:
-            check_prunable(self.large.config, self.prune_layer)
-        if self.prunes or self.earlier is not None:
-            self.rules.check_prunable(self.inputs)
-        if self.rules.may_exit:
-            self.rules.check_exits(self.inputs)
-        if self.confirms:
-            self.rules.check_confirmations(self.inputs, self.earlier)
-
-    def read_prompt(self) -> Prompt:
-        """The prompts as the large model reads them: what is pruned is padded on the left."""
-        return Prompt.of(self.large.config, self.inputs, as_passed=not self.prunes and self.earlier is None)
 
 
 def guide(call: Call) -> Guidance:
@@ -344,15 +212,9 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
         call.clock.lap("large_ms")
     elif streamer is not None:
         streamer.end()
-    counts: dict[str, Any] = {}
-    if verifier.num_accepted is not None or num_checks:
-        checked = draft_mask.sum(dim=1).masked_fill(~settled | exits, 0)  # confirmed, as far as they are not written
-        counts = {"num_draft_tokens_accepted": checked, "num_draft_tokens": checked.clone()}
-        counts["num_draft_rounds"] = (checked > 0).long()
-        found = (verifier.num_accepted, verifier.num_drafted, verifier.num_rounds)
-        for count, of_rest in zip(counts.values(), found, strict=True):
-            if of_rest is not None:
-                count[rest] = of_rest.to(rest.device)
+    counts = (
+        _draft_counts(verifier, draft_mask, settled, exits) if num_checks or verifier.num_accepted is not None else {}
+    )
 
     # 8. The whole batch again, with the prompts as they were passed.
     answers = merge_answers(early, late, settled, rules.pad_token_id)
@@ -370,6 +232,21 @@ def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
         num_large_forward_passes=verifier.num_forward_passes + num_checks,
         timings=call.clock.timings,
     )
+
+
+def _draft_counts(verifier: DraftVerifier, draft_mask: Tensor, settled: Tensor, exits: Tensor) -> dict[str, Any]:
+    """The fields that tell what became of drafts, of shape `(batch,)`; those of early exits were not checked."""
+    checked = draft_mask.sum(dim=1).masked_fill(~settled | exits, 0)  # confirmed, so that nothing more is written
+    counts = {
+        "num_draft_tokens_accepted": checked,
+        "num_draft_tokens": checked.clone(),
+        "num_draft_rounds": (checked > 0).long(),
+    }
+    of_others = (verifier.num_accepted, verifier.num_drafted, verifier.num_rounds)
+    for count, found in zip(counts.values(), of_others, strict=True):
+        if found is not None:
+            count[~settled] = found.to(settled.device)
+    return counts
 
 
 def _large_alone(call: Call) -> SGLGenerateOutput | Tensor:

@@ -19,10 +19,11 @@ from transformers.utils import ModelOutput, logging
 
 from transformers_sgl.architectures import check_supported
 from transformers_sgl.arguments import read_answer_arguments, read_arguments
+from transformers_sgl.call import Call
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
-from transformers_sgl.generation_sgl import Call, answer, generate, guide
+from transformers_sgl.generation_sgl import answer, generate, guide
 from transformers_sgl.guidance import Guidance, json_settings, prompt_digests
 from transformers_sgl.pair_of_models import PairOfModels, device_map, with_signature_of_large
 from transformers_sgl.pretrained_pair import PretrainedPair
