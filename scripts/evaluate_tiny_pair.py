@@ -10,24 +10,34 @@ first pair's data. For the first two, the question-only prior stands beside it: 
 often in training, given without looking. What pruning costs is measured by `evaluate_methods.py`.
 
 An answer counts if it is the expected one to the letter; for pages, ANLS and relaxed accuracy are there, too. For
-descriptions these are the share of facts that are right, the length of answers, and how many tokens the two models'
-answers share before they first differ, which is what a draft can save. The result goes to `benchmarks/results/`, from
-which `scripts/render_tables.py` fills the README and the cards.
+descriptions these are the share of facts that are right, the length of answers, how many tokens the answers of the two
+models share before they first differ, and what is right with the presets. The result goes to `benchmarks/results/`,
+from which `scripts/render_tables.py` fills the README and the cards.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from tiny_pair_evaluation import argument_parser, data_of, is_right, open_evaluation, percent, write_record
+from tiny_pair_evaluation import (
+    MAX_NEW_TOKENS,
+    argument_parser,
+    data_of,
+    is_right,
+    open_evaluation,
+    percent,
+    write_record,
+)
 from tqdm import tqdm
 
 from transformers_sgl.architectures import decoder_layers
 from transformers_sgl.evaluation import Sample, Scenes, load_samples
 from transformers_sgl.evaluation.data import Pages
 from transformers_sgl.evaluation.metrics import anls, described_facts, exact_match, relaxed_accuracy
+from transformers_sgl.generation_config_sgl import PRESETS
 
 # Longer than any description: the longest right one has 119 tokens with its end.
 MAX_DESCRIPTION_TOKENS = 160
@@ -40,13 +50,15 @@ def main() -> None:
         arguments.output /= f"{name.replace('-', '_')}.json"
 
     describes = name.endswith("-describing")
-    evaluate = open_evaluation(arguments, **({"max_new_tokens": MAX_DESCRIPTION_TOKENS} if describes else {}))
+    evaluate = open_evaluation(arguments, MAX_DESCRIPTION_TOKENS if describes else MAX_NEW_TOKENS)
     both = {"large": evaluate.large_alone, "small": evaluate.small_alone}
     tables = {f"{name}-models": models_table(evaluate.model)}
     if describes:
         whole = load_samples("descriptions", limit=arguments.limit)
-        answers = evaluate.answers(whole, both, "unpruned")
+        presets = {preset: partial(evaluate.guided, preset) for preset in PRESETS}
+        answers = evaluate.answers(whole, {**both, **presets}, "descriptions")
         accuracy = description_table(whole, answers, evaluate.processor.large_processor.tokenizer)
+        tables[f"{name}-presets"] = presets_table(whole, {each: answers[each] for each in ("large", *PRESETS)})
         known = [sample for data in ("easy-vqa", "scenes") for sample in load_samples(data, limit=arguments.limit)]
         tables[f"{name}-before"] = known_table(known, evaluate(known, both, "what it knew before"))
     elif name.endswith("-reading"):
@@ -140,7 +152,7 @@ def description_table(samples: Sequence[Sample], answers: dict[str, list[str]], 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text).input_ids)
 
-    tokens = {name: [ids(answer) for answer in given] for name, given in answers.items()}
+    tokens = {name: [ids(answer) for answer in answers[name]] for name in ("large", "small")}
     tokens["right"] = [ids(sample.answers[0]) for sample in samples]
     shared = [shared_start(*pair) for pair in zip(tokens["large"], tokens["small"], strict=True)]
     rows = []
@@ -160,6 +172,18 @@ def description_table(samples: Sequence[Sample], answers: dict[str, list[str]], 
         "rows": rows,
         "caption": "Facts and exact match in percent, unpruned, greedy, on held-out descriptions; tokens are means.",
     }
+
+
+def presets_table(samples: Sequence[Sample], answers: dict[str, list[str]]) -> dict[str, Any]:
+    rows = []
+    for preset, given in answers.items():
+        scores = [
+            percent([metric(answer, sample.answers) for answer, sample in zip(given, samples, strict=True)])
+            for metric in (described_facts, exact_match)
+        ]
+        rows.append([f'`"{preset}"`' if preset in PRESETS else "large model alone", *scores])
+    caption = f"In percent, greedy, on the same {len(samples)} held-out descriptions."
+    return {"columns": ["preset", "facts", "exact"], "rows": rows, "caption": caption}
 
 
 def shared_start(one: Sequence[int], other: Sequence[int]) -> int:

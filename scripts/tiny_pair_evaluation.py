@@ -91,6 +91,10 @@ class Evaluation:
         """The small model, likewise."""
         return self.model.small.generate(**inputs, max_new_tokens=self.max_new_tokens)
 
+    def guided(self, preset: str, inputs: dict[str, torch.Tensor], indices: Sequence[int]) -> torch.Tensor:
+        """The pair with the settings of a preset."""
+        return self.model.generate(**inputs, preset=preset, max_new_tokens=self.max_new_tokens)
+
     def batches(self, samples: Sequence[Sample]) -> Iterator[range]:
         """Neighbouring samples; a batch does not mix data sets, whose images differ in size."""
         start = 0

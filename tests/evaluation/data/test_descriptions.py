@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluate_tiny_pair import description_table, shared_start
+from evaluate_tiny_pair import description_table, presets_table, shared_start
 from tiny_pair_descriptions import example
 from transformers import AutoTokenizer
 
@@ -139,6 +139,8 @@ def test_the_table_of_the_pair_that_describes_counts_facts_and_tokens(tokenizer)
     length = len(tokenizer(right).input_ids)
     assert every["tokens, right answer"] == many["tokens alike"] == length
     assert few["tokens alike"] == length - 2  # all but the letter and the full stop
+    pruned = presets_table(samples, {"large": [right, right], "balanced": [wrong, wrong]})
+    assert pruned["rows"] == [["large model alone", 100.0, 100.0], ['`"balanced"`', 50.0, 0.0]]
 
 
 def test_what_two_answers_share_from_the_beginning():
