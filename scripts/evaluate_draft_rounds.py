@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "no drafts": {"verify_draft": False},
     "one draft": {"verify_draft": "once"},
     "rounds": {"verify_draft": "rounds"},
-    "rounds, 35% in the small cache": {"verify_draft": "rounds", "draft_retention_ratio": 0.35},
+    "rounds, all in the small cache": {"verify_draft": "rounds", "draft_retention_ratio": 1.0},
     "rounds, 10% in the small cache": {"verify_draft": "rounds", "draft_retention_ratio": 0.1},
     "rounds of 4": {"verify_draft": "rounds", "num_draft_tokens": 4},
     "rounds of 8": {"verify_draft": "rounds", "num_draft_tokens": 8},

@@ -183,7 +183,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             small model answers for this even where nothing is pruned.
         num_draft_tokens (`int`, *optional*): How many tokens the small model drafts in each later round. By default
             as many as pay, by what earlier ones were worth and how long the models take, and none where none do.
-        draft_retention_ratio (`float`, *optional*, defaults to 1.0): The fraction of visual tokens, in `(0, 1]`, that
+        draft_retention_ratio (`float`, *optional*, defaults to 0.35): The fraction of visual tokens, in `(0, 1]`, that
             the small model keeps in its cache for the later rounds: those that it found the most important.
         confirmation_threshold (`float`, *optional*): With a number from 0 to 1 the pruned large model only confirms
             the small model's answer: where it would have written the same, with at least this probability, that is
@@ -269,7 +269,7 @@ class SGLGenerationConfig(ExtraSettings, GenerationConfig):
             "score_draft": None,
             "verify_draft": None,
             "num_draft_tokens": None,
-            "draft_retention_ratio": 1.0,
+            "draft_retention_ratio": 0.35,
             "confirmation_threshold": None,
             "unsure_threshold": None,
             "unsure_retention_ratio": 1.0,
