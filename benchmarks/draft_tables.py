@@ -35,6 +35,10 @@ def rounds_table(shown: Shown, parts: Sequence[dict[str, Any]]) -> Table:
         "Decoding is from the first token to the last; the answer has the first pass as well, which reads the small "
         "model's answer along; with guidance, the small model's answer counts, too, as long as the large one's. "
     )
+    # Records of before the default was another do not name it.
+    caption += (
+        f"The small model keeps {parts[0].get('draft_retention_ratio', 1.0):.0%} of its visual tokens for rounds. "
+    )
     if FEWEST_FOR_MEDIAN <= min(part["rounds"] for part in parts) < FEWEST_ROUNDS <= shown.rounds:
         caption += f"Without an interval, medians of {min(part['rounds'] for part in parts)} rounds. "
     return as_table([*columns, *clocks], rows, caption + _ONE_TILE + shown.conditions())

@@ -21,6 +21,7 @@ from benchmarks.settings import Drafts
 from benchmarks.timing import Timing, ratio, uncollected
 from transformers_sgl.architectures import visual_tokens_of
 from transformers_sgl.clock import now_ms
+from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.drafter import Drafter
 from transformers_sgl.tokens.draft_length import DraftLength
@@ -73,7 +74,8 @@ def measure_rounds(
         for length in answer_lengths:
             found = [answers.run_all(length, ways, number) for number in range(rounds)]
             rows += [_row(length, way, found) for way in ways]
-    return {**sizes(pairing.large, pairing.inputs), **answers.kept, "rounds": rounds, "rows": rows}
+    drafting = {"draft_retention_ratio": SGLGenerationConfig.extra_defaults()["draft_retention_ratio"]}
+    return {**sizes(pairing.large, pairing.inputs), **answers.kept, **drafting, "rounds": rounds, "rows": rows}
 
 
 def _row(length: int, way: _Way, rounds: Sequence[Mapping[_Way, _Run]]) -> dict[str, Any]:
@@ -261,7 +263,7 @@ def _drafters(pairing: Pairing, retention_ratios: Sequence[float], length: int, 
     """The small model behind wrong drafts, by the fraction of visual tokens that its cache holds."""
     tokens = visual_tokens_of(pairing.small.config, pairing.for_small)
     draft = random_draft(pairing.large, pairing.inputs, length, 0.0, seed)
-    whole = told(pairing, draft[:, :2], length).drafter
+    whole = told(pairing, draft[:, :2], length, draft_retention_ratio=1.0).drafter
     assert whole is not None
     drafters = {}
     for share in retention_ratios:

@@ -297,7 +297,7 @@ class TestRounds:
     def test_the_small_model_s_cache_is_that_of_the_answer(self, large, small):
         inputs = question()
         draft = random_draft(large, inputs, 12, 0.5, seed=0)
-        drafter = told(Pairing(large, small, inputs), draft[:, :2], 12).drafter
+        drafter = told(Pairing(large, small, inputs), draft[:, :2], 12, draft_retention_ratio=1.0).drafter
         drafter = drafter_behind(drafter, draft, draft, inputs)
         assert torch.equal(drafter.read, draft[:, :-1])
         answer = random_answer(large, inputs, 12, seed=0)[0].tolist()
