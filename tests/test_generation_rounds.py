@@ -243,3 +243,22 @@ def test_the_cache_after_rounds_is_that_of_stock_generate() -> None:
         found = passes(sample, num_draft_tokens=5, retention_ratio=1.0)
         lengths = [cache_of(dict(each.items())).get_seq_length() for each in found.values()]
         assert len(set(lengths)) == 1
+
+
+def test_a_model_may_draft_for_itself() -> None:
+    pair = SGLForConditionalGeneration(large=LARGE, small=LARGE).eval()
+    for retention_ratio in (0.3, 1.0):
+        outputs = [
+            pair.generate(
+                **prompts(),
+                **LONG,
+                verify_draft=how,
+                num_draft_tokens=3,
+                retention_ratio=retention_ratio,
+                prune_layer=0,
+                guidance_max_new_tokens=2,
+            )
+            for how in ("rounds", False)
+        ]
+        assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+        assert int(outputs[0].num_draft_rounds.min()) > 1

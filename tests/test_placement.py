@@ -51,7 +51,7 @@ def results(pair: SGLForConditionalGeneration, inputs: dict[str, Tensor]) -> dic
     """What does not depend on where the models are: tokens, choices and counts under all settings."""
     found = {}
     for name, settings in SETTINGS.items():
-        output = pair.generate(**inputs, **GREEDY, **settings, return_dict_in_generate=True)
+        output = pair.generate(**inputs, **GREEDY, **settings, num_draft_tokens=2, return_dict_in_generate=True)
         assert output.sequences.device == inputs["input_ids"].device
         fields = ("sequences", "keep_mask", "vision_keep_mask", "exited_early", "draft_confirmed")
         fields = (*fields, "num_draft_tokens_accepted")

@@ -284,7 +284,7 @@ class TestReports:
 
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
     def test_an_answer_says_what_was_kept(self, server, pair, processor, example, stream):
-        settings = {"retention_ratio": 0.5, "prune_layer": 0}
+        settings = {"retention_ratio": 0.5, "prune_layer": 0, "num_draft_tokens": 4}
         expected = output_of(pair, processor, example, QUESTION, **settings)
         assert self.report(server, chat(example), stream, settings) == {
             "num_visual_tokens": 320,

@@ -227,7 +227,7 @@ def test_drafts_are_verified_in_later_turns_too() -> None:
     inputs = prompts()
     first = ask(pair, inputs, prune_layer=3, retention_ratio=0.8)
     inputs = next_turn(inputs, first.sequences, [3, 4, 5])
-    options = {"prune_layer": 3, "retention_ratio": 0.8}
+    options = {"prune_layer": 3, "retention_ratio": 0.8, "num_draft_tokens": 3}
     whole = ask(pair, inputs, **options)
     found = ask(pair, inputs, **options, **{cache_name(): copy.deepcopy(cache_of(first))})
     assert_same(found, whole)

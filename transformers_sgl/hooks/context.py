@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from transformers_sgl.versions import name_versions
 
-__all__ = ["HookContext", "at_once", "one_at_a_time"]
+__all__ = ["HookContext", "at_once", "one_at_a_time", "outside"]
 
 _Context = TypeVar("_Context", bound="HookContext")
 
@@ -52,6 +52,16 @@ def at_once(model: PreTrainedModel) -> Iterator[bool]:
     finally:
         if is_free:
             lock.release()
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Lets models be called as if no `with` were around: a model may be another's guide, and its own."""
+    token = _ENTERED.set(())
+    try:
+        yield
+    finally:
+        _ENTERED.reset(token)
 
 
 class HookContext(ABC):

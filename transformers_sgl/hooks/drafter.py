@@ -17,7 +17,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from transformers_sgl.architectures import check_supported, visual_token_ids
 from transformers_sgl.batching import without_placeholders
-from transformers_sgl.hooks.context import at_once
+from transformers_sgl.hooks.context import at_once, outside
 from transformers_sgl.hooks.kept_tokens import KeptTokens
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_name, is_plain_layer, keep_columns
@@ -146,7 +146,7 @@ class Drafter:
             lengths[row] = len(answer)
         given = given[:, : shortest + length]
         is_running = torch.tensor([each is not None for each in answers])
-        with at_once(self.small) as is_free:
+        with at_once(self.small) as is_free, outside():
             if not is_free:  # the large model had better go on alone than wait for another call's guidance
                 return [[] for _ in answers]
             written = self._write(given, lengths.clamp(max=given.shape[1]), is_running, shortest)
