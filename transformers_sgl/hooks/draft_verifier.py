@@ -199,6 +199,7 @@ def _can_verify(draft: Tensor, input_ids: Tensor, generation_config: GenerationC
         draft.shape[0] == input_ids.shape[0]
         and isinstance(past, DynamicCache)
         and past.get_seq_length() == 0
+        and bool(kwargs.get("use_cache", True))  # where not, each pass reads everything again
         and all(can_be_cut_back(layer, generation_config.max_length) for layer in past.layers)
         and kwargs.get("logits_to_keep") in (None, 1)  # None where a model always gives all
         and kwargs.get("inputs_embeds") is None  # to which tokens cannot be appended
