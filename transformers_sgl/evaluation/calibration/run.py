@@ -19,7 +19,7 @@ __all__ = ["run_samples"]
 
 
 # A draft is verified because that changes no answer, and makes the small model answer even where nothing is pruned.
-_WITHOUT_EXIT = {"early_exit_threshold": NEVER_EXIT, "verify_draft": True}
+_WITHOUT_EXIT = {"early_exit_threshold": NEVER_EXIT, "verify_draft": "once"}
 _WHOLE = {"retention_ratio": 1.0, "vision_retention_ratio": 1.0, "confirmation_threshold": None}
 # By the setting whose threshold is chosen, the ways between which it decides, as settings of the pair; the first is
 # the cheap one, and says how trustworthy it is. Both answers of an early exit come from one call.

@@ -104,6 +104,11 @@ class ConfirmedSGL(SGL):
 def pair_answers(pair: Pair, batch: Batch, **settings: Any) -> list[Answer]:
     """Answers with the pair's own `generate`, whose other settings are those of the pair."""
     inputs = pair.inputs(pair.processor, batch.samples, batch.images)
+    own = pair.model.generation_config
+    writes = settings.get("guidance", own.guidance) != "prompt"
+    if writes and own.verify_draft is None and own.num_draft_tokens is None:
+        # How many drafts pay goes by the clock, so with rounds no evaluation could be repeated to the letter.
+        settings = {"verify_draft": "once", **settings}
     output = pair.model.generate(
         **inputs, max_new_tokens=pair.max_new_tokens, return_dict_in_generate=True, **settings
     )
