@@ -22,7 +22,6 @@ from transformers_sgl.hooks.drafter import Drafter, InOtherTokens
 from transformers_sgl.small_answer import ask
 from transformers_sgl.tokens.draft_length import DraftLength
 from transformers_sgl.tokens.vocabulary import Vocabularies
-from transformers_sgl.transformers_interface import cache_of
 
 pytestmark = pytest.mark.mechanics
 
@@ -257,7 +256,6 @@ def test_the_cache_is_used_and_grows_no_longer_than_it_must() -> None:
         assert len(widths) == 2
     finally:
         handle.remove()
-    assert cache_of({"cache": drafter.cache}) is drafter.cache
 
 
 class _Noted(DraftLength):

@@ -38,7 +38,7 @@ __all__ = ["DraftVerifier"]
 class DraftVerifier:
     """Lets a model check a draft in its prefill and continue after the part that it agrees with.
 
-    Not with beams, several answers to a prompt, a static cache, `inputs_embeds`, classifier-free guidance, or where
+    With beams, several answers to a prompt, a static cache, `inputs_embeds`, classifier-free guidance, or where
     attentions or hidden states are asked for, the model writes as if there were no draft. A batch advances together,
     up to the first token at which an unfinished sample leaves its draft; where scores or logits are returned, which
     tell of ended samples too, any sample.
