@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -32,10 +33,18 @@ def cluster(monkeypatch):
 
 @pytest.fixture
 def after_work(monkeypatch):
-    """Calls `react(worker, number)` when a worker has finished its stage's work of that number."""
+    """Calls `react(worker, number)` when a worker has finished its stage's work of that number.
+
+    No work is given before all workers are ready, so that none of them comes when everything is done.
+    """
 
     def watch(react):
-        wait, numbers = OnRay.wait, Counter()
+        is_free, wait, numbers, ready = OnRay.is_free, OnRay.wait, Counter(), []
+
+        def is_free_once_all_are_ready(self, stage):
+            if not ready and all(each.is_ready for each in (*self._workers.values(), *self._free)):
+                ready.extend(self._free)
+            return bool(ready) and is_free(self, stage)
 
         def watched(self):
             found = wait(self)
@@ -46,9 +55,14 @@ def after_work(monkeypatch):
                     react(worker, numbers[found[0]])
             return found
 
+        monkeypatch.setattr(OnRay, "is_free", is_free_once_all_are_ready)
         monkeypatch.setattr(OnRay, "wait", watched)
 
     return watch
+
+
+def in_actor(worker, function):
+    return ray.get(worker.actor.__ray_call__.remote(function))
 
 
 def test_killed_workers_lose_nothing(run, tmp_path, out, cluster, after_work, pair, processor):
@@ -58,7 +72,7 @@ def test_killed_workers_lose_nothing(run, tmp_path, out, cluster, after_work, pa
         """First a large worker, later a small one, a moment after they have been given more work."""
         if worker.stage not in killed and number >= 2 and (worker.stage == "large" or "large" in killed):
             killed.append(worker.stage)
-            process = ray.get(worker.actor.__ray_call__.remote(lambda _: os.getpid()))
+            process = in_actor(worker, lambda _: os.getpid())
             threading.Timer(0.05, os.kill, (process, signal.SIGKILL)).start()
 
     after_work(kill)
@@ -75,9 +89,14 @@ def test_a_machine_that_is_gone_loses_nothing(run, tmp_path, out, cluster, after
     second = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
 
     def remove(worker, number):
-        if not gone and number >= 2:
-            gone.append(second)
-            cluster.remove_node(second, allow_graceful=False)
+        """The machine of a worker that will be given the next work, and waits until the worker is gone, too."""
+        if gone or in_actor(worker, lambda _: ray.get_runtime_context().get_node_id()) != second.node_id:
+            return
+        gone.append(second)
+        cluster.remove_node(second, allow_graceful=False)
+        with pytest.raises(ray.exceptions.RayError):
+            while True:
+                in_actor(worker, lambda _: time.sleep(0.1))
 
     after_work(remove)
     file = write_questions(tmp_path, 40)
