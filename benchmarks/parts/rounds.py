@@ -47,7 +47,7 @@ def measure_rounds(
     """Measures the large model, pruned at the preset "balanced", with drafts in rounds, with one draft and with none.
 
     A round of the measurement draws an answer and drafts, and runs in turn: guidance, with the small model kept ready
-    to go on and without; the large model's first pass, with the small model's answer to read along and without; and
+    to go on and without; the large model's first pass, with as much of the small model's answer as it reads along; and
     for each way the tokens after the first, for which the first pass is not repeated.
 
     Args:
@@ -138,12 +138,15 @@ class _Answers:
         ways = [way for way in ways if way != _ALONE]
         draft = random_draft(self._pairing.large, self._pairing.inputs, length, 0.0, seed)
         with uncollected():
-            guidance = {name: self._guidance(draft, ready) for name, ready in (("none", False), ("rounds", True))}
+            guidance: dict[Drafts, float] = {
+                "none": self._guidance(draft, False),
+                "rounds": self._guidance(draft, True),
+            }
             guidance["once"] = guidance["none"]
-            alone, along = (self._first_pass(each, length, seed) for each in (None, draft))
+            first_passes = {name: self._first_pass(name, draft, length, seed) for name in guidance}
             found = {}
             for way in [_ALONE, *ways]:
-                first_pass = alone if way == _ALONE else along
+                first_pass = first_passes[way[0]]
                 decoding, large_passes, small_passes = self._decoding(first_pass, length, way, seed)
                 found[way] = _Run(decoding, first_pass.took_ms, guidance[way[0]], large_passes, small_passes)
         return found
@@ -156,11 +159,12 @@ class _Answers:
         told(self._pairing, draft, draft.shape[1] if ready else None)
         return self._now() - start
 
-    def _first_pass(self, draft: Tensor | None, length: int, seed: int) -> FirstPass:
+    def _first_pass(self, drafts: Drafts, draft: Tensor, length: int, seed: int) -> FirstPass:
         """The large model's time to the first token, and what it knows then; with all that is read along."""
         first_pass, start = FirstPass(), self._now()
         clock = _Ends(self._now, 1)
-        self._answer(first_pass, draft, length, seed, clock)
+        drafter = self._drafter if drafts == "rounds" else None  # which has nothing to do before the first token
+        self._answer(first_pass, None if drafts == "none" else draft, length, seed, clock, drafter)
         first_pass.took_ms = clock.times[0] - start
         return first_pass
 

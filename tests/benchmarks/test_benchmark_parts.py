@@ -277,7 +277,8 @@ class TestRounds:
         assert list(rows) == [(length, *way) for length in (2, 24) for way in ways]
         passes = {key: (row["large_passes"], row["small_passes"]) for key, row in rows.items()}
         assert passes[24, "none", None] == (24, 0)
-        assert passes[24, "once", 1.0] == passes[24, "rounds", 1.0] == (1, 0)
+        assert passes[24, "once", 1.0] == passes[2, "rounds", 1.0] == (1, 0)
+        assert passes[24, "rounds", 1.0] == (2, 0)  # the beginning of the first draft, and all of its rest
         assert passes[24, "rounds", 0.0][0] == 24
         assert 0 < passes[24, "rounds", 0.0][1] < 12  # a few, to find out that they are wrong
         assert passes[24, "rounds", 0.5][0] <= passes[24, "once", 0.5][0] <= 24
@@ -287,9 +288,9 @@ class TestRounds:
             assert times == sorted(times)
             assert all(len(row[name]["time"]["samples_ms"]) == 2 for name in ("decoding", "answer", "whole"))
         assert rows[24, "none", None]["whole"]["speed_up"] == {"median": 1.0, "min": 1.0, "max": 1.0}
-        # Of the large model's first passes, two were made in each round of each length, and two to warm up.
+        # Of the large model's first passes, three were made in each round of each length, and three to warm up.
         told = sum(2 * (row["large_passes"] - 1) for row in rows.values())
-        assert all_passes[0] <= told + 2 * 2 * 2 + 2 + 24
+        assert all_passes[0] <= told + 2 * 2 * 3 + 3 + 24
 
     def test_answers_that_are_too_many_are_left_out(self, large, small):
         assert measure_rounds(Pairing(large, small, question()), (), (0.5,)) == {"rows": []}

@@ -140,7 +140,8 @@ class AnswerRun:
 
         Behind a wrong token, the rest of a first draft is there already. A pass that saved no step shows that it does
         not fit any more: then a drafter drafts anew. Without one, nothing is read along until every unfinished sample
-        has come to a token of its draft again.
+        has come to a token of its draft again. With a drafter, a first draft is read whole only once its beginning has
+        turned out right: behind a short prompt, a long wrong one would cost more than a later pass.
         """
         is_new = self.num_chosen == 0
         if self._drafter is not None and not is_new and not (self._is_first and self._goes_along()):
@@ -151,8 +152,8 @@ class AnswerRun:
             return self._to_read[:, :0]
         fits = is_new or self._goes_along()
         end = int(self._readable[self._unfinished].max()) if fits and self._unfinished.any() else 0
-        if self._drafter is not None and not is_new and not self._follows:
-            end = min(end, start + MOST)  # nothing says yet that a long rest is worth reading
+        if self._drafter is not None and self._is_first and (is_new or not self._follows):
+            end = min(end, start + MOST)  # nothing says yet that a long draft is worth reading
         if self._pads:
             self._to_read[~self._unfinished, start:] = self._pad_token_id
         return self._to_read[:, start:end]
