@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from transformers_sgl import SGLGenerationConfig
+from transformers_sgl.hooks.answer_run import GoesOn
 from transformers_sgl.hooks.context import one_at_a_time
 from transformers_sgl.hooks.draft_verifier import DraftVerifier
 from transformers_sgl.hooks.drafter import Drafter, InOtherTokens
@@ -306,21 +307,33 @@ def test_steps_and_passes_with_drafts_are_timed_apart_and_the_first_draft_is_nei
     assert len(noted.timed) >= len(later) - 1
 
 
-@pytest.mark.parametrize("right_again", [False, True])
-def test_a_long_rest_of_a_first_draft_is_read_when_its_beginning_is_right(right_again: bool) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "read"),
+    [
+        ([], [16, 43]),
+        ([1], [16, 17, 41]),
+        ([3], [16, 17, 39]),
+        ([3, 20], [16, 17, 17, 22]),
+    ],
+)
+def test_what_is_left_of_a_first_draft_is_read_when_its_beginning_is_right(wrong: list[int], read: list[int]) -> None:
     inputs, widths = prompts([[1]], [5]), []
     answer = SMALL.generate(**inputs, do_sample=False, max_new_tokens=60)[:, -60:]
     draft = answer.clone()
-    draft[:, 3] = 1
-    if not right_again:
-        draft[:, 20] = 1
+    draft[:, wrong] = 1
 
     def note(_: Any, __: Any, given: dict[str, Any]) -> None:
         widths.append(given["input_ids"].shape[1])
 
+    def write(drafter: GoesOn | None) -> None:
+        verifier = DraftVerifier(SMALL, draft, torch.ones_like(draft).bool(), drafter=drafter)
+        assert torch.equal(verifier.generate(**inputs, do_sample=False, max_new_tokens=60)[:, -60:], answer)
+
+    prompt_length = inputs["input_ids"].shape[1]
     with SMALL.register_forward_pre_hook(note, with_kwargs=True):
-        verifier = DraftVerifier(SMALL, draft, torch.ones_like(draft).bool(), drafter=_Wrong())
-        written = verifier.generate(**inputs, do_sample=False, max_new_tokens=60)
-    assert torch.equal(written[:, -60:], answer)
-    # A token that was chosen, and those that are read along.
-    assert widths[1:] == ([17, 39] if right_again else [17, 17, 22])
+        write(_Wrong())
+        # Later passes read a token that was chosen as well as those that are read along.
+        assert widths == [prompt_length + read[0], *read[1:]]
+        widths.clear()
+        write(None)  # whoever has only one draft reads it at once
+        assert widths[0] == prompt_length + 59
