@@ -90,15 +90,17 @@ class TestOutside:
         assert str(raised.value).count(SENTENCE) == 1
         assert state(model) == before
 
-    def test_an_error_of_generate_names_the_version_once(self) -> None:
+    @pytest.mark.parametrize(("half", "broken"), [("generate", "small"), ("guide", "small"), ("answer", "large")])
+    def test_an_error_of_a_call_names_the_version_once(self, half: str, broken: str) -> None:
         pair = SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(seed=1))
+        given = {"guidance": pair.guide(**prompts(), max_new_tokens=2)} if half == "answer" else {"max_new_tokens": 2}
 
-        def broken(*_: Any) -> Any:
+        def fail(*_: Any) -> Any:
             raise TypeError("forward() got an unexpected keyword argument 'kv'")
 
-        pair.small.register_forward_pre_hook(broken)
+        getattr(pair, broken).register_forward_pre_hook(fail)
         with pytest.raises(TypeError, match="unexpected keyword argument 'kv'") as raised:
-            pair.generate(**prompts(), max_new_tokens=2)
+            getattr(pair, half)(**prompts(), **given)
         assert str(raised.value).count(SENTENCE) == 1
 
     def test_other_errors_stay_what_they_are(self) -> None:

@@ -25,6 +25,7 @@ from transformers_sgl.tokens.importance_process import ImportanceProcessor, Impo
 from transformers_sgl.tokens.importance_transfer import split_boxes
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import CACHE_NAMES, cache_of
+from transformers_sgl.versions import names_versions
 from transformers_sgl.vision_towers import vision_layers
 
 __all__ = ["Call", "OwnProcessors"]
@@ -72,6 +73,7 @@ class Call:
     clock: Clock
 
     @classmethod
+    @names_versions()
     def read(
         cls,
         large: PreTrainedModel,
@@ -91,7 +93,7 @@ class Call:
         the image within its sample, and left, top, right and bottom as fractions of that image; -1 in padding. With
         these, plain tensors are the large model's alone. `importance_processor` and `vision_processor` are the user's
         own, one or several, which run before those of the `settings`; `generate_kwargs` go to the large model's
-        `generate`.
+        `generate`. Raises `ValueError` if an input or a setting cannot be read.
         """
         clock = Clock(large.device, small.device)
         inputs, boxes = split_boxes(inputs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_sgl.arguments import read_arguments
+from transformers_sgl.call import Call
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.storage.adapters import unwrapped
@@ -77,7 +78,7 @@ def generate_with_small_model(
     settings, model_inputs, generate_kwargs = read_arguments(
         inputs, generation_config, kwargs, model.generation_config
     )
-    return generate(
+    call = Call.read(
         model,
         small_model,
         model_inputs,
@@ -87,6 +88,7 @@ def generate_with_small_model(
         vision_processor,
         **generate_kwargs,
     )
+    return generate(call)
 
 
 _VOCABULARIES: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, Vocabularies]] = (

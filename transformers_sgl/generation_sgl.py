@@ -11,15 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from transformers_sgl.batching import merge_answers
-from transformers_sgl.call import Call, OwnProcessors
+from transformers_sgl.call import Call
 from transformers_sgl.confirmation import confirm
-from transformers_sgl.generation_config_sgl import (
-    SGLGenerationConfig,
-    resolve_vision_prune_layer,
-)
+from transformers_sgl.generation_config_sgl import resolve_vision_prune_layer
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput, output_class, passed_on, sequences_of
 from transformers_sgl.guidance import Guidance
 from transformers_sgl.hooks.context import one_at_a_time
@@ -33,7 +29,7 @@ from transformers_sgl.token_choice import choose_tokens, choosing_processors, un
 from transformers_sgl.tokens.draft_length import DraftLength
 from transformers_sgl.tokens.early_exit import exits_early
 from transformers_sgl.tokens.importance_transfer import ImportanceTransfer
-from transformers_sgl.tokens.vocabulary import Vocabularies, check_prompts_can_be_read, vocabulary_sizes
+from transformers_sgl.tokens.vocabulary import check_prompts_can_be_read, vocabulary_sizes
 from transformers_sgl.transformers_interface import cache_name
 from transformers_sgl.versions import names_versions
 from transformers_sgl.vision_towers import vision_layers
@@ -42,28 +38,15 @@ from transformers_sgl.whole_batch import WholeBatch, WholeBatchStreamer
 __all__ = ["answer", "generate", "guide"]
 
 
-@names_versions()
-def generate(
-    large: PreTrainedModel,
-    small: PreTrainedModel,
-    inputs: dict[str, Any],
-    settings: SGLGenerationConfig,
-    vocabularies: Vocabularies,
-    importance_processor: OwnProcessors = None,
-    vision_processor: OwnProcessors = None,
-    **generate_kwargs: Any,
-) -> SGLGenerateOutput | Tensor:
+def generate(call: Call) -> SGLGenerateOutput | Tensor:
     """Lets the small model answer first, and the large one where that is not enough, guided by the small one.
 
-    The arguments are those of [`Call.read`]. Raises `ValueError` if inputs or settings cannot be used, with cause and
-    cure; the models stay as they were.
+    Raises `ValueError` if inputs or settings cannot be used, with cause and cure; the models stay as they were.
     """
-    call = Call.read(
-        large, small, inputs, settings, vocabularies, importance_processor, vision_processor, **generate_kwargs
-    )
     return answer(call, guide(call))
 
 
+@names_versions()
 def guide(call: Call) -> Guidance:
     """The first half: the small model answers, and its attention chooses what the large one sees."""
     # 1. Without visual tokens, or where nothing asks for the small model, the large one runs alone.
@@ -161,6 +144,7 @@ def _choice(
     return found
 
 
+@names_versions()
 def answer(call: Call, guidance: Guidance) -> SGLGenerateOutput | Tensor:
     """The second half: the large model writes what the small one was not sure of, and reads what matters."""
     if guidance.is_nothing:

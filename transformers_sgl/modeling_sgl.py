@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, logging
 
 from transformers_sgl.architectures import check_supported
 from transformers_sgl.arguments import read_answer_arguments, read_arguments
-from transformers_sgl.call import Call
+from transformers_sgl.call import Call, OwnProcessors
 from transformers_sgl.configuration_sgl import SGLConfig
 from transformers_sgl.generation_config_sgl import SGLGenerationConfig
 from transformers_sgl.generation_output_sgl import SGLGenerateOutput
@@ -201,7 +201,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         """
         self._check_weights(*PARTS)
         read = read_arguments(inputs, generation_config, kwargs, self.generation_config)
-        return generate(**self._arguments(read, small_tokenizer, importance_processor, vision_processor))
+        return generate(self._call(read, small_tokenizer, importance_processor, vision_processor))
 
     @torch.no_grad()
     def guide(
@@ -238,7 +238,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         read = read_arguments(inputs, generation_config, kwargs, self.generation_config)
         if read[0].score_draft is None and read[0].guidance != "prompt":
             read[0].score_draft = True
-        call = Call.read(**self._arguments(read, small_tokenizer, importance_processor, vision_processor))
+        call = self._call(read, small_tokenizer, importance_processor, vision_processor)
         if call.prompt is None or call.earlier is not None:
             raise ValueError(
                 "Guidance is made for whole prompts, found by their `input_ids`: pass them, without a cache."
@@ -271,7 +271,7 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
         self._check_weights("large")
         guidance.check_source(self.identity)
         read = read_answer_arguments(inputs, guidance.generation_config(), kwargs)
-        call = Call.read(**self._arguments(read, small_tokenizer))
+        call = self._call(read, small_tokenizer)
         if call.prompt is None or call.earlier is not None:
             raise ValueError("Guidance was made for whole prompts: pass their `input_ids`, without a cache.")
         guidance.check_prompts(prompt_digests(call.inputs["input_ids"], call.prompt.visual_tokens))
@@ -280,25 +280,25 @@ class SGLForConditionalGeneration(PretrainedPair, PairOfModels, AnyAttention, Pr
             call.check()
         return answer(call, guidance.to(call.inputs["input_ids"].device))
 
-    def _arguments(
+    def _call(
         self,
         read: tuple[SGLGenerationConfig, dict[str, Any], dict[str, Any]],
         small_tokenizer: Any,
-        importance_processor: Any = None,
-        vision_processor: Any = None,
-    ) -> dict[str, Any]:
-        """The models and what is asked of them, as [`Call.read`] takes it."""
+        importance_processor: OwnProcessors = None,
+        vision_processor: OwnProcessors = None,
+    ) -> Call:
+        """What is asked of the two models."""
         settings, model_inputs, generate_kwargs = read
-        return {
-            "large": self.large,
-            "small": self.small,
-            "inputs": model_inputs,
-            "settings": settings,
-            "vocabularies": self._vocabularies.given(generate_kwargs.get("tokenizer"), small_tokenizer),
-            "importance_processor": importance_processor,
-            "vision_processor": vision_processor,
+        return Call.read(
+            self.large,
+            self.small,
+            model_inputs,
+            settings,
+            self._vocabularies.given(generate_kwargs.get("tokenizer"), small_tokenizer),
+            importance_processor,
+            vision_processor,
             **generate_kwargs,
-        }
+        )
 
     def _check_weights(self, *parts: str) -> None:
         """Raises `ValueError` if one of these models was described only."""

@@ -28,6 +28,7 @@ from transformers_sgl.architectures import (
     visual_tokens_of,
 )
 from transformers_sgl.arguments import read_arguments
+from transformers_sgl.call import Call
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.tokens.vocabulary import Vocabularies
 from transformers_sgl.transformers_interface import cache_of
@@ -209,7 +210,7 @@ def _pair(large: PreTrainedModel, small: PreTrainedModel, inputs: Inputs, **sett
     config = SGLGenerationConfig(**_GREEDY, **settings, return_dict_in_generate=True)
     config, *_ = read_arguments(None, config, {}, large.generation_config)
     vocabularies = Vocabularies(lambda: (_TOKENIZER, _TOKENIZER), (VOCAB_SIZE, VOCAB_SIZE))
-    return generate(large, small, dict(inputs), config, vocabularies)
+    return generate(Call.read(large, small, dict(inputs), config, vocabularies))
 
 
 def _some(tokens: VisualTokens) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from transformers_sgl import SGLForConditionalGeneration, SGLGenerateOutput
 from transformers_sgl.arguments import read_arguments
+from transformers_sgl.call import Call
 from transformers_sgl.generation_sgl import generate
 from transformers_sgl.hooks.conversation import ConversationCache
 from transformers_sgl.tokens.vocabulary import Vocabularies
@@ -145,7 +146,7 @@ def ask_tiny(large: PreTrainedModel, small: PreTrainedModel, inputs: dict[str, A
     settings, model_inputs, _ = read_arguments(None, None, options, large.generation_config)
     tokenizer = tiny_tokenizer()
     vocabularies = Vocabularies(lambda: (tokenizer, tokenizer), [VOCAB_SIZE] * 2)
-    return generate(large, small, model_inputs, settings, vocabularies)
+    return generate(Call.read(large, small, model_inputs, settings, vocabularies))
 
 
 @pytest.mark.parametrize(("name", "prune_layer"), KINDS, ids=str)
