@@ -53,6 +53,9 @@ class DraftVerifier:
             included, `False` for padding.
         batch (`WholeBatch`, *optional*): What the caller's own logits processors and stopping criteria see, where it
             is more than the model runs.
+        drafter ([`GoesOn`], *optional*): What goes on where an answer has left its draft. With it, the first pass
+            reads no more than the beginning of a draft, and each sample keeps what it has accepted.
+        lengths ([`DraftLength`], *optional*): How many tokens are drafted then; by default as many as pay.
 
     Attributes:
         num_forward_passes (`int`): How often the model has run.
