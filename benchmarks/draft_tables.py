@@ -32,8 +32,9 @@ def rounds_table(shown: Shown, parts: Sequence[dict[str, Any]]) -> Table:
         f"The large model, pruned to {retention:.0%}, with drafts, against the same without. The first draft is the "
         "small model's answer, whose tokens are right with the probability given, up to the first that is wrong; in "
         "rounds it goes on after each correction, with the same probability, and all its passes are in the times. "
-        "Decoding is from the first token to the last; the answer has the first pass as well, which reads the small "
-        "model's answer along; with guidance, the small model's answer counts, too, as long as the large one's. "
+        "Decoding is from the first token to the last; the answer has the first pass as well, which reads the first "
+        "draft along, in rounds no more than its beginning; with guidance, the small model's answer counts, too, as "
+        "long as the large one's. "
     )
     # Records of before the default was another do not name it.
     caption += (
