@@ -69,6 +69,11 @@ def installed_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     versions.untested.cache_clear()
 
 
+def fail(*_: Any, **__: Any) -> Any:
+    """What a transformers that has changed may say."""
+    raise TypeError("forward() got an unexpected keyword argument 'kv'")
+
+
 @pytest.mark.mechanics
 @pytest.mark.usefixtures("installed_outside")
 class TestOutside:
@@ -90,17 +95,33 @@ class TestOutside:
         assert str(raised.value).count(SENTENCE) == 1
         assert state(model) == before
 
-    @pytest.mark.parametrize(("half", "broken"), [("generate", "small"), ("guide", "small"), ("answer", "large")])
-    def test_an_error_of_a_call_names_the_version_once(self, half: str, broken: str) -> None:
+    @pytest.mark.parametrize(
+        ("half", "step"),
+        [
+            ("generate", "call.split_inputs"),
+            ("guide", "call.split_inputs"),
+            ("guide", "generation_sgl.ask"),
+            ("answer", "generation_sgl.DraftVerifier"),
+        ],
+    )
+    def test_an_error_of_a_call_names_the_version_once(
+        self, half: str, step: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pair = SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(seed=1))
         given = {"guidance": pair.guide(**prompts(), max_new_tokens=2)} if half == "answer" else {"max_new_tokens": 2}
 
-        def fail(*_: Any) -> Any:
-            raise TypeError("forward() got an unexpected keyword argument 'kv'")
-
-        getattr(pair, broken).register_forward_pre_hook(fail)
+        # Outside of every context that would name the version itself.
+        monkeypatch.setattr(f"transformers_sgl.{step}", fail)
         with pytest.raises(TypeError, match="unexpected keyword argument 'kv'") as raised:
             getattr(pair, half)(**prompts(), **given)
+        assert str(raised.value).count(SENTENCE) == 1
+
+    def test_an_error_of_a_model_names_the_version_once(self) -> None:
+        pair = SGLForConditionalGeneration(large=tiny_internvl(), small=tiny_internvl(seed=1))
+
+        pair.small.register_forward_pre_hook(fail)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'kv'") as raised:
+            pair.generate(**prompts(), max_new_tokens=2)
         assert str(raised.value).count(SENTENCE) == 1
 
     def test_other_errors_stay_what_they_are(self) -> None:
