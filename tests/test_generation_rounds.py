@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_sample_that_leaves_its_draft_takes_nothing_from_the_others() -> None:
     settings = {"num_draft_tokens": 6, "retention_ratio": 1.0}
     alone = [passes(each, **settings)["rounds"].num_large_forward_passes for each in samples(prompts())]
     found = passes(prompts(), **settings)
-    assert found["rounds"].num_large_forward_passes <= max(alone) + 3
+    assert found["rounds"].num_large_forward_passes <= max(alone)
     assert found["once"].num_large_forward_passes > 1.3 * found["rounds"].num_large_forward_passes
 
 
@@ -245,19 +246,15 @@ def test_the_cache_after_rounds_is_that_of_stock_generate() -> None:
 
 
 def test_a_model_may_draft_for_itself() -> None:
-    pair = SGLForConditionalGeneration(large=LARGE, small=LARGE).eval()
+    """Its own pruning, as the large model, does not reach its drafts: they are those of a copy."""
+    pairs = [SGLForConditionalGeneration(large=LARGE, small=small).eval() for small in (LARGE, deepcopy(LARGE))]
+    settings = {**LONG, "num_draft_tokens": 3, "prune_layer": 0, "guidance_max_new_tokens": 2}
     for retention_ratio in (0.3, 1.0):
-        outputs = [
-            pair.generate(
-                **prompts(),
-                **LONG,
-                verify_draft=how,
-                num_draft_tokens=3,
-                retention_ratio=retention_ratio,
-                prune_layer=0,
-                guidance_max_new_tokens=2,
-            )
-            for how in ("rounds", False)
-        ]
-        assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-        assert int(outputs[0].num_draft_rounds.min()) > 1
+        drafted, of_copy, undrafted = (
+            pair.generate(**prompts(), **settings, verify_draft=how, retention_ratio=retention_ratio)
+            for pair, how in zip((*pairs, pairs[0]), ("rounds", "rounds", False), strict=True)
+        )
+        assert torch.equal(drafted.sequences, undrafted.sequences)
+        assert int(drafted.num_draft_rounds.min()) > 1
+        for name in ("num_draft_rounds", "num_draft_tokens", "num_draft_tokens_accepted"):
+            assert torch.equal(getattr(drafted, name), getattr(of_copy, name))
